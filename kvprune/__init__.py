@@ -1,0 +1,39 @@
+"""kvprune: KV-cache compression for long-context language models.
+
+from kvprune import PrunedCache
+from kvprune.policies import A2SF
+
+cache = PrunedCache(model, A2SF(budget=0.25))
+model.generate(**inputs, past_key_values=cache)
+"""
+
+from kvprune.budget import Budget
+from kvprune.cache import PrunedCache
+from kvprune.errors import BudgetError, CacheError, KVPruneError, PolicyError, UnsupportedModelError
+from kvprune.eviction import Eviction
+from kvprune.mass import RowWeights, Scoring, attention_mass
+from kvprune.policy import Chain, Decision, Policy, Step
+from kvprune.report import CacheReport
+from kvprune.table import TokenTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "CacheError",
+    "CacheReport",
+    "Chain",
+    "Decision",
+    "Eviction",
+    "KVPruneError",
+    "Policy",
+    "PolicyError",
+    "PrunedCache",
+    "RowWeights",
+    "Scoring",
+    "Step",
+    "TokenTable",
+    "UnsupportedModelError",
+    "attention_mass",
+]

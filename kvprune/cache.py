@@ -1,0 +1,310 @@
+"""`PrunedCache`: the object that takes the place of `DynamicCache` in `generate()`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from kvprune.attention import MARK, PREFIX, register
+from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
+from kvprune.layer import PrunedLayer
+from kvprune.mass import Scoring
+from kvprune.policy import Policy
+from kvprune.report import CacheReport, LayerReport
+
+
+class PrunedCache(Cache):
+    """A KV cache whose policy decides, at every prefill and decode step, which tokens stay.
+
+        cache = PrunedCache(model, A2SF(budget=0.25))
+        model.generate(**inputs, past_key_values=cache)
+
+    Layers with full attention are pruned; sliding-window, chunked and linear layers of a hybrid model keep the layer
+    that transformers gives them.
+
+    Args:
+        model: a decoder-only transformers model. It is switched to the kvprune attention, which leaves every other
+            cache to the attention the model was loaded with.
+        policy: a Policy, a chain made with `|`, or a name such as "a2sf".
+        device: where the cache lives and is attended to, None for the model's own device(s).
+
+    Raises:
+        UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
+            not made of keys and values per head.
+        PolicyError: something that is no policy, or a name that is not known.
+    """
+
+    def __init__(self, model: Any, policy: Policy | str, *, device: torch.device | str | None = None) -> None:
+        policy = _policy(policy)
+        config = _checked_config(model)
+        layers: list[Any] = DynamicCache(config=config).layers
+        pruned = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not pruned:
+            warnings.warn(
+                f"{type(model).__name__} has no layer with full attention, so there is nothing to prune: "
+                "this cache behaves like DynamicCache.",
+                stacklevel=2,
+            )
+        stock_tokens = sum(getattr(layer, "sliding_window", 0) for layer in layers)
+        for index in pruned:
+            layers[index] = PrunedLayer(
+                policy,
+                index,
+                pruned_layers=len(pruned),
+                stock_tokens=stock_tokens,
+                device=None if device is None else torch.device(device),
+            )
+        super().__init__(layers=layers)
+        self.policy = policy
+        self.pruned_layers = tuple(pruned)
+        self._model_name = type(model).__name__
+        self._modules = _attention_modules(model)
+        self._open: int | None = None  # a layer whose keys came but whose attention has not run
+        self._padding: tuple[Tensor, int, Tensor | None] | None = None
+        _switch_attention(model)
+
+    # -- one forward pass ------------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values. A pruned layer returns them marked, for the kvprune attention to find."""
+        self._check_closed()
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(self.layers[layer_idx], PrunedLayer):
+            setattr(keys, MARK, self)
+            self._open = layer_idx
+        return keys, values
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        sliding_window: int | None = None,
+        position_bias: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The attention of the layer that was updated last; called by the registered attention function.
+
+        query: `[B, Hq, L, D]`. mask: the two-dimensional padding mask, or None. Returns `[B, L, Hq, Dv]`.
+        """
+        layer = self.layers[self._open]
+        if id(module) not in self._modules:
+            self._refuse("the model that was called is another one")
+        if position_bias is not None:
+            self._refuse("its attention adds a position bias", UnsupportedModelError)
+        if sliding_window is not None and layer.seen + query.shape[2] > sliding_window:
+            self._refuse(
+                f"layer {self._open} attends through a sliding window of {sliding_window} that its config does not "
+                "declare as such",
+                UnsupportedModelError,
+            )
+        valid = self._valid(mask, query.shape[2], layer)
+        output = layer.attend(
+            query, valid, Scoring(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+        )
+        self._open = None
+        return output
+
+    def _valid(self, mask: Tensor | None, length: int, layer: PrunedLayer) -> Tensor | None:
+        """Which of the new tokens are real, bool `[B, length]`; None if all are. Worked out once per forward pass."""
+        if mask is None or (length == 1 and layer.tokens and min(layer.tokens) > 0):
+            return None  # what follows a sequence that has begun is never left padding
+        if self._padding is not None and self._padding[0] is mask and self._padding[1] == layer.seen:
+            return self._padding[2]
+        if mask.ndim != 2 or mask.shape[1] < length:
+            self._refuse(
+                f"the attention mask has the shape {tuple(mask.shape)}; a pruned cache takes a padding mask "
+                f"[batch, tokens] that covers the {length} new tokens"
+            )
+        new = mask[:, mask.shape[1] - length :].bool()
+        valid = None if bool(new.all()) else new
+        self._padding = mask, layer.seen, valid
+        return valid
+
+    def _check_closed(self) -> None:
+        if self._open is not None:
+            layer = self._open
+            self._refuse(
+                f"layer {layer} was given keys, but its attention did not go through kvprune. Either another model was "
+                "called, or set_attn_implementation() was called since, or the model transforms its keys after caching "
+                "them, or a forward pass was interrupted",
+            )
+
+    def _refuse(self, reason: str, error: type[CacheError] | type[UnsupportedModelError] = CacheError) -> None:
+        self._abandon()
+        raise error(
+            f"this PrunedCache was made for {self._model_name}, but {reason}. "
+            "Make a new PrunedCache(model, policy) for each model and conversation."
+        )
+
+    def _abandon(self) -> None:
+        """Leave a forward pass before its keys entered a table."""
+        if self._open is not None:
+            self.layers[self._open].incoming = None
+        self._open = None
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def seen_tokens(self) -> int:
+        """Logical length: tokens the cache has seen, kept or not, padding included."""
+        return self.get_seq_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the cache holds now: keys, values, positions, scores, spare slots."""
+        return sum(layer.nbytes if isinstance(layer, PrunedLayer) else _stock_bytes(layer) for layer in self.layers)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that a DynamicCache would hold for the same tokens."""
+        return sum(
+            layer.seen * layer.table.kv_token_bytes
+            if isinstance(layer, PrunedLayer) and layer.table is not None
+            else _stock_bytes(layer)
+            for layer in self.layers
+        )
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """Positions of the tokens that a layer keeps, LongTensor `[B, Hkv, rows]`, ascending.
+
+        Positions count the tokens of each sequence from 0, padding left out. Where a sequence keeps fewer rows than
+        another, the row begins with -1. Raises CacheError for a layer that is not pruned.
+        """
+        return self._pruned(layer).kept_positions()
+
+    def _pruned(self, layer: int) -> PrunedLayer:
+        if layer not in self.pruned_layers:
+            raise CacheError(
+                f"layer {layer} is not pruned (its attention is not full, or there is no such layer); "
+                f"the pruned layers are {list(self.pruned_layers)}."
+            )
+        return self.layers[layer]
+
+    def report(self) -> CacheReport:
+        """Measured bytes and kept tokens, layer by layer. `str()` of it is a table, `.plot("kept.png")` a picture."""
+        layers = []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PrunedLayer) and layer.table is not None:
+                layers.append(
+                    LayerReport(
+                        index,
+                        "pruned",
+                        layer.nbytes,
+                        layer.table.kv_nbytes,
+                        layer.seen * layer.table.kv_token_bytes,
+                        self.kept_positions(index),
+                    )
+                )
+            else:
+                held = _stock_bytes(layer)
+                kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__
+                layers.append(LayerReport(index, kind, held, held, held, None))
+        return CacheReport(str(self.policy), self.seen_tokens, tuple(layers))
+
+    def __repr__(self) -> str:
+        held = f"nbytes={self.nbytes:,} of {self.dense_nbytes:,}"
+        return f"PrunedCache({self.policy}, seen_tokens={self.seen_tokens}, {held})"
+
+    # -- the rest of the Cache contract ----------------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, e.g. `crop(-3)`; while the past is recorded, `crop(0)` ends a step.
+
+        Raises CacheError, before anything has changed, where rows were evicted since.
+        """
+        self._check_closed()
+        for layer in self.layers:
+            if isinstance(layer, PrunedLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empty the cache; it may then be used with another batch size."""
+        self._open, self._padding = None, None
+        super().reset()
+
+    def fork(self) -> PrunedCache:
+        """An independent copy: compress a document once, ask many questions."""
+        self._check_closed()
+        other = copy.copy(self)
+        other.layers = [
+            layer.fork() if isinstance(layer, PrunedLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        other._padding = None
+        return other
+
+
+def _policy(policy: Policy | str) -> Policy:
+    if isinstance(policy, str):
+        from kvprune.registry import get
+
+        return get(policy)
+    if not isinstance(policy, Policy):
+        raise PolicyError(
+            f"{policy!r} is not a policy: give a Policy object such as A2SF(0.25), a chain such as "
+            'A2SF(0.5) | StreamingLLM(0.25), or a name such as "a2sf".'
+        )
+    return policy
+
+
+def _checked_config(model: Any) -> Any:
+    """The config of the text decoder, or UnsupportedModelError."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModelError(f"PrunedCache needs a transformers causal language model, not {name}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model, and its two caches are not made of one growing sequence: "
+            "use a decoder-only model (AutoModelForCausalLM)."
+        )
+    if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
+        raise UnsupportedModelError(
+            f"the attention of {name} does not go through transformers' attention registry, so kvprune cannot reach "
+            "it. GPT-J, BLOOM, MPT and Falcon are such models; Llama, Mistral, Qwen, Phi-3, Gemma, GPT-NeoX, OPT, "
+            "GPT-2 and most others work."
+        )
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention, which transforms its keys after caching them: kvprune does not "
+            "support it."
+        )
+    if any(mode is not None for mode in getattr(text, "kv_sharing_modes", None) or ()):
+        raise UnsupportedModelError(
+            f"layers of {name} read the cache of other layers, whose rows may be gone: kvprune does not support it."
+        )
+    return config
+
+
+def _attention_modules(model: torch.nn.Module) -> frozenset[int]:
+    """Identities of the modules that may attend to this cache."""
+    return frozenset(id(module) for module in model.modules())
+
+
+def _switch_attention(model: Any) -> None:
+    base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
+    if not base.startswith(PREFIX):
+        model.set_attn_implementation(register(base))
+
+
+def _stock_bytes(layer: Any) -> int:
+    """Bytes of the tensors of a transformers cache layer."""
+    held = 0
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(tensor, Tensor) and tensor.ndim > 1:
+                held += tensor.untyped_storage().nbytes()
+    return held

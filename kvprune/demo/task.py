@@ -1,0 +1,164 @@
+"""The recall task: long readable documents with notes to remember, and questions about them.
+
+A *document* is filler prose with *notes* scattered in it::
+
+    <s> slowly the old baker carried the lamp across the harbour. note amber falcon: copper lantern seven. the ...
+
+A note maps a two-word key (``amber falcon:``) to a three-word value (``copper lantern seven.``). A *question* repeats a
+key at the end of the prompt and expects the value::
+
+    question amber falcon: copper lantern seven. </s>
+
+Every word is one token (punctuation is part of the word), so a person can read a prompt and count its tokens. Key and
+value words are drawn independently: nothing but the note itself tells the answer. The filler is a Markov chain over the
+words of a small grammar. `bench/train_recall.py` trains the embedded model on these documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from kvprune.demo.words import (
+    BOS,
+    FILLER,
+    KEY_FIRST,
+    KEY_SECOND,
+    NOTE,
+    QUESTION,
+    SENTENCES,
+    TOKEN_ID,
+    VALUE_FIRST,
+    VALUE_SECOND,
+    VALUE_THIRD,
+    VOCABULARY,
+)
+from kvprune.errors import KVPruneError
+
+NOTE_LENGTH = 6  # note k1 k2: v1 v2 v3.
+QUESTION_LENGTH = 3  # question k1 k2:
+ANSWER_LENGTH = 3  # v1 v2 v3.
+_SUCCESSORS = 6  # words that may follow a filler word within the next word class
+
+
+def _ids(words: list[str]) -> np.ndarray:
+    return np.array([TOKEN_ID[word] for word in words])
+
+
+_SENTENCE_LENGTHS = tuple(len(sentence.split()) for sentence in SENTENCES)
+
+
+@cache
+def _fillable(length: int) -> bool:
+    """Whether whole sentences can have `length` tokens in all."""
+    if length > sum(_SENTENCE_LENGTHS) * min(_SENTENCE_LENGTHS):
+        return True  # far above the largest length that two of them cannot reach
+    return length == 0 or any(_fillable(length - n) for n in _SENTENCE_LENGTHS if n <= length)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One document and the notes in it, as token ids.
+
+    document: `[n]`, beginning with `<s>`. keys: `[notes, 2]`. values: `[notes, 3]`. positions: `[notes]`, where each
+    note starts in the document.
+    """
+
+    document: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    positions: np.ndarray
+
+    def question(self, note: int) -> np.ndarray:
+        """Token ids of the question about one note, `[3]`; the answer is `values[note]`."""
+        return np.concatenate([[TOKEN_ID[QUESTION]], self.keys[note]])
+
+    def prompt(self, note: int) -> np.ndarray:
+        """The document followed by one question, `[n + 3]`."""
+        return np.concatenate([self.document, self.question(note)])
+
+
+class RecallGenerator:
+    """Draws documents from a seed: the same seed gives the same documents on every machine."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    @cached_property
+    def _chain(self) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+        """For two neighbouring word classes: the ids of the second that may follow each id of the first."""
+        fixed = np.random.default_rng(2407)  # one language for all documents, whatever the generator's seed
+        pairs = {pair for sentence in SENTENCES for pair in pairwise(sentence.split())}
+        return {
+            (a, b): {
+                word: fixed.choice(_ids(FILLER[b]), size=min(_SUCCESSORS, len(FILLER[b])), replace=False)
+                for word in _ids(FILLER[a])
+            }
+            for a, b in sorted(pairs)
+        }
+
+    @cached_property
+    def _sentence_pool(self) -> list[np.ndarray]:
+        """A few thousand sentences to draw from, since walking the chain word by word is slow."""
+        return [self._sentence() for _ in range(4000)]
+
+    def _sentence(self) -> np.ndarray:
+        classes = SENTENCES[self.rng.integers(len(SENTENCES))].split()
+        words = [int(self.rng.choice(_ids(FILLER[classes[0]])))]
+        for before, after in pairwise(classes):
+            words.append(int(self.rng.choice(self._chain[before, after][words[-1]])))
+        return np.array(words)
+
+    def _filler(self, length: int) -> list[np.ndarray]:
+        """Sentences of `length` tokens in all; where no whole sentence fits the rest, the last one is cut."""
+        sentences: list[np.ndarray] = []
+        pool = self._sentence_pool
+        while length > 0:
+            sentence = pool[self.rng.integers(len(pool))]
+            if not _fillable(length - len(sentence)) and _fillable(length):
+                continue
+            sentences.append(sentence[:length])
+            length -= len(sentences[-1])
+        return sentences
+
+    def document(self, length: int, notes: int) -> Recall:
+        """A document of exactly `length` tokens with `notes` notes whose keys are all different.
+
+        Raises KVPruneError where the notes do not fit or there are not enough keys.
+        """
+        if notes < 1 or 1 + notes * NOTE_LENGTH > length:
+            raise KVPruneError(
+                f"{notes} notes of {NOTE_LENGTH} tokens do not fit a document of {length} tokens: "
+                f"ask for 1 to {max(1, (length - 1) // NOTE_LENGTH)} notes, or a longer document."
+            )
+        if notes > len(KEY_FIRST) * len(KEY_SECOND):
+            raise KVPruneError(
+                f"there are {len(KEY_FIRST) * len(KEY_SECOND)} different keys, fewer than {notes} notes."
+            )
+        pairs = self.rng.choice(len(KEY_FIRST) * len(KEY_SECOND), size=notes, replace=False)
+        keys = np.stack([_ids(KEY_FIRST)[pairs // len(KEY_SECOND)], _ids(KEY_SECOND)[pairs % len(KEY_SECOND)]], axis=1)
+        values = np.stack(
+            [self.rng.choice(_ids(words), size=notes) for words in (VALUE_FIRST, VALUE_SECOND, VALUE_THIRD)], axis=1
+        )
+        filler = self._filler(length - 1 - notes * NOTE_LENGTH)
+        where = np.sort(self.rng.integers(0, len(filler) + 1, size=notes))
+        pieces: list[np.ndarray] = [np.array([TOKEN_ID[BOS]])]
+        positions = np.empty(notes, dtype=np.int64)
+        used, n = 0, 1
+        for note, slot in enumerate(where):
+            pieces += filler[used:slot]
+            n += sum(len(sentence) for sentence in filler[used:slot])
+            used = slot
+            positions[note] = n
+            pieces.append(np.concatenate([[TOKEN_ID[NOTE]], keys[note], values[note]]))
+            n += NOTE_LENGTH
+        pieces += filler[used:]
+        return Recall(np.concatenate(pieces), keys, values, positions)
+
+
+def decode(ids: np.ndarray | list[int]) -> str:
+    """Token ids as readable text."""
+    return " ".join(VOCABULARY[token_id] for token_id in ids)

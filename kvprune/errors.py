@@ -1,0 +1,23 @@
+"""Every mistake a person can make raises one of these; the message says what was wrong and what to write instead."""
+
+from __future__ import annotations
+
+
+class KVPruneError(ValueError):
+    """Base of all errors that kvprune raises on purpose."""
+
+
+class BudgetError(KVPruneError):
+    """A budget that has no meaning, or that cannot hold the tokens a policy always keeps."""
+
+
+class PolicyError(KVPruneError):
+    """A policy, a policy's setting or a chain of policies that cannot work."""
+
+
+class UnsupportedModelError(KVPruneError):
+    """A model whose attention cannot be reached, or that does not compute what a pruned cache can reproduce."""
+
+
+class CacheError(KVPruneError):
+    """A cache used in a way it cannot serve: another model, another batch size, rows that are gone."""

@@ -1,0 +1,200 @@
+"""`Eviction`: the common part of all policies that rank rows by a score and keep the best within a budget."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvprune.budget import Budget
+from kvprune.errors import BudgetError, PolicyError
+from kvprune.mass import GROUPS
+from kvprune.policy import Decision, Policy, Step, per_sequence
+from kvprune.table import EMPTY, TokenTable
+
+_ALWAYS_KEPT = torch.iinfo(torch.int64).max
+_NEVER_KEPT = torch.iinfo(torch.int64).min
+
+
+@dataclass(frozen=True)
+class Eviction(Policy):
+    """Keeps the sinks, the recent window, and the rows of highest score, within a budget.
+
+    A subclass says where the score comes from: it declares a float32 column "score" and updates it in `observe`, or
+    overrides `scores`.
+
+    Settings:
+        budget: a float in (0, 1] is a fraction of the prompt tokens, rounded up and never below sinks + recent; an int
+            is tokens per KV head; a string such as "512MiB" is bytes of the whole cache.
+        sinks: the first tokens of a sequence, always kept, part of the budget.
+        recent: the newest tokens, always kept, part of the budget; a float is a share of the budget, rounded up.
+        interval: generated tokens between two evictions. 1 evicts at every step and the cache never exceeds the budget
+            by more than the token being generated; None never evicts generated tokens.
+        group: how scores of the query heads of a KV head are reduced, "mean" or "max".
+        kernel_size: odd; scores are max-pooled over that many neighbouring positions before a prefill step selects.
+        seed: of policies that draw random numbers.
+
+    Raises BudgetError for a budget without meaning or smaller than sinks + recent, PolicyError for other settings.
+    """
+
+    budget: float | int | str = 0.25
+    _: KW_ONLY
+    sinks: int = 4
+    recent: int | float = 32
+    interval: int | None = 1
+    group: str = "mean"
+    kernel_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budget = self._budget  # parses, and raises for nonsense
+        check_count("sinks", self.sinks, least=0)
+        check_count("kernel_size", self.kernel_size, least=1)
+        if self.interval is not None:
+            check_count("interval", self.interval, least=1)
+        if self.kernel_size % 2 == 0:
+            raise PolicyError(
+                f"kernel_size must be odd, so that a window has a middle: write {self.kernel_size + 1}, "
+                f"not {self.kernel_size}."
+            )
+        if self.group not in GROUPS:
+            raise PolicyError(f'group must be "mean" or "max", not {self.group!r}.')
+        if isinstance(self.recent, float):
+            if not 0 <= self.recent <= 1 or (self.recent == 1 and self.sinks):
+                raise PolicyError(
+                    f"recent={self.recent!r} is no share of the budget that leaves room for {self.sinks} sinks: "
+                    "write a float from 0 to 1, or an int for a number of tokens."
+                )
+        else:
+            check_count("recent", self.recent, least=0)
+        if budget.kind == "tokens" and budget.amount < self._least:
+            raise BudgetError(
+                f"a budget of {int(budget.amount)} tokens cannot hold {self.sinks} sinks and "
+                f"{self.recent_tokens(int(budget.amount))} recent tokens: give a budget of at least {self._least}, "
+                "or lower sinks or recent."
+            )
+
+    @cached_property
+    def _budget(self) -> Budget:
+        return Budget.parse(self.budget)
+
+    @cached_property
+    def _least(self) -> int:
+        """The smallest budget, in tokens, that holds sinks and recent window."""
+        if not isinstance(self.recent, float):
+            return max(self.sinks + self.recent, 1)
+        return next(n for n in count(1) if self.sinks + self.recent_tokens(n) <= n)
+
+    def recent_tokens(self, capacity: int) -> int:
+        """Size of the recent window, in tokens, under a budget of `capacity` tokens."""
+        return math.ceil(self.recent * capacity - 1e-9) if isinstance(self.recent, float) else self.recent
+
+    def capacity(self, step: Step) -> tuple[int, ...]:
+        """Tokens kept per KV head, for each sequence of the batch."""
+        return tuple(
+            self._budget.tokens(
+                tokens,
+                floor=self._least,
+                token_bytes=step.token_bytes,
+                other_bytes=step.other_bytes,
+                spare=self.interval or 0,
+            )
+            for tokens in step.prompt_tokens
+        )
+
+    def scores(self, table: TokenTable, step: Step) -> Tensor:
+        """The score by which rows are kept, float32, `[B, Hkv, rows]` or broadcastable to it."""
+        return table["score"]
+
+    def decide(self, table: TokenTable, step: Step) -> Decision | None:
+        if not step.due:
+            return None
+        capacity = self.capacity(step)
+        excess = table.length - max(capacity)
+        if excess <= 0 and len(set(capacity)) == 1:
+            return None
+        if step.prefill:
+            return self._select(table, step, capacity)
+        return self._evict(table, step, capacity, excess) if excess > 0 else None
+
+    def _select(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Decision:
+        """After a prefill step: the best rows of all, in the order of their positions."""
+        most = min(max(capacity), table.length)
+        scores = self.scores(table, step).expand_as(table.positions)
+        if self.kernel_size > 1:
+            scores = self.pool(scores, table, self._is_recent(table, step, capacity))
+        slots = self._retention(table, step, capacity, scores).topk(most, dim=-1).indices
+        positions = table.positions.gather(2, slots)
+        if len(set(capacity)) > 1:
+            over = torch.arange(most, device=slots.device) >= per_sequence(capacity, slots.device)
+            positions = positions.masked_fill(over, EMPTY)
+        positions, order = positions.sort(dim=-1)
+        return Decision(keep=slots.gather(2, order).masked_fill(positions < 0, EMPTY))
+
+    def _evict(self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int) -> Decision:
+        """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots."""
+        retention = self._retention(table, step, capacity, self.scores(table, step).expand_as(table.positions))
+        if isinstance(step.tokens, int):
+            if excess == 1:
+                return Decision(evict=retention.argmin(dim=-1, keepdim=True))
+            return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)
+        empty = table.positions < 0
+        surplus = (~empty).sum(-1, keepdim=True) - per_sequence(capacity, empty.device)
+        worst = retention.masked_fill(empty, _ALWAYS_KEPT).topk(excess, dim=-1, largest=False).indices
+        vacant = empty.to(torch.int8).topk(excess, dim=-1).indices
+        rank = torch.arange(excess, device=empty.device).expand_as(worst)
+        return Decision(
+            evict=torch.where(rank < surplus, worst, vacant.gather(2, (rank - surplus.clamp(min=0)).clamp(min=0)))
+        )
+
+    def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
+        """Scores max-pooled over neighbouring positions. Rows of the recent window, kept anyway, lend nothing."""
+        return along_positions(
+            scores.masked_fill(recent, -math.inf),
+            table,
+            lambda dense: F.max_pool1d(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2),
+            fill=-math.inf,
+        )
+
+    def _is_recent(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
+        recent = tuple(self.recent_tokens(tokens) for tokens in capacity)
+        return table.positions >= step.tokens - per_sequence(recent, table.positions.device)
+
+    def _retention(self, table: TokenTable, step: Step, capacity: tuple[int, ...], scores: Tensor) -> Tensor:
+        """What rows are kept by, int64 `[B, Hkv, rows]`: the score, ties by recency, exactly.
+
+        The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and
+        position pack into one integer. NaN ranks below every number.
+        """
+        positions = table.positions
+        bits = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        retention = torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
+        kept = self._is_recent(table, step, capacity)
+        if self.sinks:
+            kept = kept | (positions < self.sinks)
+        retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
+        return retention if isinstance(step.tokens, int) else retention.masked_fill_(positions < 0, _NEVER_KEPT)
+
+
+def check_count(name: str, value: int, *, least: int) -> None:
+    """Raise PolicyError unless a setting is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise PolicyError(f"{name} must be an int of at least {least}, not {value!r}.")
+
+
+def along_positions(scores: Tensor, table: TokenTable, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:
+    """Apply a function to scores laid out by position, `[B, Hkv, positions]`, with `fill` where no row is."""
+    positions = table.positions.long()
+    axis = int(positions.max()) + 1
+    index = torch.where(positions < 0, axis, positions)
+    dense = scores.new_full((*scores.shape[:2], axis + 1), fill).scatter_(2, index, scores)[:, :, :axis]
+    result = function(dense)
+    return result.gather(2, positions.clamp(min=0))

@@ -1,0 +1,361 @@
+"""`PrunedLayer`: what one attention layer does at every forward pass.
+
+    append      the new tokens become rows of the table
+    attend      the new queries look at all rows, exactly
+    observe     the policy updates its columns from the attention mass it asked for
+    decide      the policy says which rows stay; the others are freed or overwritten
+
+So the step that brings a token always attends over everything, and the table shrinks after it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvprune.attention import CacheLength
+from kvprune.errors import CacheError
+from kvprune.mass import RowWeights, Scoring
+from kvprune.policy import Policy, Step, per_sequence
+from kvprune.queries import Queries, Remembered
+from kvprune.table import TokenTable
+
+# While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
+_UNDECIDED = 128
+# A table that grows token by token takes 1/64 of its length as room, at least 8 slots.
+_ROOM_SHARE, _LEAST_ROOM = 64, 8
+
+
+@dataclass
+class Plan:
+    """One policy's part in a step: what it is told, and which attention rows it wants weighed."""
+
+    policy: Policy
+    table: TokenTable
+    step: Step
+    weights: RowWeights | None
+
+
+@dataclass
+class Undecided:
+    """A step whose tokens `crop` may still take back."""
+
+    queries: Queries
+    prefill: bool
+    scoring: Scoring
+
+
+class PrunedLayer(CacheLayerMixin):
+    """A layer of a `PrunedCache`: a token table, and the policies that rule it."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        index: int,
+        *,
+        pruned_layers: int = 1,
+        stock_tokens: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        """Args:
+        index: of the layer in the model. pruned_layers: how many layers share a budget in bytes.
+        stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
+        device: where the table lives and is attended to; None for the model's.
+        """
+        super().__init__()
+        self.policies = policy.parts()
+        # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
+        self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
+        self.index = index
+        self.pruned_layers = pruned_layers
+        self.stock_tokens = stock_tokens
+        self.home = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.table: TokenTable | None = None
+        self.seen = 0  # columns of the model's input so far, padding included: the length transformers knows
+        self.tokens: tuple[int, ...] = ()  # per sequence, without padding: what positions are made of
+        self.prompt_tokens: tuple[int, ...] = ()
+        self.generated = 0  # tokens since the last prefill step
+        self.incoming: tuple[Tensor, Tensor] | None = None
+        self.remembered: Remembered | None = None  # for policies with a query window
+        self.record_past = False
+        self.undecided: Undecided | None = None
+        self.last_eviction = 0  # `seen` when rows last went away: no crop can go behind it
+        self.is_initialized = False
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the table is made of the first step's keys and values."""
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return CacheLength(self.seen + query_length), 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take this step's keys `[B, Hkv, L, D]` and values; they become rows when the attention runs."""
+        if self.table is not None:
+            self.table.check_step(key_states, value_states)
+        self.incoming = (key_states, value_states)
+        return key_states, value_states
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring) -> Tensor:
+        """One step: the output of attention, `[B, L, Hq, Dv]`, and everything the policies do after it.
+
+        Args:
+            states: queries `[B, Hq, L, D]`. valid: bool `[B, L]`, False where the input is padding; None if none is.
+            scoring: how the model makes probabilities of logits.
+        """
+        if self.undecided is not None:
+            self._commit()  # the model went on without a crop, so everything was accepted
+        device = states.device
+        if self.home is not None and self.home != device:
+            states, valid = states.to(self.home), None if valid is None else valid.to(self.home)
+        # A draft of several tokens that is being verified is generated text, not a prompt.
+        prefill = self.table is None or (states.shape[2] > 1 and not self.record_past)
+        table, queries = self._append(states, valid)
+        if prefill:
+            self.prompt_tokens, self.generated = self.tokens, 0
+        else:
+            self.generated += max(queries.tokens)
+
+        if self.record_past:
+            output, _ = queries.attend(table, scoring, with_probabilities=False)
+            self._defer(table, queries, prefill, scoring)
+        else:
+            plans = self._plans(table, queries, prefill)
+            wanted = any(plan.weights is not None for plan in plans)
+            output, probabilities = queries.attend(table, scoring, with_probabilities=wanted)
+            self._observe(table, plans, queries, scoring, probabilities)
+            self._decide(table, plans)
+        return output.transpose(1, 2).contiguous().to(device)
+
+    def _append(self, states: Tensor, valid: Tensor | None) -> tuple[TokenTable, Queries]:
+        """Make rows of the incoming keys and values."""
+        keys, values = (tensor.to(states.device) for tensor in self.incoming)  # type: ignore[union-attr]
+        self.incoming = None
+        before = self.tokens or (0,) * keys.shape[0]
+        queries = Queries.of_step(states, per_sequence(before, states.device), valid, begins=self.table is None)
+        if self.table is None:
+            columns = {
+                scope + name: dtype
+                for scope, part in zip(self._scopes, self.policies, strict=True)
+                for name, dtype in part.columns().items()
+            }
+            self.table = TokenTable(keys, values, queries.positions[:, None], columns, dense=valid is None)
+            self.is_initialized = True
+        elif len(queries) == 1 and valid is None:
+            self.table.append(keys, values, queries.first, room=self._room(self.table))
+        else:
+            self.table.append(keys, values, queries.positions[:, None], dense=valid is None)
+        self.tokens = tuple(a + b for a, b in zip(before, queries.tokens, strict=True))
+        self.seen += len(queries)
+        return self.table, queries
+
+    def _room(self, table: TokenTable) -> int:
+        """Slots to add when the table is full and tokens come one by one."""
+        intervals = [part.interval for part in self.policies if part.interval is not None]
+        return max(intervals) if intervals else max(_LEAST_ROOM, table.length // _ROOM_SHARE)
+
+    # -- the policies ----------------------------------------------------------------------------------------------
+
+    def _plans(self, table: TokenTable, queries: Queries, prefill: bool) -> list[Plan]:
+        device, added = queries.states.device, max(queries.tokens)
+        plans = []
+        for scope, part in zip(self._scopes, self.policies, strict=True):
+            interval = part.interval
+            step = Step(
+                layer=self.index,
+                prefill=prefill,
+                due=prefill
+                or (interval is not None and self.generated // interval != (self.generated - added) // interval),
+                queries=len(queries),
+                new_tokens=per_sequence(queries.tokens, device),
+                tokens=per_sequence(self.tokens, device),
+                prompt_tokens=self.prompt_tokens,
+                token_bytes=table.token_bytes * self.pruned_layers,
+                other_bytes=table.kv_token_bytes * self.stock_tokens,
+            )
+            plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
+        return plans
+
+    def _observe(
+        self,
+        table: TokenTable,
+        plans: list[Plan],
+        queries: Queries,
+        scoring: Scoring,
+        probabilities: Tensor | None = None,
+    ) -> None:
+        """Let the policies update their columns; links of a chain that weigh alike share the mass."""
+        shared: list[tuple[RowWeights, str, Tensor]] = []
+        for plan in plans:
+            weights, group = plan.weights, plan.policy.group
+            if weights is not None:
+                known = [mass for other, by, mass in shared if by == group and weights.same_as(other)]
+                plan.step.mass = (
+                    known[0]
+                    if known
+                    else queries.weigh(
+                        table,
+                        scoring,
+                        weights,
+                        group,
+                        probabilities=probabilities,
+                        earlier=self.remembered if plan.policy.query_window > 1 else None,
+                    )
+                )
+                shared.append((weights, group, plan.step.mass))
+            plan.policy.observe(plan.table, plan.step)
+        # A policy that evicts nothing while decoding needs earlier queries only until the prompt has ended.
+        prefill = plans[0].step.prefill
+        window = max((part.query_window for part in self.policies if prefill or part.interval), default=0)
+        self.remembered = Remembered.newest(window - 1, self.remembered, queries) if window > 1 else None
+
+    def _decide(self, table: TokenTable, plans: list[Plan]) -> None:
+        for plan in plans:
+            decision = plan.policy.decide(plan.table, plan.step)
+            if decision is None:
+                continue
+            if decision.keep is not None:
+                table.compact(decision.keep)
+            elif decision.evict is not None:
+                table.evict(decision.evict)
+            self.last_eviction = self.seen
+        table.own()
+
+    # -- rolling back ----------------------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """From now on nothing is evicted in a step until `crop` has said how many of its tokens were accepted."""
+        self.record_past = True
+
+    def _defer(self, table: TokenTable, queries: Queries, prefill: bool, scoring: Scoring) -> None:
+        """Observe all but the newest queries now, and leave those, and the decision, to `_commit`."""
+        split = max(0, len(queries) - _UNDECIDED)
+        if split:
+            early = queries.part(0, split)
+            with table.without_newest(len(queries) - split):  # all that these queries can see
+                self._observe(table, self._plans(table, early, prefill), early, scoring)
+        self.undecided = Undecided(queries.part(split, len(queries)), prefill, scoring)
+
+    def _commit(self) -> None:
+        undecided, self.undecided = self.undecided, None
+        if undecided is None or self.table is None:
+            return
+        if undecided.prefill:
+            self.prompt_tokens = self.tokens
+        plans = self._plans(self.table, undecided.queries, undecided.prefill)
+        self._observe(self.table, plans, undecided.queries, undecided.scoring)
+        self._decide(self.table, plans)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens; 0 only ends the step that waits while the past is recorded.
+
+        Raises CacheError for a positive number, and where rows were evicted since: those cannot come back.
+        """
+        self.check_crop(tokens_to_remove)
+        if self.table is None:
+            return
+        remove = -tokens_to_remove
+        if remove:
+            dropped = (self.table.positions[:, 0, self.table.length - remove :] >= 0).sum(-1).tolist()
+            self.table.drop_newest(remove)
+            self.seen -= remove
+            self.tokens = tuple(a - b for a, b in zip(self.tokens, dropped, strict=True))
+            self.prompt_tokens = tuple(min(a, b) for a, b in zip(self.prompt_tokens, self.tokens, strict=True))
+            self.generated = max(0, self.generated - max(dropped))
+            self.remembered = None if self.undecided is None else self.remembered
+        if self.undecided is not None:
+            left = len(self.undecided.queries) - remove
+            if left > 0:
+                self.undecided.queries = self.undecided.queries.part(0, left)
+                self._commit()
+            else:
+                self.undecided = None
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise CacheError if `crop` could not do this; changes nothing."""
+        left = self.seen + tokens_to_remove
+        if tokens_to_remove > 0:
+            raise CacheError(f"crop takes minus the number of tokens to remove: write crop(-{tokens_to_remove}).")
+        if left < 0:
+            raise CacheError(f"cannot remove {-tokens_to_remove} tokens: the cache has seen only {self.seen}.")
+        if left < self.last_eviction:
+            raise CacheError(
+                f"cannot crop to {left} tokens: rows were evicted when the cache had seen {self.last_eviction}, and "
+                "they cannot come back. Call activate_past_recording() before steps that you may want to take back, "
+                "or keep a fork() of the cache."
+            )
+
+    # -- the batch changes -----------------------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.table is not None:
+            self.batch_select_indices(torch.arange(self.table.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order; a sequence may come several times."""
+        if self.table is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        self.table.select_batch(indices)
+        if len({*zip(self.tokens, self.prompt_tokens, strict=True)}) == 1:  # no need to wait for the device
+            self.tokens, self.prompt_tokens = self.tokens[:1] * len(indices), self.prompt_tokens[:1] * len(indices)
+        else:
+            rows = indices.tolist()
+            self.tokens = tuple(self.tokens[row] for row in rows)
+            self.prompt_tokens = tuple(self.prompt_tokens[row] for row in rows)
+        if self.remembered is not None:
+            self.remembered = self.remembered.select_batch(indices)
+        if self.undecided is not None:
+            self.undecided.queries = self.undecided.queries.select_batch(indices)
+
+    def fork(self) -> PrunedLayer:
+        """An independent copy: the table is copied; settings and queries, which are never written to, are shared."""
+        other = copy.copy(self)
+        other.table = None if self.table is None else self.table.fork()
+        other.undecided = copy.copy(self.undecided)
+        return other
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    def kept_positions(self) -> Tensor:
+        """`[B, Hkv, rows]` int64, ascending, -1 for empty rows; rows that are empty everywhere are left out."""
+        if self.table is None or self.table.length == 0:
+            return torch.empty(0, 0, 0, dtype=torch.int64)
+        positions = self.table.positions.long().sort(dim=-1).values
+        return positions[:, :, int((positions < 0).sum(-1).min()) :]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor this layer holds."""
+        held = [] if self.table is None else list(self.table.tensors().values())
+        if self.remembered is not None:
+            held += [self.remembered.states, self.remembered.positions]
+        if self.undecided is not None:
+            held.append(self.undecided.queries.states)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)

@@ -1,0 +1,228 @@
+"""`attention_mass`: the one statistic that nearly every published score is made of.
+
+    mass[b, h, k] = sum_q w[q] * P[b, h, q, k]
+
+where P are the attention probabilities, reduced over the query heads of a KV head. H2O weighs every row with 1, A2SF
+with gamma^age, SnapKV the last window, TOVA the last row. The sum is exact and is taken over blocks of rows, so no
+n x n matrix ever exists, and rows of weight zero are never computed.
+
+Shapes: `B` batch, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `L` queries, `S` keys, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+
+GROUPS = ("mean", "max")
+# A block of probabilities should stay in the cache of the processor: 32 rows of 8 heads over 4,096 keys are 4 MiB.
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """Which attention rows to weigh, and how much. Make one with the constructors below.
+
+    Rows are counted back from the newest query. `last` rows are weighed, the row of age `a` with `decay ** a`; or, if
+    `rows` is given, exactly those rows (indices into the step's queries, `[R]` or `[B, R]`) with `weights` of the same
+    shape, float32.
+    """
+
+    last: int
+    decay: float = 1.0
+    rows: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def uniform(cls, queries: int) -> RowWeights:
+        """Every row counts 1 (H2O)."""
+        return cls(queries)
+
+    @classmethod
+    def last_window(cls, window: int) -> RowWeights:
+        """The last `window` rows count 1 (SnapKV; TOVA with a window of 1)."""
+        return cls(window)
+
+    @classmethod
+    def geometric(cls, queries: int, decay: float, epsilon: float = 0.0) -> RowWeights:
+        """The row of age `a` counts `decay ** a` (A2SF).
+
+        Rows are left out once all that follow could add at most `epsilon` to any key: the weights past the last T rows
+        sum to less than `decay**T / (1 - decay)`, and no probability exceeds 1.
+        """
+        if epsilon > 0 and 0 < decay < 1:
+            rows = math.ceil(math.log(epsilon * (1 - decay)) / math.log(decay))
+            queries = min(queries, max(rows, 1))
+        elif decay == 0:
+            queries = min(queries, 1)
+        return cls(queries, decay)
+
+    @classmethod
+    def explicit(cls, rows: Tensor, weights: Tensor) -> RowWeights:
+        """Chosen rows with chosen weights (probe rows)."""
+        if rows.shape != weights.shape or rows.ndim not in (1, 2):
+            raise PolicyError(
+                "rows and weights must have the same shape, [R] or [B, R], not "
+                f"{tuple(rows.shape)} and {tuple(weights.shape)}."
+            )
+        return cls(rows.shape[-1], 1.0, rows.long(), weights.float())
+
+    def same_as(self, other: RowWeights) -> bool:
+        """Whether both weigh the same rows alike."""
+        if self.rows is None and other.rows is None:
+            return (self.last, self.decay) == (other.last, other.decay)
+        return self.rows is other.rows and self.weights is other.weights
+
+    def suffix(self, device: torch.device) -> Tensor:
+        """Weights of the last rows, oldest first, `[last]` float32."""
+        if self.decay == 1.0:
+            return torch.ones(self.last, device=device)
+        ages = torch.arange(self.last - 1, -1, -1, device=device, dtype=torch.float64)
+        return torch.pow(self.decay, ages).float()  # from exponents: repeated products would drift
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model turns queries and keys into probabilities.
+
+    scale: multiplies q.k. softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2). sinks: `[Hq]`, one more
+    logit per query head that takes probability and has no value (GPT-OSS).
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the softmax that fused attention kernels compute."""
+        return self.softcap is None and self.sinks is None
+
+
+def grouped(queries: Tensor, kv_heads: int) -> Tensor:
+    """`[B, Hq, L, D] -> [B * Hkv, G * L, D]`: the query heads of a KV head side by side, so no key is repeated."""
+    batch, heads, length, dim = queries.shape
+    return queries.reshape(batch * kv_heads, heads // kv_heads * length, dim)
+
+
+def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: Tensor | None = None) -> Tensor:
+    """Attention probabilities of a few query rows, `[B, Hkv, G, L, S]` float32, whatever the dtype of the model.
+
+    Args:
+        queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
+        hidden: bool, broadcastable to `[B, Hkv, 1, L, S]`, True where a key must not be seen. A row that sees nothing
+            is NaN, unless the model has attention sinks.
+    """
+    batch, kv_heads, length, dim = keys.shape
+    rows = queries.shape[2]
+    flat_keys = keys.reshape(batch * kv_heads, length, dim).transpose(1, 2)
+    flat_queries = grouped(queries, kv_heads)
+    if queries.dtype == torch.float32:
+        logits = torch.bmm(flat_queries * scoring.scale, flat_keys)
+    elif queries.is_cuda:  # half precision in, float32 out, without a float32 copy of the keys
+        logits = torch.bmm(flat_queries, flat_keys, out_dtype=torch.float32).mul_(scoring.scale)
+    else:
+        logits = torch.bmm(flat_queries.float() * scoring.scale, flat_keys.float())
+    logits = logits.view(batch, kv_heads, -1, rows, length)
+    if scoring.softcap is not None:
+        logits = torch.tanh(logits / scoring.softcap) * scoring.softcap
+    if hidden is not None:
+        logits = logits.masked_fill_(hidden, -math.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
+        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
+    return torch.softmax(logits, dim=-1)
+
+
+def row_blocks(rows: int, row_elements: int, device: torch.device, block_bytes: int | None = None) -> list[slice]:
+    """Slices of `range(rows)`, each as long as float32 blocks of `row_elements` a row may be on this device."""
+    limit = block_bytes or _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cpu"])
+    size = max(1, limit // (4 * row_elements))
+    return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
+
+
+def hidden_keys(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Which keys the queries must not see, bool `[B, Hkv, 1, L, S]`: empty slots (-1) and later positions.
+
+    Args:
+        query_positions: `[B, L]` or `[1, L]`. key_positions: `[B, Hkv, S]`.
+    """
+    keys = key_positions[:, :, None, None, :]
+    return (keys > query_positions[:, None, None, :, None]) | (keys < 0)
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    row_weights: RowWeights,
+    scoring: Scoring,
+    *,
+    group: str = "mean",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    block_bytes: int | None = None,
+) -> Tensor:
+    """Weighted attention mass of every key, `[B, Hkv, S]` float32.
+
+    Without positions the queries are the newest tokens of the keys, in order: query `i` sees keys `0 .. S - L + i`.
+    With positions, a query sees the keys whose position is at most its own; -1 marks an empty slot, and a query at
+    position -1 counts nothing.
+
+    Args:
+        queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
+        row_weights: which of the L rows to weigh; the result of a row of weight w adds up to w.
+        scoring: the scale, soft cap and sinks of the model's softmax.
+        group: how the query heads of a KV head are reduced, "mean" or "max".
+        query_positions: `[B, L]`. key_positions: `[B, Hkv, S]`; both or neither.
+        block_bytes: size of a block of probabilities; the result depends on it by float32 rounding alone.
+    """
+    if group not in GROUPS:
+        raise PolicyError(f'group must be "mean" or "max", not {group!r}.')
+    batch, query_heads, length, _ = queries.shape
+    kv_heads, keys_length = keys.shape[1:3]
+    device = queries.device
+    if row_weights.rows is not None:
+        rows, weights = row_weights.rows.to(device), row_weights.weights.to(device)  # type: ignore[union-attr]
+        if query_positions is None:
+            query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
+            key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
+        rows = rows.expand(batch, -1)
+        queries = queries.gather(2, rows[:, None, :, None].expand(-1, query_heads, -1, queries.shape[3]))
+        query_positions = query_positions.expand(batch, -1).gather(1, rows)
+        weights = weights.expand(batch, -1)
+    else:
+        used = min(row_weights.last, length)
+        queries = queries[:, :, length - used :]
+        weights = row_weights.suffix(device)[row_weights.last - used :].expand(batch, -1)
+        if query_positions is not None:
+            query_positions = query_positions[:, length - used :]
+    if query_positions is not None:
+        weights = weights * (query_positions >= 0)
+
+    count = queries.shape[2]
+    heads = 1 if group == "mean" else query_heads // kv_heads
+    mass = torch.zeros(batch, kv_heads, heads, keys_length, device=device)
+    for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
+        if query_positions is None:
+            seen = keys_length - count + block.stop
+            size = block.stop - block.start
+            hidden = None
+            if size > 1:
+                hidden = torch.ones(size, seen, dtype=torch.bool, device=device).triu_(seen - size + 1)
+        else:
+            seen = keys_length
+            hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type]
+        probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden)
+        if query_positions is not None:
+            probabilities = probabilities.nan_to_num_(0.0)  # rows that see nothing
+        row = weights[:, None, None, None, block].expand(-1, kv_heads, probabilities.shape[2], -1, -1)
+        if group == "mean":
+            row = row.reshape(batch, kv_heads, 1, 1, -1) / probabilities.shape[2]
+            probabilities = probabilities.reshape(batch, kv_heads, 1, -1, seen)
+        mass[..., :seen] += torch.matmul(row, probabilities).squeeze(-2)
+    return mass.squeeze(2) if group == "mean" else mass.amax(2)

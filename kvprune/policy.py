@@ -1,0 +1,146 @@
+"""What a policy is: a value with settings and four short methods. Everything it remembers lives in the table.
+
+At every forward pass, prefill or decode, each layer asks its policy, in this order:
+
+    row_weights(step)        which attention rows to weigh; the layer computes `step.mass` from them
+    observe(table, step)     update the columns, e.g. add the mass to a score
+    decide(table, step)      which rows stay
+
+Most policies rank rows by a score and keep the best: derive those from `Eviction` and write `columns`, `row_weights`
+and `observe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+from kvprune.mass import RowWeights
+from kvprune.table import TokenTable
+
+
+@dataclass
+class Step:
+    """What a layer tells its policy about the forward pass at hand. Padding is never counted as a token.
+
+    The counts of tokens are ints where every sequence of the batch has the same, else LongTensors `[B, 1, 1]`, ready to
+    be compared with `table.positions`.
+    """
+
+    layer: int
+    """Index of the layer in the model."""
+    prefill: bool
+    """Whether this step brought a prompt, or a piece of one; False for tokens that were generated."""
+    due: bool
+    """Whether it is time to decide: after every prefill step, and every `interval` generated tokens."""
+    queries: int
+    """Attention rows of this step, padding included: what `RowWeights` are made for."""
+    new_tokens: int | Tensor
+    """Tokens of this step."""
+    tokens: int | Tensor
+    """Tokens so far, those of this step included: the newest has position `tokens - 1`."""
+    prompt_tokens: tuple[int, ...]
+    """For each sequence, its tokens at the end of the last prefill step: what fractions are fractions of."""
+    token_bytes: int
+    """Bytes that one kept token costs in the whole cache: all pruned layers, heads and sequences."""
+    other_bytes: int
+    """Bytes that the layers which are not pruned can take, where a budget in bytes is for the whole cache."""
+    mass: Tensor | None = None
+    """`[B, Hkv, rows]` float32, aligned with the table's slots; None where the policy asked for no rows."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which rows stay. Give the slots to `keep`, or the slots to `evict`, whichever is shorter.
+
+    keep: LongTensor `[B, Hkv, rows]`; -1 for an empty row, where a sequence keeps fewer than another. The table shrinks
+        to exactly these rows and the rest of its memory is freed.
+    evict: LongTensor `[B, Hkv, k]`: these rows are overwritten in place. Empty slots may be named too.
+    """
+
+    keep: Tensor | None = None
+    evict: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.evict is None):
+            raise PolicyError("a Decision takes either the slots to keep or the slots to evict.")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: keeps everything and asks for nothing."""
+
+    @property
+    def interval(self) -> int | None:
+        """Generated tokens from one decision to the next; None if generated tokens are never evicted."""
+        return None
+
+    @property
+    def group(self) -> str:
+        """How the mass of the query heads of a KV head is reduced: "mean" or "max"."""
+        return "mean"
+
+    @property
+    def query_window(self) -> int:
+        """How many of the newest queries `row_weights` may weigh, also those that earlier steps brought.
+
+        With an `interval`, the window also spans generated tokens; without, it ends where they begin.
+        """
+        return 0
+
+    def columns(self) -> dict[str, torch.dtype]:
+        """Extra columns of the table, zero for new rows."""
+        return {}
+
+    def row_weights(self, step: Step) -> RowWeights | None:
+        """Which attention rows to weigh into `step.mass`; None if the policy needs no attention."""
+        return None
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        """Update the columns."""
+
+    def decide(self, table: TokenTable, step: Step) -> Decision | None:
+        """Which rows stay; None keeps everything."""
+        return None
+
+    def __or__(self, other: Policy) -> Chain:
+        """Run this policy, then the other, at every step."""
+        if not isinstance(other, Policy):
+            return NotImplemented
+        return Chain(tuple(self.parts()) + tuple(other.parts()))
+
+    def parts(self) -> tuple[Policy, ...]:
+        """The policies to run one after the other: itself, or the links of a chain."""
+        return (self,)
+
+    def with_settings(self, **settings: Any) -> Policy:
+        """A copy with other settings; raises PolicyError for a name it does not have."""
+        try:
+            return replace(self, **settings)
+        except TypeError as error:
+            known = ", ".join(self.__dataclass_fields__)
+            raise PolicyError(f"{type(self).__name__} has no such setting ({error}); it has: {known}.") from None
+
+
+@dataclass(frozen=True)
+class Chain(Policy):
+    """Several policies, run one after the other at every step. Made with `|`."""
+
+    links: tuple[Policy, ...] = ()
+
+    def parts(self) -> tuple[Policy, ...]:
+        return self.links
+
+    def __str__(self) -> str:
+        return " | ".join(str(link) for link in self.links)
+
+
+def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
+    """One int where all counts are equal, else a LongTensor `[B, 1, 1]`, to combine with `[B, Hkv, rows]`."""
+    if counts.count(counts[0]) == len(counts):
+        return counts[0]
+    return torch.tensor(counts, device=device).view(-1, 1, 1)

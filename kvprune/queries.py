@@ -1,0 +1,158 @@
+"""The queries of one step: what they see of a table, their attention output, and the mass they give to its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvprune.attention import causal_attention, positional_attention, single_query_attention
+from kvprune.mass import RowWeights, Scoring, attention_mass
+from kvprune.table import EMPTY, TokenTable
+
+
+@dataclass
+class Queries:
+    """The newest queries of a layer.
+
+    states: `[B, Hq, L, D]`. first: position of each sequence's first token in this step, an int or LongTensor
+    `[B, 1, 1]`. valid: bool `[B, L]`, False for padding; None if there is none. tokens: real tokens of each sequence.
+    spans: where the real tokens of each sequence begin and end, if the whole sequence came in this step and has no gap.
+    """
+
+    states: Tensor
+    first: int | Tensor
+    valid: Tensor | None
+    tokens: tuple[int, ...]
+    spans: list[tuple[int, int]] | None = None
+
+    @classmethod
+    def of_step(cls, states: Tensor, first: int | Tensor, valid: Tensor | None, *, begins: bool) -> Queries:
+        """begins: whether the sequences begin with this step."""
+        if valid is None:
+            return cls(states, first, None, (states.shape[2],) * states.shape[0])
+        return cls(states, first, valid, tuple(valid.sum(1).tolist()), _spans(valid) if begins else None)
+
+    def __len__(self) -> int:
+        return self.states.shape[2]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`[B or 1, L]` int64, -1 for padding."""
+        first = self.first if isinstance(self.first, int) else self.first.view(-1, 1)
+        if self.valid is None:
+            return torch.arange(len(self), device=self.states.device)[None] + first
+        return (self.valid.cumsum(1) - 1 + first).masked_fill(~self.valid, EMPTY)
+
+    def part(self, start: int, stop: int) -> Queries:
+        """The queries `start .. stop - 1` of this step, in tensors of their own."""
+        states = self.states[:, :, start:stop].clone()
+        if self.valid is None:
+            return Queries(states, self.first + start, None, (stop - start,) * len(self.tokens))
+        before, valid = self.valid[:, :start].sum(1).view(-1, 1, 1), self.valid[:, start:stop].clone()
+        return Queries(states, self.first + before, valid, tuple(valid.sum(1).tolist()))
+
+    def select_batch(self, rows: Tensor) -> Queries:
+        """These sequences, in this order."""
+        rows = rows.to(self.states.device)
+        return Queries(
+            self.states[rows],
+            self.first if isinstance(self.first, int) else self.first[rows],
+            None if self.valid is None else self.valid[rows],
+            tuple(self.tokens[row] for row in rows.tolist()),
+        )
+
+    # -- over a table whose newest rows are their own ----------------------------------------------------------------
+
+    def attend(self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool) -> tuple[Tensor, Tensor | None]:
+        """Attention output `[B, Hq, L, Dv]`; of a single query, if wanted, also probabilities `[B, Hkv, G, rows]`."""
+        states, keys, values = self.states, table.keys, table.values
+        if len(self) == 1 and self.valid is None:
+            empty = None if table.dense else table.positions < 0
+            return single_query_attention(states, keys, values, scoring, empty, with_probabilities)
+        if table.dense:
+            return causal_attention(states, keys, values, scoring), None
+        if self.spans is None:
+            return positional_attention(states, keys, values, scoring, self.positions, table.positions), None
+        output = states.new_zeros(*states.shape[:3], values.shape[3])
+        for one in self._sequences():  # one by one, so that no mask of L x L is ever made
+            output[one] = causal_attention(states[one], keys[one], values[one], scoring)
+        return output, None
+
+    def weigh(
+        self,
+        table: TokenTable,
+        scoring: Scoring,
+        weights: RowWeights,
+        group: str,
+        *,
+        probabilities: Tensor | None = None,
+        earlier: Remembered | None = None,
+    ) -> Tensor:
+        """Attention mass of every row of the table, `[B, Hkv, rows]` float32.
+
+        probabilities: of a single query, as `attend` returned them. earlier: queries of earlier steps to weigh as well.
+        """
+        if earlier is not None and weights.last > len(self):
+            states, positions = earlier.followed_by(self)
+            return attention_mass(
+                states, table.keys, weights, scoring,
+                group=group, query_positions=positions, key_positions=table.positions,
+            )  # fmt: skip
+        if probabilities is not None and weights.rows is None:
+            return probabilities.mean(2) if group == "mean" else probabilities.amax(2)
+        if table.dense:
+            return attention_mass(self.states, table.keys, weights, scoring, group=group)
+        if self.spans is None or weights.rows is not None:
+            return attention_mass(
+                self.states, table.keys, weights, scoring,
+                group=group, query_positions=self.positions, key_positions=table.positions,
+            )  # fmt: skip
+        mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
+        for one in self._sequences():
+            mass[one] = attention_mass(self.states[one], table.keys[one], weights, scoring, group=group)
+        return mass
+
+    def _sequences(self) -> list[tuple[slice, slice, slice]]:
+        """For each sequence, the index of its real tokens in a tensor `[B, H, L, ...]`."""
+        return [
+            (slice(row, row + 1), slice(None), slice(begin, end))
+            for row, (begin, end) in enumerate(self.spans or ())
+            if end > begin
+        ]
+
+
+@dataclass
+class Remembered:
+    """The newest queries of earlier steps. states: `[B, Hq, w, D]`. positions: `[B or 1, w]`, -1 for padding."""
+
+    states: Tensor
+    positions: Tensor
+
+    def followed_by(self, queries: Queries) -> tuple[Tensor, Tensor]:
+        """States and positions of these queries and then those."""
+        batch = max(self.positions.shape[0], queries.positions.shape[0])
+        positions = (self.positions.expand(batch, -1), queries.positions.expand(batch, -1))
+        return torch.cat([self.states, queries.states], dim=2), torch.cat(positions, dim=1)
+
+    @classmethod
+    def newest(cls, count: int, earlier: Remembered | None, queries: Queries) -> Remembered:
+        """The newest `count` queries, of this step and, where it has fewer, of earlier ones."""
+        states, positions = queries.states, queries.positions
+        if earlier is not None and len(queries) < count:
+            states, positions = earlier.followed_by(queries)
+        return cls(states[:, :, -count:].clone(), positions[:, -count:].clone())
+
+    def select_batch(self, rows: Tensor) -> Remembered:
+        rows = rows.to(self.states.device)
+        return Remembered(self.states[rows], self.positions if self.positions.shape[0] == 1 else self.positions[rows])
+
+
+def _spans(valid: Tensor) -> list[tuple[int, int]] | None:
+    """Begin and end of the real tokens of each sequence, or None where one has a gap."""
+    begins, counts = valid.int().argmax(1).tolist(), valid.sum(1).tolist()
+    spans = [(begin, begin + count) for begin, count in zip(begins, counts, strict=True)]
+    whole = all(bool(valid[row, begin:end].all()) for row, (begin, end) in enumerate(spans))
+    return spans if whole else None

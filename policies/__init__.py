@@ -1,0 +1,15 @@
+"""Published methods, one file each. `get("a2sf", budget=0.25)` makes one by name; `names()` lists them.
+
+To add one, see CONTRIBUTING.md: a policy is a page.
+"""
+
+from kvprune.policies.a2sf import A2SF
+from kvprune.policies.full import Full
+from kvprune.policies.h2o import H2O
+from kvprune.policies.snapkv import SnapKV
+from kvprune.policies.streaming_llm import StreamingLLM
+from kvprune.policies.tova import TOVA
+
+from kvprune.registry import find, get, names
+
+__all__ = ["A2SF", "H2O", "TOVA", "Full", "SnapKV", "StreamingLLM", "find", "get", "names"]

@@ -1,0 +1,12 @@
+"""Full: the dense cache, to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvprune.policy import Policy
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Keeps every token."""

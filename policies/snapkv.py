@@ -1,0 +1,69 @@
+"""SnapKV: what the end of the prompt attends to. Li et al., arXiv 2404.14469, NeurIPS 2024."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+from kvprune.eviction import Eviction, along_positions, check_count
+from kvprune.mass import RowWeights
+from kvprune.policy import Step
+from kvprune.table import TokenTable
+
+
+@dataclass(frozen=True)
+class SnapKV(Eviction):
+    """Keeps what the last `window` queries attend to, pooled over neighbours, and the window itself.
+
+        z_k = sum over the last `window` queries q of P[q, k],   pooled with a kernel of `kernel_size`
+
+    Decides at the end of every prefill step and lets generated tokens accumulate, as in the paper. With `interval` set
+    it also evicts while decoding, by what the newest `window` queries attend to.
+
+    Settings (beside those of `Eviction`):
+        window: queries to observe. recent: tokens always kept, by default the window.
+        pooling: "max" or "avg" (zeros count at the edges, as in the paper's code).
+    """
+
+    _: KW_ONLY
+    window: int = 32
+    kernel_size: int = 7
+    pooling: str = "max"
+    recent: int | float | None = None  # type: ignore[assignment]
+    interval: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("window", self.window, least=1)
+        if self.recent is None:
+            object.__setattr__(self, "recent", self.window)
+        if self.pooling not in ("max", "avg"):
+            raise PolicyError(f'pooling must be "max" or "avg", not {self.pooling!r}.')
+        super().__post_init__()
+
+    @property
+    def query_window(self) -> int:
+        return self.window
+
+    def columns(self) -> dict[str, torch.dtype]:
+        return {"score": torch.float32}
+
+    def row_weights(self, step: Step) -> RowWeights | None:
+        return RowWeights.last_window(self.window) if step.due else None
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        if step.mass is not None:
+            table["score"] = step.mass
+
+    def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
+        if self.pooling == "max":
+            return super().pool(scores, table, recent)
+        return along_positions(
+            scores.masked_fill(recent, 0.0),
+            table,
+            lambda dense: F.avg_pool1d(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2),
+            fill=0.0,
+        )

@@ -1,0 +1,25 @@
+"""StreamingLLM: attention sinks and a sliding window. Xiao et al., arXiv 2309.17453, ICLR 2024."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
+
+from kvprune.eviction import Eviction
+from kvprune.policy import Step
+from kvprune.table import TokenTable
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Eviction):
+    """Keeps the first `sinks` tokens and, in the rest of the budget, the newest ones. Looks at no attention.
+
+    Keys keep their rotation and queries their logical position; the paper's code renumbers both to the cache's slots.
+    """
+
+    _: KW_ONLY
+    recent: int | float = 1  # of which there are more: all that the sinks leave
+
+    def scores(self, table: TokenTable, step: Step) -> Tensor:
+        return table.positions.float().zero_()  # all equal, and ties go to the more recent token

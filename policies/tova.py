@@ -1,0 +1,30 @@
+"""TOVA: token omission via attention. Oren et al., arXiv 2401.06104, 2024."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+
+from kvprune.eviction import Eviction
+from kvprune.mass import RowWeights
+from kvprune.policy import Step
+from kvprune.table import TokenTable
+
+
+@dataclass(frozen=True)
+class TOVA(Eviction):
+    """Keeps the tokens that the newest query attends to most, averaged over all heads: one set for the whole layer."""
+
+    _: KW_ONLY
+    sinks: int = 0
+    recent: int | float = 1
+
+    def columns(self) -> dict[str, torch.dtype]:
+        return {"score": torch.float32}
+
+    def row_weights(self, step: Step) -> RowWeights:
+        return RowWeights.last_window(1)
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        table["score"] = step.mass.mean(1, keepdim=True)
