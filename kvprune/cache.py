@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvprune.attention import MARK, PREFIX, register
 from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import Policy
+from kvprune.registry import parse
 from kvprune.report import CacheReport, LayerReport
 
 
@@ -228,6 +229,11 @@ class PrunedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
                 layer.check_crop(tokens_to_remove)
+            elif _is_past_its_window(layer) and not layer.record_past:
+                raise CacheError(
+                    "cannot crop: a sliding-window layer has dropped tokens that would be needed again. Call "
+                    "activate_past_recording() before steps that you may want to take back, or keep a fork()."
+                )
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -248,9 +254,7 @@ class PrunedCache(Cache):
 
 def _policy(policy: Policy | str) -> Policy:
     if isinstance(policy, str):
-        from kvprune.registry import get
-
-        return get(policy)
+        return parse(policy)
     if not isinstance(policy, Policy):
         raise PolicyError(
             f"{policy!r} is not a policy: give a Policy object such as A2SF(0.25), a chain such as "
@@ -298,6 +302,10 @@ def _switch_attention(model: Any) -> None:
     base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
     if not base.startswith(PREFIX):
         model.set_attn_implementation(register(base))
+
+
+def _is_past_its_window(layer: Any) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
 
 
 def _stock_bytes(layer: Any) -> int:

@@ -141,7 +141,7 @@ class Eviction(Policy):
     def _evict(self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int) -> Decision:
         """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots."""
         retention = self._retention(table, step, capacity, self.scores(table, step).expand_as(table.positions))
-        if isinstance(step.tokens, int):
+        if table.dense:
             if excess == 1:
                 return Decision(evict=retention.argmin(dim=-1, keepdim=True))
             return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)
@@ -174,20 +174,26 @@ class Eviction(Policy):
         position pack into one integer. NaN ranks below every number.
         """
         positions = table.positions
-        bits = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        bits = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+        bits ^= (bits >> 31) & 0x7FFFFFFF
         retention = torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
         kept = self._is_recent(table, step, capacity)
         if self.sinks:
             kept = kept | (positions < self.sinks)
         retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
-        return retention if isinstance(step.tokens, int) else retention.masked_fill_(positions < 0, _NEVER_KEPT)
+        return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
 
 
 def check_count(name: str, value: int, *, least: int) -> None:
     """Raise PolicyError unless a setting is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise PolicyError(f"{name} must be an int of at least {least}, not {value!r}.")
+
+
+def check_number(name: str, value: float, *, low: float, high: float) -> None:
+    """Raise PolicyError unless a setting is a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
+        raise PolicyError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
 
 
 def along_positions(scores: Tensor, table: TokenTable, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:

@@ -128,8 +128,10 @@ class PrunedLayer(CacheLayerMixin):
         if self.undecided is not None:
             self._commit()  # the model went on without a crop, so everything was accepted
         device = states.device
-        if self.home is not None and self.home != device:
-            states, valid = states.to(self.home), None if valid is None else valid.to(self.home)
+        if self.home is not None:
+            states = states.to(self.home)
+        if valid is not None:
+            valid = valid.to(states.device)
         # A draft of several tokens that is being verified is generated text, not a prompt.
         prefill = self.table is None or (states.shape[2] > 1 and not self.record_past)
         table, queries = self._append(states, valid)
@@ -212,7 +214,7 @@ class PrunedLayer(CacheLayerMixin):
             weights, group = plan.weights, plan.policy.group
             if weights is not None:
                 known = [mass for other, by, mass in shared if by == group and weights.same_as(other)]
-                plan.step.mass = (
+                plan.step.weighed = (
                     known[0]
                     if known
                     else queries.weigh(
@@ -241,7 +243,8 @@ class PrunedLayer(CacheLayerMixin):
             elif decision.evict is not None:
                 table.evict(decision.evict)
             self.last_eviction = self.seen
-        table.own()
+        if plans[0].step.prefill:
+            table.own()
 
     # -- rolling back ----------------------------------------------------------------------------------------------
 

@@ -115,8 +115,8 @@ def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: T
 
     Args:
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
-        hidden: bool, broadcastable to `[B, Hkv, 1, L, S]`, True where a key must not be seen. A row that sees nothing
-            is NaN, unless the model has attention sinks.
+        hidden: bool, broadcastable to `[B, Hkv, 1, L, S']`, True where one of the last S' keys must not be seen. A row
+            that sees nothing is NaN, unless the model has attention sinks.
     """
     batch, kv_heads, length, dim = keys.shape
     rows = queries.shape[2]
@@ -132,7 +132,7 @@ def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: T
     if scoring.softcap is not None:
         logits = torch.tanh(logits / scoring.softcap) * scoring.softcap
     if hidden is not None:
-        logits = logits.masked_fill_(hidden, -math.inf)
+        logits[..., length - hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
     if scoring.sinks is not None:
         sinks = scoring.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
         return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
@@ -210,10 +210,8 @@ def attention_mass(
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
         if query_positions is None:
             seen = keys_length - count + block.stop
-            size = block.stop - block.start
-            hidden = None
-            if size > 1:
-                hidden = torch.ones(size, seen, dtype=torch.bool, device=device).triu_(seen - size + 1)
+            size = block.stop - block.start  # of the keys before these queries, none is hidden
+            hidden = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1) if size > 1 else None
         else:
             seen = keys_length
             hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type]

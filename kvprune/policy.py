@@ -12,8 +12,7 @@ and `observe`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -49,8 +48,15 @@ class Step:
     """Bytes that one kept token costs in the whole cache: all pruned layers, heads and sequences."""
     other_bytes: int
     """Bytes that the layers which are not pruned can take, where a budget in bytes is for the whole cache."""
-    mass: Tensor | None = None
-    """`[B, Hkv, rows]` float32, aligned with the table's slots; None where the policy asked for no rows."""
+    weighed: Tensor | None = None
+    """What `mass` returns; None where the policy asked for no rows."""
+
+    @property
+    def mass(self) -> Tensor:
+        """Attention mass of the rows the policy asked for, `[B, Hkv, rows]` float32, aligned with the table's slots."""
+        if self.weighed is None:
+            raise PolicyError("this step has no attention mass: return the rows to weigh from row_weights().")
+        return self.weighed
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,14 @@ class Policy:
         """The policies to run one after the other: itself, or the links of a chain."""
         return (self,)
 
-    def with_settings(self, **settings: Any) -> Policy:
-        """A copy with other settings; raises PolicyError for a name it does not have."""
-        try:
-            return replace(self, **settings)
-        except TypeError as error:
-            known = ", ".join(self.__dataclass_fields__)
-            raise PolicyError(f"{type(self).__name__} has no such setting ({error}); it has: {known}.") from None
+    def __str__(self) -> str:
+        """The first setting and those that are not at their defaults: `A2SF(budget=0.25, kernel_size=7)`."""
+        shown = [
+            f"{field.name}={value!r}"
+            for index, field in enumerate(fields(self))
+            if (value := getattr(self, field.name)) != field.default or index == 0
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)

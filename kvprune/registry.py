@@ -6,18 +6,19 @@ Packages register theirs under the entry-point group `kvprune.policies`; the bui
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from kvprune.errors import PolicyError
-from kvprune.policy import Policy
+from kvprune.policy import Chain, Policy
 
 GROUP = "kvprune.policies"
 
 
 @cache
-def _entry_points() -> dict[str, Any]:
+def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
@@ -33,16 +34,48 @@ def find(name: str) -> type[Policy]:
         close = difflib.get_close_matches(key, names(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise PolicyError(f"there is no policy named {name!r}.{hint} Known names: {', '.join(names())}.")
-    return _entry_points()[key].load()
+    policy: type[Policy] = _entry_points()[key].load()
+    return policy
 
 
 def get(name: str, **settings: Any) -> Policy:
     """A policy by name: `get("a2sf", budget=0.25)`. Raises PolicyError for an unknown name or setting."""
     policy = find(name)
-    unknown = settings.keys() - policy.__dataclass_fields__.keys()
+    known = [field.name for field in fields(policy)]
+    unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise PolicyError(
-            f"{policy.__name__} has no setting {', '.join(map(repr, sorted(unknown)))}; "
-            f"it has: {', '.join(policy.__dataclass_fields__)}."
+            f"{policy.__name__} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}."
         )
     return policy(**settings)
+
+
+def parse(text: str, **defaults: Any) -> Policy:
+    """A policy or a chain from text: "a2sf", "a2sf:budget=0.25,kernel_size=7", "a2sf:budget=0.5 | streaming_llm".
+
+    defaults: settings for every link that has such a setting and does not give it itself. Raises PolicyError.
+    """
+    links = [_parse_link(link, defaults) for link in text.split("|")]
+    return links[0] if len(links) == 1 else Chain(tuple(links))
+
+
+def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
+    name, colon, rest = text.partition(":")
+    known = {field.name for field in fields(find(name))}
+    settings = {setting: value for setting, value in defaults.items() if setting in known}
+    for item in rest.split(",") if colon else ():
+        setting, equals, value = (part.strip() for part in item.partition("="))
+        if not (setting and equals and value):
+            raise PolicyError(f"cannot read {item!r} in {text!r}: write settings as name:setting=value,setting=value.")
+        settings[setting] = _value(value)
+    return get(name, **settings)
+
+
+def _value(text: str) -> Any:
+    """`"7"` -> 7, `"0.5"` -> 0.5, `"none"` -> None, anything else as it is."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return None if text.lower() == "none" else text

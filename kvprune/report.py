@@ -86,7 +86,7 @@ class CacheReport:
             title_justify="left",
             caption_justify="left",
         )
-        for heading in ("layer", "kind", "rows per head", "keys + values", "total", "dense", "ratio"):
+        for heading in ("layer", "kind", "rows/head", "keys+values", "total", "dense", "ratio"):
             table.add_column(heading, justify="left" if heading == "kind" else "right")
         for layer in self.layers:
             table.add_row(

@@ -10,6 +10,6 @@ from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 
-from kvprune.registry import find, get, names
+from kvprune.registry import find, get, names, parse
 
-__all__ = ["A2SF", "H2O", "TOVA", "Full", "SnapKV", "StreamingLLM", "find", "get", "names"]
+__all__ = ["A2SF", "H2O", "TOVA", "Full", "SnapKV", "StreamingLLM", "find", "get", "names", "parse"]

@@ -6,8 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from kvprune.errors import PolicyError
-from kvprune.eviction import Eviction
+from kvprune.eviction import Eviction, check_number
 from kvprune.mass import RowWeights
 from kvprune.policy import Step
 from kvprune.table import TokenTable
@@ -35,10 +34,8 @@ class A2SF(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.forgetting_factor <= 1:
-            raise PolicyError(f"forgetting_factor must lie in [0, 1], not {self.forgetting_factor!r}.")
-        if not 0 <= self.epsilon < 1:
-            raise PolicyError(f"epsilon must lie in [0, 1), not {self.epsilon!r}; 0 reads every row.")
+        check_number("forgetting_factor", self.forgetting_factor, low=0, high=1)
+        check_number("epsilon", self.epsilon, low=0, high=1)
 
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}

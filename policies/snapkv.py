@@ -55,7 +55,7 @@ class SnapKV(Eviction):
         return RowWeights.last_window(self.window) if step.due else None
 
     def observe(self, table: TokenTable, step: Step) -> None:
-        if step.mass is not None:
+        if step.due:
             table["score"] = step.mass
 
     def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:

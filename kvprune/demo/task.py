@@ -41,7 +41,8 @@ from kvprune.errors import KVPruneError
 NOTE_LENGTH = 6  # note k1 k2: v1 v2 v3.
 QUESTION_LENGTH = 3  # question k1 k2:
 ANSWER_LENGTH = 3  # v1 v2 v3.
-_SUCCESSORS = 6  # words that may follow a filler word within the next word class
+_SUCCESSORS = 6  # words that may follow a filler word within the next word class, each half as likely as the one before
+_RANKED = {count: 0.5 ** np.arange(count) / (0.5 ** np.arange(count)).sum() for count in range(1, _SUCCESSORS + 1)}
 
 
 def _ids(words: list[str]) -> np.ndarray:
@@ -109,7 +110,8 @@ class RecallGenerator:
         classes = SENTENCES[self.rng.integers(len(SENTENCES))].split()
         words = [int(self.rng.choice(_ids(FILLER[classes[0]])))]
         for before, after in pairwise(classes):
-            words.append(int(self.rng.choice(self._chain[before, after][words[-1]])))
+            followers = self._chain[before, after][words[-1]]
+            words.append(int(self.rng.choice(followers, p=_RANKED[len(followers)])))
         return np.array(words)
 
     def _filler(self, length: int) -> list[np.ndarray]:

@@ -1,0 +1,3 @@
+from kvprune.cli import main
+
+main()

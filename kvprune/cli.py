@@ -1,0 +1,163 @@
+"""The command line: `kvprune demo`, `kvprune generate`, `kvprune policies`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvprune.errors import KVPruneError
+
+app = typer.Typer(
+    help="KV-cache compression for long-context language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and everything else elsewhere.")]
+
+
+def _console(as_json: bool) -> Console:
+    """Where people are spoken to: standard error when standard output is for machines."""
+    return Console(stderr=as_json)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Tokens of each document.")] = 4096,
+    notes: Annotated[int, typer.Option(help="Notes hidden in each document.")] = 64,
+    questions: Annotated[int, typer.Option(help="Questions to ask in all.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("kvprune-demo"),
+    as_json: Json = False,
+) -> None:
+    """Watch the embedded model answer questions about a long document from ever smaller caches."""
+    from kvprune.demo.show import Demo
+
+    if questions < 1:
+        raise KVPruneError(f"{questions} questions cannot be measured: ask at least 1.")
+    summary = Demo(tokens, notes, questions, seed=seed, out=out, console=_console(as_json)).run()
+    if as_json:
+        print(json.dumps(summary, indent=1))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help='A model folder or hub name; "demo" is the embedded model.')],
+    prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; - for standard input.")],
+    policy: Annotated[
+        str, typer.Option(help='A policy, e.g. "a2sf", "snapkv:window=64", "a2sf:budget=0.5 | tova".')
+    ] = "a2sf",
+    budget: Annotated[
+        str, typer.Option(help="Fraction of the prompt (0.25), tokens per KV head (1024), or bytes (512MiB).")
+    ] = "0.25",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')] = "auto",
+    device_map: Annotated[str | None, typer.Option(help='Where to load the model, e.g. "auto" or "cuda".')] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw which tokens were kept, as a picture file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate from a prompt file with a pruned cache, and report what was kept."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvprune.cache import PrunedCache
+    from kvprune.demo import MODEL_PATH
+    from kvprune.registry import parse
+
+    chosen = parse(policy, budget=budget)  # before the model loads: a typing mistake should not cost minutes
+    text = sys.stdin.read() if str(prompt_file) == "-" else _read(prompt_file)
+    source = str(MODEL_PATH) if model == "demo" else model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        language_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise KVPruneError(f"cannot load the model {model!r}: {error}") from error
+    if chat:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(text, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise KVPruneError(f"{prompt_file} holds no text: give a prompt of at least one token.")
+    inputs = {name: tensor.to(language_model.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    cache = PrunedCache(language_model, chosen)
+    with torch.inference_mode():
+        output = language_model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    report = cache.report()
+    if plot is not None:
+        report.plot(plot)
+    if as_json:
+        print(json.dumps({"text": answer, "prompt_tokens": inputs["input_ids"].shape[1], "cache": report.to_dict()}))
+        return
+    console = _console(False)
+    console.print(answer, markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    console.print(report)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KVPruneError(f"cannot read the prompt file {path}: {error}") from error
+
+
+@app.command()
+def policies(as_json: Json = False) -> None:
+    """List the policies, their settings and defaults."""
+    from kvprune.registry import find, names
+
+    entries: list[dict[str, Any]] = []
+    for name in names():
+        policy = find(name)
+        defaults = policy()
+        entries.append(
+            {
+                "name": name,
+                "class": policy.__name__,
+                "source": (sys.modules[policy.__module__].__doc__ or "").strip().splitlines()[0],
+                "settings": {
+                    field.name: getattr(defaults, field.name)
+                    for field in fields(policy)
+                    if field.default is not MISSING
+                },
+            }
+        )
+    if as_json:
+        print(json.dumps(entries, indent=1))
+        return
+    table = Table(
+        title="policies", title_justify="left", caption='use them as "name" or "name:setting=value,setting=value"'
+    )
+    table.add_column("name", style="bold")
+    table.add_column("paper")
+    table.add_column("settings and defaults")
+    for entry in entries:
+        settings = ", ".join(f"{name}={value}" for name, value in entry["settings"].items())
+        table.add_row(entry["name"], entry["source"].partition(": ")[2], settings or "none")
+    _console(False).print(table)
+
+
+def main() -> None:
+    """Entry point: mistakes a person can make end in one clear sentence, not in a traceback."""
+    try:
+        app()
+    except KVPruneError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""How well a compressed cache answers, counted honestly.
+
+The first word of an answer comes out of the prefill, which attends over everything, so it says nothing about the
+compressed cache. What is counted are the words after it: the right words are fed one by one, and each must be predicted
+from what the cache kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from kvprune.cache import PrunedCache
+from kvprune.demo.task import RecallGenerator
+from kvprune.policy import Policy
+
+CONTINUATION = 24  # tokens decoded after the prompt: the answer and what the dense model writes next
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts of one length with a question at the end. prompts: `[Q, n]`. answers: `[Q, 3]`. Token ids."""
+
+    prompts: Tensor
+    answers: Tensor
+
+    @classmethod
+    def draw(cls, count: int, *, tokens: int, notes: int, seed: int, per_document: int = 8) -> Questions:
+        """`count` questions, at most `per_document` of them about the same document of `tokens` tokens."""
+        generator = RecallGenerator(seed)
+        prompts: list[np.ndarray] = []
+        answers: list[np.ndarray] = []
+        while len(prompts) < count:
+            recall = generator.document(tokens, notes)
+            asked = generator.rng.choice(notes, size=min(per_document, notes, count - len(prompts)), replace=False)
+            prompts += [recall.prompt(note) for note in asked]
+            answers += [recall.values[note] for note in asked]
+        return cls(torch.from_numpy(np.stack(prompts)), torch.from_numpy(np.stack(answers)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one policy did on a set of questions.
+
+    recall: share of answer words, from the second on, predicted from the compressed cache. agreement: share of decoded
+    tokens on which it agrees with the full cache. Bytes are of one sequence, after decoding, measured; times are
+    medians over batches, prefill per prompt, decode per token of a sequence.
+    """
+
+    policy: str
+    budget: str
+    recall: float
+    agreement: float
+    nbytes: int
+    kv_nbytes: int
+    dense_nbytes: int
+    prefill_seconds: float
+    decode_ms: float
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes / self.dense_nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model on the same questions.
+
+    continuation: `[Q, CONTINUATION - 1]`, what is fed after the prompt: the right answer, then what the model writes.
+    predictions: `[Q, CONTINUATION]`, its choice after the prompt and after each of those tokens.
+    """
+
+    continuation: Tensor
+    predictions: Tensor
+
+
+@torch.no_grad()
+def reference(model: Any, questions: Questions, batch_size: int = 8) -> Reference:
+    """Run the dense cache: it is fed the right answer, then its own choices."""
+    continuations, predictions = [], []
+    for start in range(0, len(questions.prompts), batch_size):
+        prompts = questions.prompts[start : start + batch_size]
+        answers = questions.answers[start : start + batch_size]
+        cache = DynamicCache(config=model.config)
+        chosen = [_next(model, prompts, cache)]
+        fed: list[Tensor] = []
+        for step in range(CONTINUATION - 1):
+            fed.append(answers[:, step] if step < answers.shape[1] else chosen[-1])
+            chosen.append(_next(model, fed[-1][:, None], cache))
+        continuations.append(torch.stack(fed, dim=1))
+        predictions.append(torch.stack(chosen, dim=1))
+    return Reference(torch.cat(continuations), torch.cat(predictions))
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    questions: Questions,
+    dense: Reference,
+    policy: Policy | None,
+    *,
+    label: str,
+    budget: str = "",
+    batch_size: int = 8,
+    tick: Callable[[int], None] = lambda questions: None,
+) -> Result:
+    """Answer all questions with one policy (None: the stock DynamicCache), feeding the reference's continuation."""
+    right_answers = agreeing = counted = 0
+    prefills, decodes = [], []
+    held = kv_held = dense_held = 0
+    for start in range(0, len(questions.prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        prompts, fed = questions.prompts[rows], dense.continuation[rows]
+        cache: Cache = DynamicCache(config=model.config) if policy is None else PrunedCache(model, policy)
+        began = time.perf_counter()
+        chosen = [_next(model, prompts, cache)]
+        prefilled = time.perf_counter()
+        steps = []
+        for step in range(fed.shape[1]):
+            before = time.perf_counter()
+            chosen.append(_next(model, fed[:, step : step + 1], cache))
+            steps.append(time.perf_counter() - before)
+        prefills.append((prefilled - began) / len(prompts))
+        decodes.append(float(np.median(steps)) / len(prompts))
+        predicted = torch.stack(chosen, dim=1)
+        answers = questions.answers[rows]
+        right_answers += int((predicted[:, 1 : answers.shape[1]] == answers[:, 1:]).sum())
+        counted += answers[:, 1:].numel()
+        agreeing += int((predicted[:, 1:] == dense.predictions[rows][:, 1:]).sum())
+        if isinstance(cache, PrunedCache):
+            report = cache.report()
+            held, kv_held, dense_held = report.nbytes, report.kv_nbytes, report.dense_nbytes
+        else:
+            held = kv_held = dense_held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        per_sequence = len(prompts)
+        tick(len(prompts))
+    return Result(
+        policy=label,
+        budget=budget,
+        recall=right_answers / counted,
+        agreement=agreeing / dense.predictions[:, 1:].numel(),
+        nbytes=held // per_sequence,
+        kv_nbytes=kv_held // per_sequence,
+        dense_nbytes=dense_held // per_sequence,
+        prefill_seconds=float(np.median(prefills)),
+        decode_ms=1000 * float(np.median(decodes)),
+    )
+
+
+def _next(model: Any, tokens: Tensor, cache: Cache) -> Tensor:
+    """The most likely next token of each sequence, `[B]`."""
+    return model(tokens.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1).cpu()

@@ -1,0 +1,242 @@
+"""`kvprune demo`: the embedded model answers questions about a long document from ever smaller caches."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvprune.cache import PrunedCache
+from kvprune.demo import load
+from kvprune.demo.measure import Questions, Result, measure, reference
+from kvprune.demo.task import ANSWER_LENGTH, decode
+from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
+from kvprune.policy import Policy
+from kvprune.report import human_bytes
+
+FULL = "full cache"
+BATCH_SIZE = 8
+
+
+def contenders(budget: float) -> dict[str, Policy]:
+    """The policies shown side by side, at their defaults; A2SF also with its scores pooled over 7 neighbours."""
+    return {
+        "A2SF, pooled": A2SF(budget, kernel_size=7),
+        "SnapKV": SnapKV(budget),
+        "A2SF": A2SF(budget),
+        "TOVA": TOVA(budget),
+        "H2O": H2O(budget),
+        "StreamingLLM": StreamingLLM(budget),
+    }
+
+
+@dataclass
+class Demo:
+    """Settings of one demo; `run` does it all and returns the measurements."""
+
+    tokens: int = 4096
+    notes: int = 64
+    questions: int = 32
+    budgets: tuple[float, ...] = (0.25, 0.10, 0.05)
+    seed: int = 1
+    out: Path = Path("kvprune-demo")
+    console: Console = field(default_factory=Console)
+
+    def run(self) -> dict[str, Any]:
+        questions = Questions.draw(self.questions, tokens=self.tokens, notes=self.notes, seed=self.seed)
+        model, tokenizer = load()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._introduce(questions, model, tokenizer)
+        results = self._measure(model, questions)
+        self.console.print(self._table(results))
+        pictures = [
+            plot_quality(results, self.out / "quality.png", self.tokens, self.notes),
+            self._plot_kept(model, questions, self.out / "kept.png"),
+        ]
+        self.console.print(
+            f"\nPictures: [bold]{pictures[0]}[/] (recall against bytes), [bold]{pictures[1]}[/] (which tokens stayed)."
+        )
+        return {
+            "tokens": self.tokens,
+            "notes": self.notes,
+            "questions": self.questions,
+            "seed": self.seed,
+            "machine": machine(),
+            "results": [result.to_dict() for result in results],
+            "pictures": [str(picture) for picture in pictures],
+        }
+
+    def _introduce(self, questions: Questions, model: Any, tokenizer: Any, shown: int = 5) -> None:
+        """Show the document, and a few answers with a quarter of the cache."""
+        budget = self.budgets[0]
+        words = decode(questions.prompts[0].tolist()).split(" ")
+        self.console.print(
+            f"[bold]A document of {self.tokens:,} tokens with {self.notes} notes in it[/], one word a token:\n"
+        )
+        self.console.print("  " + " ".join(words[:60]) + " ...", style="dim", highlight=False)
+        self.console.print("  ... " + " ".join(words[-40:]), style="dim", highlight=False)
+        self.console.print(
+            f"\nThe embedded model answers, keeping [bold]{budget:.0%}[/] of its KV cache "
+            f"(A2SF, scores pooled over 7 neighbours):\n"
+        )
+        for prompt, answer in zip(questions.prompts[:shown], questions.answers[:shown], strict=True):
+            cache = PrunedCache(model, A2SF(budget, kernel_size=7))
+            inputs = prompt[None]
+            written = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                past_key_values=cache,
+                max_new_tokens=ANSWER_LENGTH,
+                do_sample=False,
+            )[0, inputs.shape[1] :]
+            said = tokenizer.decode(written, skip_special_tokens=True)
+            right = said == decode(answer.tolist())
+            mark = "[green]✓[/]" if right else f"[red]✗[/] (right: {decode(answer.tolist())})"
+            question = " ".join(decode(prompt.tolist()).split(" ")[-2:])
+            self.console.print(f"  {question:<18} [bold]{said:<28}[/] {mark}", highlight=False)
+        self.console.print()
+
+    def _measure(self, model: Any, questions: Questions) -> list[Result]:
+        plans: list[tuple[str, str, Policy | None]] = [(FULL, "", None)]
+        plans += [
+            (label, f"{budget:.0%}", policy) for budget in self.budgets for label, policy in contenders(budget).items()
+        ]
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} prompts"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task(FULL, total=(len(plans) + 1) * self.questions)
+            dense = reference(model, questions, BATCH_SIZE)
+            progress.advance(task, self.questions)
+            results = []
+            for label, budget, policy in plans:
+                progress.update(task, description=f"{label} {budget}".strip())
+                results.append(
+                    measure(
+                        model,
+                        questions,
+                        dense,
+                        policy,
+                        label=label,
+                        budget=budget,
+                        batch_size=BATCH_SIZE,
+                        tick=lambda prompts: progress.advance(task, prompts),
+                    )
+                )
+        return results
+
+    def _table(self, results: list[Result]) -> Table:
+        table = Table(
+            title=f"{self.questions} questions, {self.tokens:,} tokens, {self.notes} notes",
+            caption="recall: answer words predicted from the compressed cache, that is all but the first. agree: "
+            "decoded tokens as with the full cache. KV bytes, ratio: of one sequence, measured, everything included. "
+            f"prefill, decode: seconds a prompt, milliseconds a token, in batches of {BATCH_SIZE}; speed: decode time "
+            "against the full cache.",
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for heading in ("policy", "budget", "recall", "agree", "KV bytes", "ratio", "prefill", "decode", "speed"):
+            table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+        full = results[0]
+        for before, result in zip([full, *results], results, strict=False):
+            if result.budget != before.budget:
+                table.add_section()
+            table.add_row(
+                result.policy,
+                result.budget,
+                f"{result.recall:.0%}",
+                f"{result.agreement:.0%}",
+                human_bytes(result.nbytes),
+                f"{result.ratio:.1%}",
+                f"{result.prefill_seconds:.2f} s",
+                f"{result.decode_ms:.2f} ms",
+                f"{result.decode_ms / full.decode_ms:.2f}x",
+            )
+        return table
+
+    def _plot_kept(self, model: Any, questions: Questions, path: Path) -> Path:
+        """Which positions each policy kept for the first question, one strip a layer."""
+        from matplotlib.figure import Figure
+
+        budget = self.budgets[0]
+        chosen = contenders(budget)
+        figure = Figure(figsize=(11, 1.1 * len(chosen) + 1), layout="constrained")
+        strips = figure.subplots(len(chosen), 1, sharex=True)
+        where = _answer_position(questions)
+        for axes, (label, policy) in zip(strips, chosen.items(), strict=True):
+            cache = PrunedCache(model, policy)
+            with torch.no_grad():
+                model(questions.prompts[:1], past_key_values=cache, logits_to_keep=1)
+            share = cache.report().kept_share()
+            image = axes.imshow(
+                share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+                extent=(0, cache.seen_tokens, len(share) - 0.5, -0.5),
+            )  # fmt: skip
+            axes.axvline(where, color="red", linewidth=0.8, alpha=0.8)
+            axes.set_yticks(range(len(share)))
+            axes.set_ylabel("layer")
+            axes.set_title(label, fontsize=9, loc="left", pad=2)
+        strips[-1].set_xlabel("position in the prompt; the red line is the note that answers the question at its end")
+        figure.suptitle(f"tokens kept at a budget of {budget:.0%}")
+        figure.colorbar(image, ax=strips, label="share of KV heads that keep the token")
+        figure.savefig(path, dpi=120)
+        return path
+
+
+def _answer_position(questions: Questions) -> int:
+    """Where the note stands that the first prompt asks for."""
+    prompt = questions.prompts[0].tolist()
+    key = prompt[-2:]
+    return next(i for i in range(len(prompt) - 2) if prompt[i : i + 2] == key)
+
+
+def plot_quality(results: list[Result], path: Path, tokens: int, notes: int) -> Path:
+    """Recall against measured bytes, one curve a policy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    full = results[0]
+    labels = dict.fromkeys(result.policy for result in results[1:])
+    for marker, label in zip("osD^vP*X", labels, strict=False):
+        points = sorted((100 * r.ratio, 100 * r.recall) for r in results if r.policy == label)
+        axes.plot(*zip(*points, strict=True), marker=marker, label=label)
+    axes.axhline(100 * full.recall, color="black", linestyle="--", linewidth=1, label=f"full cache ({full.recall:.0%})")
+    axes.set(
+        xlabel="KV bytes, % of the dense cache (measured)",
+        ylabel="recall, % of answer words",
+        title=f"recall against bytes: {tokens:,} tokens, {notes} notes, question at the end",
+        ylim=(-3, 103),
+        xlim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center right", fontsize=9)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

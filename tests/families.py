@@ -1,0 +1,211 @@
+"""Tiny models with random weights, one for each model family, and the few things that tests do with them.
+
+Weights are drawn wide, so that attention is far from uniform and no greedy choice is decided by rounding. No model can
+end a sequence: every generation has the length that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from kvprune import Policy, PrunedCache, Step, TokenTable
+
+VOCAB = 97
+PAD = 0
+WINDOW = 16
+LONGEST = 512
+
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LONGEST,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,  # a tied head would only repeat the token it was given
+}
+_GROUPED = {**_SHAPE, "num_key_value_heads": 2}
+_HEAD_DIM = {**_GROUPED, "head_dim": 8}
+_HYBRID = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_GROUPED),
+    "qwen3": lambda: Qwen3Config(**_HEAD_DIM),
+    "qwen3-hybrid": lambda: Qwen3Config(
+        **{**_HEAD_DIM, "num_hidden_layers": 3},
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=None),
+    "mistral-sliding": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW),
+    "gemma2": lambda: Gemma2Config(**_HEAD_DIM, **_HYBRID, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+    "gemma3": lambda: Gemma3TextConfig(**_HEAD_DIM, **_HYBRID, query_pre_attn_scalar=8),
+    "gpt-neox": lambda: GPTNeoXConfig(**_SHAPE),
+    "opt": lambda: OPTConfig(**_SHAPE, ffn_dim=64, word_embed_proj_dim=32, init_std=0.2),
+    "gpt2": lambda: GPT2Config(**_SHAPE),
+    "phi3": lambda: Phi3Config(**_GROUPED),
+    "mixtral": lambda: MixtralConfig(**_GROUPED, sliding_window=None, num_local_experts=2),
+    "gpt-oss": lambda: GptOssConfig(
+        **{**_HEAD_DIM, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+        **_HYBRID,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+}
+FAMILIES = tuple(CONFIGS)
+STOCK_ONLY = ("mistral-sliding",)
+"""Families without a layer that can be pruned."""
+
+
+def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A new model of a family. The same arguments give the same weights."""
+    config = CONFIGS[family]()
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):  # attention sinks of GPT-OSS
+                torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@cache
+def shared(family: str = "llama") -> PreTrainedModel:
+    """A model that all tests use together, with pruned caches."""
+    return build(family)
+
+
+@cache
+def stock(family: str = "llama") -> PreTrainedModel:
+    """The same model, which kvprune never touches."""
+    return build(family)
+
+
+def token_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Random ids, none of which is the padding token."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(lengths: Sequence[int], *, seed: int = 0, width: int | None = None) -> dict[str, Tensor]:
+    """A batch of random prompts of these lengths, as the arguments of a model."""
+    width = width or max(lengths)
+    ids = token_ids(len(lengths), width, seed=seed)
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    return {"input_ids": ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}
+
+
+def sequence(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One prompt of a batch, without its padding."""
+    real = batch["attention_mask"][row].bool()
+    return {name: tensor[row][real][None] for name, tensor in batch.items()}
+
+
+def generate(model: PreTrainedModel, batch: dict[str, Tensor], new_tokens: int = 10, **settings: Any) -> Tensor:
+    """Ids of the prompt and `new_tokens` more, greedy if the settings do not say otherwise."""
+    settings = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, **settings}
+    return model.generate(**batch, **settings)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """What `generate` makes of an attention mask: positions that leave padding out."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def stepwise(
+    model: PreTrainedModel, batch: dict[str, Tensor], cache: Any, sizes: Iterable[int], *, begin: int = 0
+) -> Iterator[Tensor]:
+    """Feed a batch, from column `begin` on, in steps of so many tokens; logits `[B, size, vocab]` after each."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    positions = positions_of(mask)
+    for size in sizes:
+        end = begin + size
+        yield model(
+            ids[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+        ).logits
+        begin = end
+
+
+def feed(
+    model: PreTrainedModel, batch: dict[str, Tensor], cache: Any, sizes: Iterable[int], *, begin: int = 0
+) -> Tensor:
+    """Logits `[B, tokens, vocab]` of all these steps."""
+    return torch.cat(list(stepwise(model, batch, cache, sizes, begin=begin)), dim=1)
+
+
+def kept(cache: PrunedCache, layer: int, row: int = 0) -> list[list[int]]:
+    """Positions that each KV head keeps of one sequence."""
+    return [[position for position in head if position >= 0] for head in cache.kept_positions(layer)[row].tolist()]
+
+
+def kept_everywhere(cache: PrunedCache, row: int = 0) -> list[list[list[int]]]:
+    """The same for every pruned layer."""
+    return [kept(cache, layer, row) for layer in cache.pruned_layers]
+
+
+def rows(cache: PrunedCache, layer: int, row: int = 0) -> dict[str, Tensor]:
+    """The rows of one sequence, `[Hkv, rows, ...]`, with all their columns, in the order of their positions."""
+    table = cache.layers[layer].table
+    positions = table.positions[row]
+    count = int((positions[0] >= 0).sum())
+    order = positions.argsort(dim=-1)[:, table.length - count :]
+    heads = torch.arange(table.kv_heads)[:, None]
+    return {name: tensor[row][heads, order] for name, tensor in table.tensors().items()}
+
+
+def assert_same_rows(
+    cache: PrunedCache, other: PrunedCache, row: int = 0, other_row: int = 0, *, atol: float = 0, rtol: float = 0
+) -> None:
+    """Both caches keep the same tokens of a sequence, with the same keys, values and policy columns."""
+    for layer in cache.pruned_layers:
+        assert kept(cache, layer, row) == kept(other, layer, other_row)
+        mine, theirs = rows(cache, layer, row), rows(other, layer, other_row)
+        torch.testing.assert_close(mine, theirs, atol=atol, rtol=rtol)
+
+
+@dataclass(frozen=True)
+class Spy(Policy):
+    """Keeps everything, and notes of every step how many queries it brought and how many rows there were at its peak.
+
+    Put it behind another policy: `A2SF(16) | Spy()`.
+    """
+
+    queries: list[int] = field(default_factory=list, compare=False)
+    peaks: list[int] = field(default_factory=list, compare=False)
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        if step.layer == 0:
+            self.queries.append(step.queries)
+            self.peaks.append(table.length)

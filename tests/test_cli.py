@@ -1,0 +1,111 @@
+"""The command line, as a person and as a program would use it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kvprune import KVPruneError
+from kvprune.cli import app, main
+from kvprune.demo.task import RecallGenerator, decode
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    """A prompt file, and the right answer."""
+    recall = RecallGenerator(2).document(800, 10)
+    path = tmp_path / "prompt.txt"
+    path.write_text(decode(recall.prompt(3)[1:]))
+    return path, decode(recall.values[3])
+
+
+def test_policies_lists_every_name():
+    output = run("policies").output
+    for name in ("a2sf", "h2o", "snapkv", "tova", "streaming_llm", "full"):
+        assert name in output
+
+
+def test_policies_as_json():
+    entries = {entry["name"]: entry for entry in json.loads(run("policies", "--json").stdout)}
+    assert entries["a2sf"]["settings"]["forgetting_factor"] == 0.95
+    assert "2407.20485" in entries["a2sf"]["source"]
+
+
+def test_generate_answers_and_reports(prompt, tmp_path):
+    path, answer = prompt
+    picture = tmp_path / "kept.png"
+    arguments = [
+        "--model",
+        "demo",
+        "--prompt-file",
+        str(path),
+        "--policy",
+        "a2sf:kernel_size=7",
+        "--plot",
+        str(picture),
+    ]
+    result = run("generate", *arguments, "--max-new-tokens", "4")
+    assert result.exit_code == 0
+    assert answer in result.output
+    assert "rows/head" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_as_json(prompt):
+    path, answer = prompt
+    result = run(
+        "generate", "--model", "demo", "--prompt-file", str(path), "--budget", "128", "--policy", "snapkv", "--json"
+    )
+    summary = json.loads(result.stdout)
+    assert summary["text"].startswith(answer)
+    assert summary["cache"]["nbytes"] < summary["cache"]["dense_nbytes"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--policy", "a2fs"), "a2sf"),
+        (("--policy", "a2sf:kernel_size"), "setting=value"),
+        (("--policy", "a2sf:colour=red"), "colour"),
+        (("--budget", "12 parsecs"), "parsecs"),
+        (("--budget", "0"), "budget"),
+        (("--prompt-file", "no such file"), "no such file"),
+        (("--model", "./no such model"), "no such model"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(prompt, change, message):
+    arguments = {"--model": "demo", "--prompt-file": str(prompt[0]), "--policy": "a2sf", "--budget": "0.25"}
+    arguments |= dict([change])
+    with pytest.raises(KVPruneError, match=message):
+        run("generate", *[part for pair in arguments.items() for part in pair])
+
+
+def test_mistakes_exit_with_2_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["kvprune", "demo", "--tokens", "20"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "error:" in error
+    assert "Traceback" not in error
+
+
+def test_demo_measures_and_draws(tmp_path):
+    out = tmp_path / "demo"
+    arguments = ["--tokens", "400", "--notes", "6", "--questions", "4", "--out", str(out)]
+    result = run("demo", *arguments)
+    assert result.exit_code == 0
+    assert "StreamingLLM" in result.output
+    assert sorted(path.name for path in out.iterdir()) == ["kept.png", "quality.png"]
+
+
+def test_demo_as_json(tmp_path):
+    arguments = ["--tokens", "400", "--notes", "6", "--questions", "4", "--out", str(tmp_path), "--json"]
+    summary = json.loads(run("demo", *arguments).stdout)
+    full, *others = summary["results"]
+    assert full["ratio"] == 1.0
+    assert all(result["nbytes"] < full["nbytes"] for result in others)

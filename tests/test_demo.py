@@ -1,0 +1,156 @@
+"""The recall task, the embedded model, and what the demo claims about both."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kvprune.policies import A2SF, H2O, SnapKV, StreamingLLM
+
+from kvprune import KVPruneError, PrunedCache
+from kvprune.demo import MODEL_PATH, load
+from kvprune.demo.measure import Questions, measure, reference
+from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, RecallGenerator, decode
+from kvprune.demo.words import BOS, EOS, TOKEN_ID, VOCABULARY
+
+
+@given(length=st.integers(60, 600), notes=st.integers(1, 9), seed=st.integers(0, 10))
+def test_a_document_holds_its_notes_exactly_once(length, notes, seed):
+    """A document has the length asked for, and every note stands where it says, under a key of its own."""
+    recall = RecallGenerator(seed).document(length, notes)
+    assert len(recall.document) == length
+    assert len({tuple(key) for key in recall.keys}) == notes
+    for key, value, position in zip(recall.keys, recall.values, recall.positions, strict=True):
+        note = recall.document[position : position + NOTE_LENGTH]
+        assert note.tolist() == [TOKEN_ID["note"], *key, *value]
+        starts = [i for i in range(length - 1) if tuple(recall.document[i : i + 2]) == tuple(key)]
+        assert starts == [position + 1]
+
+
+def test_the_same_seed_gives_the_same_document():
+    first, second = (RecallGenerator(7).document(300, 5) for _ in range(2))
+    assert np.array_equal(first.document, second.document)
+    assert not np.array_equal(first.document, RecallGenerator(8).document(300, 5).document)
+
+
+@pytest.mark.parametrize(("length", "notes"), [(10, 2), (100, 0), (100_000, 5000)])
+def test_impossible_documents_are_refused(length, notes):
+    with pytest.raises(KVPruneError):
+        RecallGenerator(0).document(length, notes)
+
+
+def test_the_tokenizer_reads_what_the_generator_writes():
+    _, tokenizer = load()
+    recall = RecallGenerator(3).document(200, 4)
+    prompt = recall.prompt(0)
+    text = decode(prompt[1:])
+    assert tokenizer(text)["input_ids"] == prompt.tolist()  # the tokenizer adds <s>
+    assert tokenizer.decode(prompt[1:]) == text
+    assert tokenizer.convert_ids_to_tokens(list(range(len(VOCABULARY)))) == list(VOCABULARY)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.padding_side) == (BOS, EOS, "left")
+
+
+def test_the_embedded_model_is_small():
+    assert sum(path.stat().st_size for path in MODEL_PATH.iterdir()) <= 8 << 20
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load()[0]
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return Questions.draw(24, tokens=2048, notes=48, seed=77)
+
+
+@pytest.fixture(scope="module")
+def dense(model, questions):
+    return reference(model, questions)
+
+
+@pytest.fixture(scope="module")
+def recall(model, questions, dense):
+    """Recall and measured bytes of a policy, on words predicted from its compressed cache."""
+    return lambda policy: measure(model, questions, dense, policy, label="")
+
+
+def test_the_full_cache_answers(recall):
+    result = recall(None)
+    assert result.recall >= 0.95
+    assert result.agreement == 1.0
+
+
+@pytest.mark.parametrize("policy", [A2SF(0.25, kernel_size=7), SnapKV(0.25)], ids=str)
+def test_query_aware_policies_keep_the_answers(recall, policy):
+    """With a quarter of the cache, at least 97 % of the full cache's recall."""
+    assert recall(policy).recall >= 0.97 * recall(None).recall
+
+
+@pytest.mark.parametrize("policy", [H2O(0.25), StreamingLLM(0.25)], ids=str)
+def test_others_visibly_do_not(recall, policy):
+    """The task tells methods apart: neither early nor late tokens are what the question asks for."""
+    assert recall(policy).recall <= 0.7 * recall(None).recall
+
+
+def test_a_quarter_is_a_quarter(model, questions):
+    """Keys, values and positions take at most 26 % of the dense bytes; the score column is what comes on top."""
+    for policy in (A2SF(0.25, kernel_size=7), SnapKV(0.25)):
+        cache = PrunedCache(model, policy)
+        tokens = model(questions.prompts[:2], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        for _ in range(8):
+            tokens = model(tokens, past_key_values=cache).logits.argmax(-1)
+        score = sum(layer.table.tensors()["column.score"].nbytes for layer in cache.layers)
+        assert cache.nbytes - score <= 0.26 * cache.dense_nbytes
+
+
+@pytest.mark.parametrize("policy", ["a2sf:kernel_size=7", "snapkv"])
+def test_generate_answers_in_words(model, policy):
+    """The whole way: text in, `generate()` with a quarter of the cache, the right words out."""
+    _, tokenizer = load()
+    recall = RecallGenerator(11).document(1500, 24)
+    right = 0
+    for note in range(4):
+        inputs = tokenizer(decode(recall.prompt(note)[1:]), return_tensors="pt")
+        cache = PrunedCache(model, policy)
+        output = model.generate(
+            **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+            past_key_values=cache,
+            max_new_tokens=ANSWER_LENGTH + 1,
+            do_sample=False,
+        )
+        said = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += said == decode(recall.values[note])
+    assert right >= 3
+
+
+def test_results_are_plain_data(recall):
+    assert json.loads(json.dumps(recall(StreamingLLM(64)).to_dict()))["ratio"] < 0.05
+
+
+def test_the_model_fits_documents_of_any_batch(model):
+    """A left-padded batch of documents of different lengths is answered as each alone."""
+    generator = RecallGenerator(5)
+    documents = [generator.document(length, 8) for length in (300, 500)]
+    prompts = [torch.from_numpy(document.prompt(0)) for document in documents]
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    together = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=PrunedCache(model, A2SF(0.25, kernel_size=7)),
+        max_new_tokens=3,
+        do_sample=False,
+    )[:, width:]
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(
+            prompt[None],
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            past_key_values=PrunedCache(model, A2SF(0.25, kernel_size=7)),
+            max_new_tokens=3,
+            do_sample=False,
+        )[0, len(prompt) :]
+        assert together[row].tolist() == alone.tolist()

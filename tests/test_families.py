@@ -1,0 +1,144 @@
+"""Every model family: with room for all tokens a pruned cache changes nothing, with less it stays exact about sizes."""
+
+from dataclasses import dataclass
+
+import families
+import pytest
+import torch
+from families import FAMILIES, STOCK_ONLY, build, generate, left_padded
+from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvprune import PrunedCache
+
+ROOM = 10_000
+NEW = 12
+FULL_BUDGET = {
+    "full": Full(),
+    "a2sf": A2SF(ROOM),
+    "h2o": H2O(ROOM),
+    "snapkv": SnapKV(ROOM, window=8, interval=1),
+    "tova": TOVA(ROOM),
+    "streaming": StreamingLLM(ROOM),
+}
+EVICTING = {
+    "a2sf": A2SF(24, sinks=2, recent=8),
+    "snapkv": SnapKV(24, window=8, interval=1),
+    "tova": TOVA(24),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*nothing to prune")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch, how to generate from it, and what the stock model made of it."""
+
+    batch: dict[str, Tensor]
+    settings: dict[str, int]
+    expected: Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model that kvprune has touched, and what it did before."""
+
+    name: str
+    model: PreTrainedModel
+    cases: dict[str, Case]
+    logits: Tensor
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> Family:
+    model = build(request.param)
+    single, padded = left_padded([40]), left_padded([20, 50, 37], seed=1)
+    asked = {
+        "greedy": (single, {}),
+        "padded": (padded, {}),
+        "beams": (single, {"num_beams": 3}),
+        "padded-beams": (padded, {"num_beams": 3}),
+    }
+    cases = {
+        name: Case(batch, settings, generate(model, batch, NEW, **settings))
+        for name, (batch, settings) in asked.items()
+    }
+    with torch.no_grad():
+        logits = model(**padded, past_key_values=DynamicCache(config=model.config)).logits
+    PrunedCache(model, Full())  # only now
+    return Family(request.param, model, cases, logits)
+
+
+@pytest.mark.parametrize("policy", FULL_BUDGET.values(), ids=FULL_BUDGET)
+@pytest.mark.parametrize("case", ["greedy", "padded", "beams", "padded-beams"])
+def test_full_budget_generates_the_ids_of_the_stock_cache(family, policy, case):
+    """With a budget larger than the sequence, generate() gives the token ids of the stock cache."""
+    case = family.cases[case]
+    cache = PrunedCache(family.model, policy)
+    ids = generate(family.model, case.batch, NEW, past_key_values=cache, **case.settings)
+    assert torch.equal(ids, case.expected)
+
+
+@pytest.mark.parametrize("policy", FULL_BUDGET.values(), ids=FULL_BUDGET)
+def test_full_budget_gives_the_logits_of_the_stock_cache(family, policy):
+    """With a budget larger than the sequence, a direct call gives the stock logits at every real token."""
+    batch = family.cases["padded"].batch
+    with torch.no_grad():
+        logits = family.model(**batch, past_key_values=PrunedCache(family.model, policy)).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], family.logits[real], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["greedy", "padded", "beams", "padded-beams"])
+def test_model_behaves_as_before_with_other_caches(family, case):
+    """A model that kvprune has touched generates exactly the ids of before, with no cache given and with its own."""
+    case = family.cases[case]
+    generate(family.model, case.batch, NEW, past_key_values=PrunedCache(family.model, A2SF(24, sinks=2, recent=8)))
+    assert torch.equal(generate(family.model, case.batch, NEW, **case.settings), case.expected)
+    dynamic = DynamicCache(config=family.model.config)
+    assert torch.equal(generate(family.model, case.batch, NEW, past_key_values=dynamic, **case.settings), case.expected)
+
+
+def test_model_logits_without_a_cache_are_those_of_before(family):
+    """A touched model that is called without a cache gives bit for bit the logits of before."""
+    with torch.no_grad():
+        logits = family.model(**family.cases["padded"].batch, use_cache=False).logits
+    torch.testing.assert_close(logits, family.logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING)
+def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy, num_beams):
+    """From a padded batch, 20 tokens come with finite logits and every pruned layer holds the budget of each one."""
+    batch = left_padded([10, 50, 37], seed=2)
+    cache = PrunedCache(family.model, policy)
+    out = generate(
+        family.model, batch, 20, past_key_values=cache, num_beams=num_beams, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert all(logits.isfinite().all() for logits in out.logits)
+    assert out.sequences.shape == (3, 70)
+    assert cache.seen_tokens == 69
+    assert (family.name in STOCK_ONLY) == (not cache.pruned_layers)
+    for layer in cache.pruned_layers:
+        kept = (cache.kept_positions(layer) >= 0).sum(-1)
+        # The first prompt and the 19 tokens that were fed back after it are 29: more than the budget, too.
+        assert kept.tolist() == [[policy.budget] * kept.shape[1]] * 3 * num_beams
+
+
+def test_hybrid_models_are_pruned_where_attention_is_full(family):
+    """Layers with full attention are pruned, all others keep the layer that transformers gives them."""
+    stock = DynamicCache(config=family.model.config).layers
+    cache = PrunedCache(family.model, A2SF(24, sinks=2, recent=8))
+    assert cache.pruned_layers == tuple(index for index, layer in enumerate(stock) if not layer.is_sliding)
+    assert all(
+        type(mine) is type(theirs)
+        for index, (mine, theirs) in enumerate(zip(cache.layers, stock, strict=True))
+        if index not in cache.pruned_layers
+    )
+
+
+def test_stock_only_families_warn():
+    """A model without a layer to prune says so."""
+    with pytest.warns(UserWarning, match="nothing to prune"):
+        PrunedCache(families.shared("mistral-sliding"), Full())

@@ -1,0 +1,373 @@
+"""Every policy against its brute-force twin of `reference.py`, step by step: kept tokens, scores and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import assume, given
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
+from torch import Tensor
+
+from kvprune import Policy, Scoring
+from kvprune.layer import PrunedLayer
+
+ROUNDING = {"atol": 1e-5, "rtol": 1e-4}
+ROOM = 10_000
+
+thorough = profile(max_examples=4 * profile.default.max_examples)
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A policy and the class that says by brute force what it should do."""
+
+    policy: Callable[..., Policy]
+    reference: Callable[..., reference.Ranking]
+    exact: tuple[tuple[str, Any], ...] = ()
+    """Settings of the policy alone that make it leave nothing out."""
+
+    def make(self, settings: dict[str, Any]) -> Pair:
+        return Pair(self.policy(**settings, **dict(self.exact)), [self.reference(**settings)])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A policy with its settings, and as many links of a brute-force layer."""
+
+    policy: Policy
+    links: list[reference.Ranking]
+
+    def __or__(self, other: Pair) -> Pair:
+        return Pair(self.policy | other.policy, self.links + other.links)
+
+    def __repr__(self) -> str:
+        return str(self.policy)
+
+
+TWINS = {
+    "a2sf": Twins(A2SF, reference.A2SF, exact=(("epsilon", 0.0),)),
+    "h2o": Twins(H2O, reference.H2O),
+    "snapkv": Twins(SnapKV, reference.SnapKV),
+    "tova": Twins(TOVA, reference.TOVA),
+    "streaming": Twins(StreamingLLM, reference.StreamingLLM),
+}
+
+each_policy = pytest.mark.parametrize("name", TWINS)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer: `scale` is drawn large enough for attention to be far from uniform."""
+
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 4
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Tokens of each sequence in each step that feeds a prompt or a piece of one, and generated tokens after each."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    generated: tuple[int, ...]
+    seed: int = 0
+
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+shapes = st.builds(
+    Shape,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 4, 8]),
+    scale=st.sampled_from([0.2, 1.0]),
+)
+seeds = st.integers(0, 2**16)
+kernels = st.sampled_from([1, 3, 5, 7])
+intervals = st.integers(1, 5)
+groups = st.sampled_from(["mean", "max"])
+
+
+@st.composite
+def steps(draw: st.DrawFn, most_prompts: int = 3, most_sequences: int = 2) -> Steps:
+    """One to three prompts (or pieces, or turns) of a small batch, with some generated tokens after each."""
+    batch = draw(st.integers(1, most_sequences))
+    prompt = st.tuples(*[st.integers(1, 18)] * batch)
+    prompts = draw(st.lists(prompt, min_size=1, max_size=most_prompts))
+    generated = draw(st.tuples(*[st.integers(0, 8)] * len(prompts)))
+    return Steps(tuple(prompts), generated, draw(seeds))
+
+
+@st.composite
+def budgets(draw: st.DrawFn, *, sinks: int, recent: int | float | None) -> float | int:
+    """A fraction, or a number of tokens that holds sinks and recent window."""
+    if draw(st.booleans()):
+        return draw(st.integers(1, 20)) / 20
+    least = 12 if isinstance(recent, float) else sinks + (recent or 0)
+    return draw(st.integers(max(1, least), 20))
+
+
+@st.composite
+def eviction(draw: st.DrawFn, **others: st.SearchStrategy[Any]) -> dict[str, Any]:
+    """Settings that all evicting policies share, and those given."""
+    sinks = draw(st.integers(0, 3))
+    recent = draw(st.one_of(st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.25, 0.5])))
+    budget = draw(budgets(sinks=sinks, recent=recent))
+    return {"budget": budget, "sinks": sinks, "recent": recent, **draw(st.fixed_dictionaries(others))}
+
+
+@st.composite
+def snapkv(draw: st.DrawFn) -> dict[str, Any]:
+    """Settings of SnapKV: with and without an interval, with its own recent window and with that of the paper."""
+    sinks, window = draw(st.integers(0, 3)), draw(st.integers(1, 6))
+    return {
+        "budget": draw(budgets(sinks=sinks, recent=window)),
+        "sinks": sinks,
+        "window": window,
+        "recent": draw(st.sampled_from([None, 1, window])),
+        "kernel_size": draw(kernels),
+        "pooling": draw(st.sampled_from(["max", "avg"])),
+        "interval": draw(st.one_of(st.none(), intervals)),
+        "group": draw(groups),
+    }
+
+
+SETTINGS = {
+    "a2sf": eviction(
+        forgetting_factor=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.3, 0.99)),
+        kernel_size=kernels,
+        interval=st.one_of(st.none(), intervals),
+    ),
+    "h2o": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals)),
+    "snapkv": snapkv(),
+    "tova": eviction(interval=intervals, kernel_size=kernels),
+    "streaming": st.integers(0, 4).flatmap(
+        lambda sinks: st.fixed_dictionaries(
+            {"budget": budgets(sinks=sinks, recent=1), "sinks": st.just(sinks), "interval": intervals}
+        )
+    ),
+}
+
+
+def pairs(name: str) -> st.SearchStrategy[Pair]:
+    return SETTINGS[name].map(TWINS[name].make)
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """A pruned layer with a batch, and one brute-force layer for each of its sequences."""
+
+    pair: Pair
+    shape: Shape
+    sequences: int
+    scoring: Scoring
+    random: torch.Generator
+
+    def __post_init__(self) -> None:
+        self.layer = PrunedLayer(self.pair.policy, 0)
+        sinks = None if self.scoring.sinks is None else self.scoring.sinks.tolist()
+        self.alone = [
+            reference.Layer(
+                *map(copy, self.pair.links), scale=self.scoring.scale, softcap=self.scoring.softcap, sinks=sinks
+            )
+            for _ in range(self.sequences)
+        ]
+
+    def draw(self, heads: int, length: int) -> Tensor:
+        return torch.randn(self.sequences, heads, length, self.shape.head_dim, generator=self.random)
+
+    def step(self, tokens: tuple[int, ...]) -> None:
+        """Feed so many tokens of each sequence, padded on the left, and compare all that can be seen."""
+        width, kv_heads = max(tokens), self.shape.kv_heads
+        queries, keys, values = (
+            self.draw(kv_heads * self.shape.group, width),
+            self.draw(kv_heads, width),
+            self.draw(kv_heads, width),
+        )
+        valid = torch.arange(width) >= width - torch.tensor(tokens)[:, None]
+        prefill = self.layer.seen == 0 or width > 1
+        self.layer.update(keys, values)
+        output = self.layer.attend(queries, None if valid.all() else valid, self.scoring)
+        for row, (alone, count) in enumerate(zip(self.alone, tokens, strict=True)):
+            expected = alone.step(*(tensor[row, :, -count:] for tensor in (queries, keys, values)), prefill=prefill)
+            assume(alone.smallest_gap > 1e-5)  # no choice that float32 rounding decides
+            found = output[row, -count:].transpose(0, 1)
+            torch.testing.assert_close(found, torch.tensor(expected).float(), **ROUNDING)
+            self.compare_rows(row, alone)
+
+    def compare_rows(self, row: int, alone: reference.Layer) -> None:
+        table = self.layer.table
+        listed = self.layer.kept_positions()[row]
+        for head, kept in enumerate(alone.kept):
+            slots = {int(position): slot for slot, position in enumerate(table.positions[row, head]) if position >= 0}
+            assert sorted(slots) == kept
+            assert [position for position in listed[head].tolist() if position >= 0] == kept
+            order = [slots[position] for position in kept]
+            for name, source in (("keys", alone.keys), ("values", alone.values)):
+                expected = torch.tensor(source[head, kept]).float()
+                assert torch.equal(getattr(table, name)[row, head, order], expected)
+            for column, scores in self.scored(alone):
+                found = table[column][row, head, order]
+                torch.testing.assert_close(found, torch.tensor(scores[head, kept]).float(), **ROUNDING)
+
+    def scored(self, alone: reference.Layer) -> list[tuple[str, Any]]:
+        """Score columns of the table, and what the brute-force links of one sequence have for them."""
+        one = len(alone.links) == 1
+        return [
+            ("score" if one else f"{index}.score", link.scores(alone))
+            for index, link in enumerate(alone.links)
+            if not isinstance(link, reference.StreamingLLM)
+        ]
+
+
+def compare(pair: Pair, shape: Shape, steps: Steps, *, softcap: float | None = None, sinks: bool = False) -> Comparison:
+    """Feed the steps to the policy and to brute force, and compare after each."""
+    random = torch.Generator().manual_seed(steps.seed)
+    logits = torch.randn(shape.kv_heads * shape.group, generator=random) if sinks else None
+    sequences = len(steps.prompts[0])
+    comparison = Comparison(pair, shape, sequences, Scoring(shape.scale, softcap, logits), random)
+    for prompt, generated in zip(steps.prompts, steps.generated, strict=True):
+        comparison.step(prompt)
+        for _ in range(generated):
+            comparison.step((1,) * sequences)
+    return comparison
+
+
+# -- each policy -------------------------------------------------------------------------------------------------------
+
+
+@each_policy
+@thorough
+@given(data=st.data(), shape=shapes, steps=steps(most_sequences=1))
+def test_policy_equals_its_formula(name, data, shape, steps):
+    """Over turns of a prompt and generated tokens, a policy keeps, scores and attends as its formula says."""
+    compare(data.draw(pairs(name)), shape, steps)
+
+
+@each_policy
+@thorough
+@given(data=st.data(), shape=shapes, steps=steps())
+def test_padded_batch_equals_the_formula_for_each_sequence(name, data, shape, steps):
+    """In a batch with left padding, each sequence keeps, scores and attends as the formula says of it alone."""
+    compare(data.draw(pairs(name)), shape, steps)
+
+
+@pytest.mark.parametrize("name", ["a2sf", "h2o"])
+@given(data=st.data(), shape=shapes, length=st.integers(1, 25), seed=seeds)
+def test_max_over_the_group_after_a_prompt(name, data, shape, length, seed):
+    """With group="max", a prompt's rows have the score of the query head that gives the most."""
+    settings = {**data.draw(SETTINGS[name]), "group": "max"}
+    compare(TWINS[name].make(settings), shape, Steps(((length,),), (0,), seed))
+
+
+@pytest.mark.parametrize("name", ["a2sf", "h2o"])
+@given(data=st.data(), shape=shapes, steps=steps(most_sequences=1))
+def test_max_over_the_group_is_taken_of_accumulated_scores(name, data, shape, steps):
+    """With group="max", each query head accumulates a score of its own, and a row has the highest of them."""
+    compare(TWINS[name].make({**data.draw(SETTINGS[name]), "group": "max"}), shape, steps)
+
+
+@each_policy
+@pytest.mark.parametrize(("softcap", "sinks"), [(1.0, False), (None, True), (1.5, True)])
+@given(data=st.data(), shape=shapes, steps=steps(most_prompts=2))
+def test_soft_capped_logits_and_attention_sinks(name, softcap, sinks, data, shape, steps):
+    """The same holds for models that cap their logits and for those with an attention sink in every head."""
+    compare(data.draw(pairs(name)), shape, steps, softcap=softcap, sinks=sinks)
+
+
+# -- how a prompt comes ------------------------------------------------------------------------------------------------
+
+
+@each_policy
+@given(data=st.data(), shape=shapes, chunks=st.lists(st.integers(2, 9), min_size=2, max_size=5), seed=seeds)
+def test_chunks_that_evict_nothing_before_the_last(name, data, shape, chunks, seed):
+    """A prompt in chunks, of which only the last exceeds the budget, leaves what it leaves in one piece."""
+    budget = data.draw(st.integers(max(8, sum(chunks[:-1])), max(8, sum(chunks) - 1)))
+    settings = {**data.draw(SETTINGS[name]), "budget": budget}
+    settings.update(sinks=min(settings["sinks"], 2), recent=2 if name != "streaming" else 1)
+    pair = TWINS[name].make(settings)
+    pieces = compare(pair, shape, Steps(tuple((chunk,) for chunk in chunks), (0,) * len(chunks), seed))
+    alone = pieces.alone[0]
+    whole = reference.Layer(*map(copy, pair.links), scale=shape.scale)
+    whole.step(alone.queries, alone.keys, alone.values)
+    assert alone.kept == whole.kept
+
+
+@each_policy
+@given(data=st.data(), shape=shapes, generated=st.integers(0, 6), seed=seeds)
+def test_a_second_turn_evicts_again(name, data, shape, generated, seed):
+    """A second turn after generated tokens is scored over what is left, and cut to the budget again."""
+    settings = {**data.draw(SETTINGS[name]), "budget": 9, "sinks": 2}
+    settings.update(recent=3 if name != "streaming" else 1)
+    pair = TWINS[name].make(settings)
+    comparison = compare(pair, shape, Steps(((15,), (8,)), (generated, 0), seed))
+    assert {len(kept) for kept in comparison.alone[0].kept} == {9}
+
+
+# -- chains ------------------------------------------------------------------------------------------------------------
+
+
+@given(first=pairs("a2sf"), second=pairs("streaming"), shape=shapes, steps=steps())
+def test_chain_of_a2sf_and_streaming_llm(first, second, shape, steps):
+    """Both links decide at every step, the second over what the first has left."""
+    compare(first | second, shape, steps)
+
+
+@given(first=pairs("h2o"), second=pairs("tova"), shape=shapes, steps=steps())
+def test_chain_of_h2o_and_tova(first, second, shape, steps):
+    """Each link has a score of its own, whatever the other drops."""
+    compare(first | second, shape, steps)
+
+
+@given(first=pairs("snapkv"), second=pairs("a2sf"), third=pairs("h2o"), shape=shapes, steps=steps())
+def test_chain_of_three(first, second, third, shape, steps):
+    """A chain may be as long as you like."""
+    compare(first | second | third, shape, steps)
+
+
+# -- ties --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tova", "snapkv", "streaming"])
+@pytest.mark.parametrize("tokens", [[20], [20, 1, 1, 1], [12, 6, 1, 1]], ids=str)
+def test_ties_go_to_the_more_recent_token(name, tokens):
+    """Where attention is uniform, what is kept beside the sinks is the newest."""
+    interval = {"interval": 1, "window": 1, "kernel_size": 1} if name == "snapkv" else {}
+    layer = PrunedLayer(TWINS[name].policy(6, sinks=2, **interval), 0)
+    for count in tokens:
+        keys = torch.zeros(1, 2, count, 4)
+        layer.update(keys, torch.randn(1, 2, count, 4))
+        layer.attend(torch.randn(1, 4, count, 4), None, Scoring(1.0))
+    newest = sum(tokens)
+    assert layer.kept_positions()[0].tolist() == [[0, 1, *range(newest - 4, newest)]] * 2
+
+
+# -- what A2SF leaves out ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [230, 260, 300])
+def test_a2sf_is_within_epsilon_of_its_formula(length):
+    """The default epsilon, under which a long prompt's first rows are not read, costs no score more than itself."""
+    shape = Shape(kv_heads=1, group=1)
+    exact, default = A2SF(ROOM, epsilon=0.0), A2SF(ROOM)
+    queries, keys, values = (torch.randn(1, 1, length, shape.head_dim) for _ in range(3))
+    alone = reference.Layer(reference.A2SF(ROOM), scale=1.0)
+    alone.step(queries[0], keys[0], values[0])
+    for policy, tolerance in ((exact, 1e-5), (default, default.epsilon + 1e-5)):
+        layer = PrunedLayer(policy, 0)
+        layer.update(keys, values)
+        layer.attend(queries, None, Scoring(1.0))
+        error = layer.table["score"][0].double() - torch.tensor(alone.links[0].scores(alone))
+        assert error.abs().max() <= tolerance
