@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
 from rich.console import Console
 from rich.table import Table
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvprune import PrunedCache
 from kvprune.demo.show import machine
+from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
 from kvprune.policy import Policy
 
 STOCK = "stock"

@@ -104,7 +104,7 @@ class Eviction(Policy):
                 floor=self._least,
                 token_bytes=step.token_bytes,
                 other_bytes=step.other_bytes,
-                spare=self.interval or 0,
+                spare=2 * self.interval - 1 if self.interval else 0,  # the table grows `interval` slots at a time
             )
             for tokens in step.prompt_tokens
         )

@@ -39,6 +39,16 @@ class Plan:
     step: Step
     weights: RowWeights | None
 
+    def weighs_like(self, other: Plan) -> bool:
+        """Whether the attention mass of one serves the other."""
+        return (
+            self.weights is not None
+            and other.weights is not None
+            and self.weights.same_as(other.weights)
+            and self.policy.group == other.policy.group
+            and (self.policy.query_window > 1) == (other.policy.query_window > 1)
+        )
+
 
 @dataclass
 class Undecided:
@@ -126,7 +136,9 @@ class PrunedLayer(CacheLayerMixin):
             scoring: how the model makes probabilities of logits.
         """
         if self.undecided is not None:
-            self._commit()  # the model went on without a crop, so everything was accepted
+            # The model went on without a crop: all was accepted, and several tokens were a prompt, not a draft.
+            self.undecided.prefill |= len(self.undecided.queries) > 1
+            self._commit()
         device = states.device
         if self.home is not None:
             states = states.to(self.home)
@@ -182,6 +194,9 @@ class PrunedLayer(CacheLayerMixin):
 
     def _plans(self, table: TokenTable, queries: Queries, prefill: bool) -> list[Plan]:
         device, added = queries.states.device, max(queries.tokens)
+        query_bytes = queries.states.nbytes // len(queries) + 8 * len(self.tokens)  # a query and its position
+        other_bytes = table.kv_token_bytes * self.stock_tokens
+        other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes * self.pruned_layers
         plans = []
         for scope, part in zip(self._scopes, self.policies, strict=True):
             interval = part.interval
@@ -195,7 +210,7 @@ class PrunedLayer(CacheLayerMixin):
                 tokens=per_sequence(self.tokens, device),
                 prompt_tokens=self.prompt_tokens,
                 token_bytes=table.token_bytes * self.pruned_layers,
-                other_bytes=table.kv_token_bytes * self.stock_tokens,
+                other_bytes=other_bytes,
             )
             plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
         return plans
@@ -209,29 +224,30 @@ class PrunedLayer(CacheLayerMixin):
         probabilities: Tensor | None = None,
     ) -> None:
         """Let the policies update their columns; links of a chain that weigh alike share the mass."""
-        shared: list[tuple[RowWeights, str, Tensor]] = []
+        done: list[Plan] = []
         for plan in plans:
-            weights, group = plan.weights, plan.policy.group
-            if weights is not None:
-                known = [mass for other, by, mass in shared if by == group and weights.same_as(other)]
+            if plan.weights is not None:
+                alike = next((other for other in done if plan.weighs_like(other)), None)
                 plan.step.weighed = (
-                    known[0]
-                    if known
+                    alike.step.weighed
+                    if alike
                     else queries.weigh(
                         table,
                         scoring,
-                        weights,
-                        group,
+                        plan.weights,
+                        plan.policy.group,
                         probabilities=probabilities,
                         earlier=self.remembered if plan.policy.query_window > 1 else None,
                     )
                 )
-                shared.append((weights, group, plan.step.mass))
             plan.policy.observe(plan.table, plan.step)
-        # A policy that evicts nothing while decoding needs earlier queries only until the prompt has ended.
-        prefill = plans[0].step.prefill
-        window = max((part.query_window for part in self.policies if prefill or part.interval), default=0)
+            done.append(plan)
+        window = self._query_window(plans[0].step.prefill)
         self.remembered = Remembered.newest(window - 1, self.remembered, queries) if window > 1 else None
+
+    def _query_window(self, prefill: bool) -> int:
+        """Queries to remember: a policy that evicts nothing while decoding needs none once the prompt has ended."""
+        return max((part.query_window for part in self.policies if prefill or part.interval), default=0)
 
     def _decide(self, table: TokenTable, plans: list[Plan]) -> None:
         for plan in plans:
@@ -244,6 +260,7 @@ class PrunedLayer(CacheLayerMixin):
                 table.evict(decision.evict)
             self.last_eviction = self.seen
         if plans[0].step.prefill:
+            table.drop_empty()
             table.own()
 
     # -- rolling back ----------------------------------------------------------------------------------------------
@@ -266,13 +283,15 @@ class PrunedLayer(CacheLayerMixin):
         if undecided is None or self.table is None:
             return
         if undecided.prefill:
-            self.prompt_tokens = self.tokens
+            self.prompt_tokens, self.generated = self.tokens, 0
         plans = self._plans(self.table, undecided.queries, undecided.prefill)
         self._observe(self.table, plans, undecided.queries, undecided.scoring)
         self._decide(self.table, plans)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; 0 only ends the step that waits while the past is recorded.
+
+        Without recording, what the forgotten queries added to the scores stays there.
 
         Raises CacheError for a positive number, and where rows were evicted since: those cannot come back.
         """
@@ -360,5 +379,5 @@ class PrunedLayer(CacheLayerMixin):
         if self.remembered is not None:
             held += [self.remembered.states, self.remembered.positions]
         if self.undecided is not None:
-            held.append(self.undecided.queries.states)
+            held += self.undecided.queries.tensors()
         return sum(tensor.untyped_storage().nbytes() for tensor in held)

@@ -177,7 +177,7 @@ def attention_mass(
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
         row_weights: which of the L rows to weigh; the result of a row of weight w adds up to w.
         scoring: the scale, soft cap and sinks of the model's softmax.
-        group: how the query heads of a KV head are reduced, "mean" or "max".
+        group: how the probabilities of the query heads of a KV head are reduced, "mean" or "max", row by row.
         query_positions: `[B, L]`. key_positions: `[B, Hkv, S]`; both or neither.
         block_bytes: size of a block of probabilities; the result depends on it by float32 rounding alone.
     """
@@ -205,8 +205,7 @@ def attention_mass(
         weights = weights * (query_positions >= 0)
 
     count = queries.shape[2]
-    heads = 1 if group == "mean" else query_heads // kv_heads
-    mass = torch.zeros(batch, kv_heads, heads, keys_length, device=device)
+    mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
         if query_positions is None:
             seen = keys_length - count + block.stop
@@ -218,9 +217,9 @@ def attention_mass(
         probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden)
         if query_positions is not None:
             probabilities = probabilities.nan_to_num_(0.0)  # rows that see nothing
-        row = weights[:, None, None, None, block].expand(-1, kv_heads, probabilities.shape[2], -1, -1)
-        if group == "mean":
-            row = row.reshape(batch, kv_heads, 1, 1, -1) / probabilities.shape[2]
-            probabilities = probabilities.reshape(batch, kv_heads, 1, -1, seen)
-        mass[..., :seen] += torch.matmul(row, probabilities).squeeze(-2)
-    return mass.squeeze(2) if group == "mean" else mass.amax(2)
+        if group == "max":
+            probabilities = probabilities.amax(2, keepdim=True)
+        heads = probabilities.shape[2]
+        row = (weights[:, None, None, block] / heads).expand(-1, kv_heads, heads, -1).reshape(batch, kv_heads, 1, -1)
+        mass[..., :seen] += torch.matmul(row, probabilities.flatten(2, 3))
+    return mass.squeeze(2)

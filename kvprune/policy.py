@@ -47,7 +47,7 @@ class Step:
     token_bytes: int
     """Bytes that one kept token costs in the whole cache: all pruned layers, heads and sequences."""
     other_bytes: int
-    """Bytes that the layers which are not pruned can take, where a budget in bytes is for the whole cache."""
+    """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
 

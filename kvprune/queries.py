@@ -54,6 +54,9 @@ class Queries:
         before, valid = self.valid[:, :start].sum(1).view(-1, 1, 1), self.valid[:, start:stop].clone()
         return Queries(states, self.first + before, valid, tuple(valid.sum(1).tolist()))
 
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.states, self.first, self.valid) if isinstance(tensor, Tensor)]
+
     def select_batch(self, rows: Tensor) -> Queries:
         """These sequences, in this order."""
         rows = rows.to(self.states.device)
@@ -95,7 +98,7 @@ class Queries:
 
         probabilities: of a single query, as `attend` returned them. earlier: queries of earlier steps to weigh as well.
         """
-        if earlier is not None and weights.last > len(self):
+        if earlier is not None and (weights.last > len(self) or self.valid is not None):
             states, positions = earlier.followed_by(self)
             return attention_mass(
                 states, table.keys, weights, scoring,
@@ -132,10 +135,14 @@ class Remembered:
     positions: Tensor
 
     def followed_by(self, queries: Queries) -> tuple[Tensor, Tensor]:
-        """States and positions of these queries and then those."""
+        """States and positions of these queries and then those; padding moves to the front."""
         batch = max(self.positions.shape[0], queries.positions.shape[0])
-        positions = (self.positions.expand(batch, -1), queries.positions.expand(batch, -1))
-        return torch.cat([self.states, queries.states], dim=2), torch.cat(positions, dim=1)
+        states = torch.cat([self.states, queries.states], dim=2)
+        positions = torch.cat([self.positions.expand(batch, -1), queries.positions.expand(batch, -1)], dim=1)
+        if queries.valid is None:
+            return states, positions
+        positions, order = positions.sort(dim=1)
+        return states.gather(2, order[:, None, :, None].expand_as(states)), positions
 
     @classmethod
     def newest(cls, count: int, earlier: Remembered | None, queries: Queries) -> Remembered:

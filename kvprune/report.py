@@ -129,7 +129,7 @@ class CacheReport:
         axes = figure.add_subplot()
         image = axes.imshow(
             share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
-            extent=(0, self.seen_tokens, len(share) - 0.5, -0.5),
+            extent=(0, max(self.seen_tokens, 1), max(len(share), 1) - 0.5, -0.5),
         )  # fmt: skip
         pruned = [layer.index for layer in self.layers if layer.positions is not None]
         step = max(1, len(pruned) // 16)

@@ -176,6 +176,16 @@ class TokenTable:
         self.dense = not bool((self._tensors["positions"] < 0).any())
         self.length = slots.shape[2]
 
+    def drop_empty(self) -> None:
+        """Free the slots that are padding in every sequence."""
+        if self.dense:
+            return
+        kept = self.positions >= 0
+        rows = int(kept.sum(-1).max())
+        if rows < self.length:
+            order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :, :rows]
+            self.compact(torch.where(kept.gather(2, order), order, EMPTY))
+
     def evict(self, slots: Tensor) -> None:
         """Drop `k` rows per head in place: the last `k` rows move into their slots. Nothing is allocated or freed.
 

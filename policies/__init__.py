@@ -9,7 +9,6 @@ from kvprune.policies.h2o import H2O
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
-
 from kvprune.registry import find, get, names, parse
 
 __all__ = ["A2SF", "H2O", "TOVA", "Full", "SnapKV", "StreamingLLM", "find", "get", "names", "parse"]

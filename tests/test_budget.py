@@ -13,9 +13,9 @@ import torch
 from families import build, feed, generate, left_padded, shared, stepwise
 from hypothesis import given
 from hypothesis import strategies as st
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 from kvprune import Budget, BudgetError, KVPruneError, PrunedCache
+from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 # -- what may be written -----------------------------------------------------------------------------------------------
 

@@ -24,11 +24,11 @@ from families import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvprune import CacheError, Policy, PrunedCache
+from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
 
 ROOM = 10_000
 BUDGET = 16

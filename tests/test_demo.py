@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kvprune.policies import A2SF, H2O, SnapKV, StreamingLLM
 
 from kvprune import KVPruneError, PrunedCache
 from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, RecallGenerator, decode
 from kvprune.demo.words import BOS, EOS, TOKEN_ID, VOCABULARY
+from kvprune.policies import A2SF, H2O, SnapKV, StreamingLLM
 
 
 @given(length=st.integers(60, 600), notes=st.integers(1, 9), seed=st.integers(0, 10))

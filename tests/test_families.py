@@ -6,11 +6,11 @@ import families
 import pytest
 import torch
 from families import FAMILIES, STOCK_ONLY, build, generate, left_padded
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import PrunedCache
+from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
 
 ROOM = 10_000
 NEW = 12

@@ -29,11 +29,11 @@ from families import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import Eviction, Policy, Step, TokenTable
+from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 ROOM = 10_000
 

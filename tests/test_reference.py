@@ -13,11 +13,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 from torch import Tensor
 
 from kvprune import Policy, Scoring
 from kvprune.layer import PrunedLayer
+from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}
 ROOM = 10_000

@@ -16,9 +16,9 @@ from families import (
     stock,
     token_ids,
 )
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 from kvprune import BudgetError, PrunedCache
+from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 BUDGET = 16
 POLICIES = {

@@ -1,0 +1,533 @@
+"""Every mistake raises the right error, which says what to write instead, and leaves cache and model as they were."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import assert_same_rows, build, feed, generate, left_padded, shared, token_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvprune import (
+    BudgetError,
+    CacheError,
+    Chain,
+    Decision,
+    Eviction,
+    KVPruneError,
+    Policy,
+    PolicyError,
+    PrunedCache,
+    Step,
+    UnsupportedModelError,
+)
+from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+
+EVICTING = [A2SF, H2O, SnapKV, TOVA, StreamingLLM]
+POLICY = A2SF(12, sinks=2, recent=3)
+
+evicting = pytest.mark.parametrize("policy", EVICTING, ids=lambda policy: policy.__name__)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@evicting
+@pytest.mark.parametrize("budget", [0, -1, 1.5, 0.0, math.nan, math.inf, None, True, "12 parsecs", "", "-1MiB", [64]])
+def test_budgets_without_meaning(policy, budget):
+    """A policy refuses a budget that is no positive amount, and names all three ways to write one."""
+    with pytest.raises(BudgetError, match=r"0\.25.*1024.*512MiB"):
+        policy(budget)
+
+
+@evicting
+@given(sinks=st.integers(0, 6), recent=st.one_of(st.integers(0, 20), st.floats(0, 0.9)))
+def test_budgets_that_hold_less_than_is_always_kept(policy, sinks, recent):
+    """A number of tokens below sinks + recent is refused with the least that works; that one is taken."""
+    if policy is StreamingLLM and isinstance(recent, float):
+        return
+    settings = {"sinks": sinks, "recent": recent, **({"window": 2} if policy is SnapKV else {})}
+    least = next(budget for budget in range(1, 200) if accepts(policy, budget, settings))
+    for budget in range(1, least):
+        with pytest.raises(BudgetError, match=rf"at least {least}\b"):
+            policy(budget, **settings)
+    needed = math.ceil(recent * least - 1e-9) if isinstance(recent, float) else recent
+    assert sinks + needed <= least
+    assert policy(least, **settings).recent_tokens(least) == needed
+
+
+def accepts(policy: Callable[..., Eviction], budget: int, settings: dict[str, Any]) -> bool:
+    try:
+        policy(budget, **settings)
+    except BudgetError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("policy", "least"), [(A2SF, 36), (H2O, 36), (SnapKV, 36), (TOVA, 1), (StreamingLLM, 5)])
+def test_the_least_budget_of_the_defaults(policy, least):
+    """With default settings, sinks and recent window set the least number of tokens."""
+    assert policy(least).budget == least
+    if least > 1:
+        with pytest.raises(BudgetError, match=rf"at least {least}\b"):
+            policy(least - 1)
+
+
+@evicting
+@pytest.mark.parametrize("recent", [-0.1, 1.5, math.nan, math.inf, 1.0])
+def test_shares_that_are_none(policy, recent):
+    """A recent window that is a float is a share of the budget, and leaves room for the sinks."""
+    with pytest.raises(PolicyError, match="float from 0 to 1, or an int"):
+        policy(0.5, sinks=4, recent=recent)
+
+
+def test_a_recent_window_may_be_the_whole_budget():
+    """Without sinks, all of the budget may be recent tokens."""
+    assert A2SF(10, sinks=0, recent=1.0).recent_tokens(10) == 10
+
+
+WRONG_COUNTS = [-1, True, "4", 1.5, None, math.nan]
+EVERY_POLICY = [
+    *[("sinks", value) for value in WRONG_COUNTS],
+    *[("recent", value) for value in (-1, True, "4", [4])],
+    *[("kernel_size", value) for value in (0, *WRONG_COUNTS)],
+    *[("interval", value) for value in (0, -1, True, "4", 1.5)],
+]
+
+
+@evicting
+@pytest.mark.parametrize(("name", "value"), EVERY_POLICY)
+def test_counts_that_are_none(policy, name, value):
+    """Settings that count tokens take ints; the message names the setting and shows the value."""
+    with pytest.raises(PolicyError, match=rf"{name}.*{re.escape(repr(value))}"):
+        policy(0.5, **{name: value})
+
+
+@evicting
+@pytest.mark.parametrize("kernel_size", [2, 4, 10])
+def test_even_kernels(policy, kernel_size):
+    """A kernel without a middle is refused, and the next odd size is offered."""
+    with pytest.raises(PolicyError, match=f"write {kernel_size + 1}"):
+        policy(0.5, kernel_size=kernel_size)
+
+
+@evicting
+@pytest.mark.parametrize("group", ["sum", "Mean", "", None, 1])
+def test_groups_that_are_none(policy, group):
+    """Query heads of a KV head are reduced by mean or max."""
+    with pytest.raises(PolicyError, match='"mean" or "max"'):
+        policy(0.5, group=group)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        *[(lambda value=value: A2SF(0.5, forgetting_factor=value), "forgetting_factor") for value in (-0.1, 1.01)],
+        *[(lambda value=value: A2SF(0.5, forgetting_factor=value), "forgetting_factor") for value in (math.nan, "0.9")],
+        *[(lambda value=value: A2SF(0.5, epsilon=value), "epsilon") for value in (-1e-4, 2, None, True)],
+        *[(lambda value=value: SnapKV(0.5, window=value), "window") for value in (0, -1, 1.5, True, None)],
+        *[(lambda value=value: SnapKV(0.5, pooling=value), "pooling") for value in ("sum", None)],
+    ],
+)
+def test_settings_of_one_policy(make, named):
+    """Each policy checks its own settings, and names the one that is wrong."""
+    with pytest.raises(PolicyError, match=named):
+        make()
+
+
+@evicting
+def test_settings_cannot_be_changed_afterwards(policy):
+    """A policy is a value: what was checked when it was made stays so."""
+    made = policy(0.5)
+    with pytest.raises(FrozenInstanceError):
+        made.budget = 0.1
+    assert made == policy(0.5)
+    assert hash(made) == hash(policy(0.5))
+
+
+@pytest.mark.parametrize("decision", [{}, {"keep": torch.zeros(1, 1, 1), "evict": torch.zeros(1, 1, 1)}])
+def test_a_decision_is_one_of_two(decision):
+    """A decision names the slots to keep or those to evict."""
+    with pytest.raises(PolicyError, match="either"):
+        Decision(**decision)
+
+
+@dataclass(frozen=True)
+class Forgetful(Policy):
+    """Uses attention mass without having asked for rows."""
+
+    def observe(self, table, step: Step) -> None:
+        step.mass.sum()
+
+
+def test_mass_that_was_not_asked_for():
+    """A policy that uses the mass of no rows is told where to ask for them."""
+    with pytest.raises(PolicyError, match=r"row_weights\(\)"):
+        generate(build("llama"), left_padded([10]), 2, past_key_values=PrunedCache(shared(), Forgetful()))
+    with pytest.raises(PolicyError, match=r"row_weights\(\)"):
+        feed(shared(), left_padded([10]), PrunedCache(shared(), Forgetful()), [10])
+
+
+# -- what is no policy -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [None, 0.25, A2SF, ["a2sf"], {"budget": 0.5}, Chain(), object()], ids=repr)
+def test_what_is_no_policy(policy):
+    """A cache takes a policy, a chain or a name, and leaves a model alone that it was made for in vain."""
+    model = build("llama")
+    attention = model.config._attn_implementation
+    with pytest.raises(PolicyError, match="A2SF"):
+        PrunedCache(model, policy)
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("a2fs", "a2sf"), ("snap_kv", "snapkv"), ("streamingllm", "streaming_llm"), ("h20", "h2o")]
+)
+def test_names_that_are_almost_right(name, meant):
+    """A name that is not known is answered with the nearest one and with all of them."""
+    model = build("llama")
+    attention = model.config._attn_implementation
+    with pytest.raises(PolicyError, match=f"Did you mean '{meant}'.*tova"):
+        PrunedCache(model, name)
+    assert model.config._attn_implementation == attention
+
+
+# -- what is no model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model", [None, "gpt2", object(), transformers.LlamaConfig(), torch.nn.Linear(2, 2), PrunedCache], ids=repr
+)
+def test_what_is_no_model(model):
+    """A cache is made for a transformers language model."""
+    with pytest.raises(UnsupportedModelError, match="transformers causal language model"):
+        PrunedCache(model, POLICY)
+
+
+TINY = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+LATENT = {
+    **TINY,
+    **{"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2, "num_experts_per_tok": 1},
+    **{"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+}
+SHARED = {
+    **TINY,
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    **{"sliding_window": 8, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 97},
+}
+UNSUPPORTED = {
+    "T5ForConditionalGeneration": (
+        "encoder-decoder",
+        lambda: transformers.T5Config(
+            **{**TINY, "eos_token_id": 1, "decoder_start_token_id": 0},
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+        ),
+    ),
+    "GPTJForCausalLM": (
+        "registry",
+        lambda: transformers.GPTJConfig(**TINY, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+    ),
+    "BloomForCausalLM": ("registry", lambda: transformers.BloomConfig(**TINY, hidden_size=16, n_layer=1, n_head=2)),
+    "MptForCausalLM": ("registry", lambda: transformers.MptConfig(**TINY, d_model=16, n_layers=1, n_heads=2)),
+    "FalconForCausalLM": (
+        "registry",
+        lambda: transformers.FalconConfig(**TINY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+    ),
+    "DeepseekV2ForCausalLM": ("latent attention", lambda: transformers.DeepseekV2Config(**LATENT)),
+    "DeepseekV3ForCausalLM": ("latent attention", lambda: transformers.DeepseekV3Config(**LATENT)),
+    "Gemma3nForCausalLM": (
+        "cache of other layers",
+        lambda: transformers.Gemma3nTextConfig(**SHARED, laurel_rank=2, activation_sparsity_pattern=[0.0] * 4),
+    ),
+    "Gemma4ForCausalLM": (
+        "cache of other layers",
+        lambda: transformers.Gemma4TextConfig(**SHARED, global_head_dim=8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_models_that_cannot_be_pruned(name):
+    """Models that kvprune cannot serve are named, with the reason, and generate afterwards what they did before."""
+    reason, config = UNSUPPORTED[name]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config()).eval()
+    attention = model.config._attn_implementation
+    prompt = {"input_ids": token_ids(1, 8), "attention_mask": torch.ones(1, 8, dtype=torch.long)}
+    before = generate(model, prompt, 4)
+    with pytest.raises(UnsupportedModelError, match=f"{name}.*{reason}|{reason}.*{name}|{name}"):
+        PrunedCache(model, POLICY)
+    assert model.config._attn_implementation == attention
+    assert torch.equal(generate(model, prompt, 4), before)
+
+
+def test_models_without_attention():
+    """A state-space model has no cache of keys and values to prune, and is refused like the others."""
+    config = transformers.MambaConfig(**TINY, hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
+        PrunedCache(transformers.MambaForCausalLM(config), POLICY)
+
+
+# -- a cache in the wrong place ----------------------------------------------------------------------------------------
+
+
+class Twin:
+    """Two caches with the same tokens, of which one is about to be misused."""
+
+    def __init__(self, family: str, *, lengths: tuple[int, ...] = (40,), policy: Policy = POLICY) -> None:
+        self.model, self.begin = build(family), max(lengths) - 10
+        self.batch = left_padded(lengths)
+        self.misused, self.untouched = (PrunedCache(self.model, policy) for _ in range(2))
+        self.expected = generate(self.model, self.batch, 5)
+        for cache in (self.misused, self.untouched):
+            feed(self.model, self.batch, cache, [self.begin])
+
+    def assert_goes_on(self) -> None:
+        """The misused cache does what the other does, and the model generates without a cache what it did before."""
+        after = [
+            feed(self.model, self.batch, cache, [1, 1, 4, 1], begin=self.begin)
+            for cache in (self.misused, self.untouched)
+        ]
+        torch.testing.assert_close(*after, atol=0, rtol=0)
+        assert self.misused.seen_tokens == self.untouched.seen_tokens
+        for row in range(len(self.expected)):
+            assert_same_rows(self.misused, self.untouched, row, row)
+        assert torch.equal(generate(self.model, self.batch, 5), self.expected)
+
+
+FAMILIES = ["llama", "qwen3-hybrid", "gemma3"]
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def another(family: str, *, met: bool, **overrides: Any) -> PreTrainedModel:
+    """A model of the same shape with other weights, which kvprune knows or has never met."""
+    model = build(family, seed=1, **overrides)
+    if met:
+        PrunedCache(model, Full())
+    return model
+
+
+@each_family
+@pytest.mark.parametrize("met", [False, True], ids=["never met", "met"])
+def test_a_cache_given_to_another_model(family, met):
+    """A model with as many layers and heads cannot use the cache of another, whether kvprune knows it or not."""
+    twin = Twin(family)
+    other = another(family, met=met)
+    expected = generate(other, twin.batch, 5)
+    with pytest.raises(CacheError, match=r"made for .*ForCausalLM.*Make a new PrunedCache"):
+        feed(other, twin.batch, twin.misused, [1], begin=twin.begin)
+    twin.assert_goes_on()
+    assert torch.equal(generate(other, twin.batch, 5), expected)
+
+
+@pytest.mark.parametrize("met", [False, True], ids=["never met", "met"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_cache_given_to_another_model_generates_nothing(met, layers):
+    """generate() ends in CacheError too, however many layers the other model has."""
+    twin = Twin("llama")
+    other = another("llama", met=met, num_hidden_layers=layers)
+    with pytest.raises(CacheError, match="Make a new PrunedCache"):
+        generate(other, twin.batch, 5, past_key_values=twin.misused)
+    twin.assert_goes_on()
+
+
+@pytest.mark.parametrize("met", [False, True], ids=["never met", "met"])
+def test_an_empty_cache_given_to_another_model(met):
+    """A cache that has seen nothing is refused to another model as well, and then serves its own."""
+    model, other = build("llama"), another("llama", met=met)
+    cache, batch = PrunedCache(model, POLICY), left_padded([30, 20])
+    with pytest.raises(CacheError, match="Make a new PrunedCache"):
+        generate(other, batch, 5, past_key_values=cache)
+    assert cache.seen_tokens == 0
+    assert cache.nbytes == 0
+    expected = generate(model, batch, 5, past_key_values=PrunedCache(model, POLICY))
+    assert torch.equal(generate(model, batch, 5, past_key_values=cache), expected)
+
+
+@each_family
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_another_batch_size(family, tokens):
+    """Tokens of another batch size are refused, with both sizes."""
+    twin = Twin(family)
+    three = {name: tensor.expand(3, -1) for name, tensor in twin.batch.items()}
+    with pytest.raises(CacheError, match=r"batch of 1.*batch of 3.*reset\(\)"):
+        feed(twin.model, three, twin.misused, [tokens], begin=twin.begin)
+    twin.assert_goes_on()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("mask", ["float", "bool"])
+def test_masks_of_four_dimensions(tokens, mask):
+    """A mask of one's own, over the logical length, cannot be laid over rows that were kept."""
+    twin = Twin("llama", lengths=(40, 30))
+    length = twin.begin + tokens
+    full = torch.zeros(2, 1, tokens, length) if mask == "float" else torch.ones(2, 1, tokens, length, dtype=torch.bool)
+    with pytest.raises(CacheError, match=r"\(2, 1, .*padding mask"), torch.no_grad():
+        twin.model(token_ids(2, tokens), attention_mask=full, past_key_values=twin.misused)
+    twin.assert_goes_on()
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_masks_that_are_too_short(columns):
+    """A padding mask covers at least the new tokens."""
+    twin = Twin("llama")
+    with pytest.raises(CacheError, match="covers the 4 new tokens"), torch.no_grad():
+        twin.model(token_ids(1, 4), attention_mask=torch.ones(1, columns), past_key_values=twin.misused)
+    twin.assert_goes_on()
+
+
+@each_family
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_attention_that_was_set_after_the_cache_was_made(family, implementation):
+    """A model that was switched to another attention says so; a new cache switches it back, and the old one goes on."""
+    twin = Twin(family)
+    twin.model.set_attn_implementation(implementation)
+    assert torch.equal(generate(twin.model, twin.batch, 5), twin.expected)
+    with pytest.raises(CacheError, match=r"set_attn_implementation\(\)"):
+        feed(twin.model, twin.batch, twin.misused, [1], begin=twin.begin)
+    PrunedCache(twin.model, POLICY)
+    if implementation == "sdpa":
+        twin.assert_goes_on()
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 99])
+def test_layers_that_are_not_there(layer):
+    """kept_positions names the layers that are pruned."""
+    cache = PrunedCache(shared(), POLICY)
+    with pytest.raises(CacheError, match=r"\[0, 1\]"):
+        cache.kept_positions(layer)
+
+
+def test_layers_that_are_not_pruned():
+    """A layer with a sliding window keeps what transformers keeps, and has no kept positions to show."""
+    cache = PrunedCache(shared("qwen3-hybrid"), POLICY)
+    feed(shared("qwen3-hybrid"), left_padded([30]), cache, [30])
+    assert cache.kept_positions(2).shape[2] == 12
+    with pytest.raises(CacheError, match=r"\[0, 2\]"):
+        cache.kept_positions(1)
+
+
+def test_masks_that_are_not_causal():
+    """A forward pass that wants a bidirectional mask is refused: a pruned cache can only attend causally."""
+    from transformers.masking_utils import create_causal_mask
+
+    model = shared()
+    cache = PrunedCache(model, POLICY)
+    with pytest.raises(UnsupportedModelError, match="DynamicCache"):
+        create_causal_mask(
+            config=model.config,
+            inputs_embeds=torch.zeros(1, 4, 32),
+            attention_mask=None,
+            past_key_values=cache,
+            or_mask_function=lambda batch, head, query, key: key >= 0,
+        )
+
+
+# -- a forward pass that ends early ------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Out of memory, Ctrl-C, a hook of somebody's."""
+
+
+def interrupt(model: PreTrainedModel, layer: int, run: Callable[[], Tensor]) -> None:
+    """Run until the attention of a layer has run, and no further."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    handle = model.model.layers[layer].mlp.register_forward_hook(stop)
+    try:
+        with pytest.raises(Interrupted):
+            run()
+    finally:
+        handle.remove()
+
+
+@each_family
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_an_interrupted_forward_pass_is_not_forgotten(family, tokens):
+    """After a pass that reached only some layers, a cache refuses to go on, or does so as if it had not been."""
+    twin = Twin(family)
+    interrupt(twin.model, 0, lambda: feed(twin.model, twin.batch, twin.misused, [tokens], begin=twin.begin))
+    for _ in range(2):
+        fork = twin.untouched.fork()
+        try:
+            logits = feed(twin.model, twin.batch, twin.misused, [1], begin=twin.begin)
+        except CacheError as error:
+            assert "reset()" in str(error) or "new PrunedCache" in str(error)  # noqa: PT017  either will do
+        else:
+            torch.testing.assert_close(logits, feed(twin.model, twin.batch, fork, [1], begin=twin.begin))
+            break
+
+
+def test_after_an_interrupted_prompt_the_cache_can_be_reset():
+    """reset() makes a new cache of one that was left in the middle of a forward pass."""
+    model, batch = build("llama"), left_padded([30, 20])
+    expected = generate(model, batch, 5, past_key_values=PrunedCache(model, POLICY))
+    cache = PrunedCache(model, POLICY)
+    interrupt(model, 0, lambda: generate(model, batch, 5, past_key_values=cache))
+    cache.reset()
+    assert cache.nbytes == 0
+    assert torch.equal(generate(model, batch, 5, past_key_values=cache), expected)
+
+
+def test_a_prompt_that_the_bytes_cannot_hold_leaves_the_cache_empty():
+    """A budget in bytes is found too small at the prompt; the cache has then seen nothing, and says so again."""
+    batch = left_padded([30])
+    cache = PrunedCache(shared(), A2SF("100B", sinks=2, recent=3))
+    for _ in range(3):
+        with pytest.raises(BudgetError, match=r"at least [\d,]+ bytes"):
+            generate(shared(), batch, 5, past_key_values=cache)
+        assert cache.seen_tokens == 0
+        assert cache.nbytes == 0
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def test_every_error_is_a_value_error_of_kvprune():
+    """Who catches KVPruneError, or ValueError, catches them all."""
+    for error in (BudgetError, CacheError, PolicyError, UnsupportedModelError):
+        assert issubclass(error, KVPruneError)
+    assert issubclass(KVPruneError, ValueError)
+
+
+@evicting
+@given(data=st.data())
+def test_nonsense_in_any_setting_raises_an_error_of_kvprune(policy, data):
+    """Whatever a setting is given, a policy is made, or a KVPruneError raised."""
+    junk = st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 50),
+        st.floats(-2, 2, width=16),
+        st.sampled_from([math.nan, math.inf, "mean", "max", "64", "1KiB", "", (), {}]),
+    )
+    names = [field.name for field in fields(policy) if field.name != "seed"]
+    settings = data.draw(st.dictionaries(st.sampled_from(names), junk, min_size=1, max_size=3))
+    try:
+        made = policy(**settings)
+    except KVPruneError as error:
+        assert str(error)  # noqa: PT017  either is fine
+    else:
+        assert isinstance(made, policy)
