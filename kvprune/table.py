@@ -62,20 +62,17 @@ class TokenTable:
         }
         for name, dtype in columns.items():
             self._tensors[f"column.{name}"] = torch.zeros(shape, dtype=dtype, device=keys.device)
-        self._batch_changed()
+        self._shape_changed()
 
-    def _batch_changed(self) -> None:
-        self._index = self._batch_and_head_index()
-        slots = max(self.capacity, 1)
-        self.token_bytes = sum(tensor.nbytes for tensor in self._tensors.values()) // slots
+    def _shape_changed(self) -> None:
+        batch, heads, capacity, device = self.batch_size, self.kv_heads, self.capacity, self._tensors["keys"].device
+        self._index = torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
+        # Index of each head's first slot in the flattened table, [B, Hkv, 1].
+        self._first_slots = (self._index[0] * heads + self._index[1]) * capacity
+        self.token_bytes = sum(tensor.nbytes for tensor in self._tensors.values()) // max(capacity, 1)
         """Bytes of one slot over all sequences and heads, all columns included."""
-        self.kv_token_bytes = sum(self._tensors[name].nbytes for name in ("keys", "values")) // slots
+        self.kv_token_bytes = sum(self._tensors[name].nbytes for name in ("keys", "values")) // max(capacity, 1)
         """The part of `token_bytes` that is keys and values."""
-
-    def _batch_and_head_index(self) -> tuple[Tensor, Tensor]:
-        batch, heads = self.batch_size, self.kv_heads
-        device = self._tensors["keys"].device
-        return torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[None, :, None]
 
     # -- what is in it ---------------------------------------------------------------------------------------------
 
@@ -160,6 +157,7 @@ class TokenTable:
             grown = tensor.new_empty((*tensor.shape[:2], capacity, *tensor.shape[3:]))
             grown[:, :, : self.length] = tensor[:, :, : self.length]
             self._tensors[name] = grown
+        self._shape_changed()
 
     # -- rows go ---------------------------------------------------------------------------------------------------
 
@@ -175,6 +173,7 @@ class TokenTable:
         self._tensors["positions"].masked_fill_(empty, EMPTY)
         self.dense = not bool((self._tensors["positions"] < 0).any())
         self.length = slots.shape[2]
+        self._shape_changed()
 
     def drop_empty(self) -> None:
         """Free the slots that are padding in every sequence."""
@@ -194,7 +193,7 @@ class TokenTable:
         count = slots.shape[2]
         rest = self.length - count
         if count == 1:
-            target = (slots + self._row_base()).view(-1)
+            target = (slots + self._first_slots).view(-1)
             for tensor in self._tensors.values():
                 rows = tensor.view(-1, *tensor.shape[3:])
                 rows.index_copy_(0, target, tensor[:, :, rest].reshape(-1, *tensor.shape[3:]))
@@ -207,10 +206,6 @@ class TokenTable:
             for tensor in self._tensors.values():
                 tensor[(*self._index, slots)] = tensor[(*self._index, source)]
         self.length = rest
-
-    def _row_base(self) -> Tensor:
-        """Index of each head's first slot in the flattened table, `[B, Hkv, 1]`."""
-        return (self._index[0] * self.kv_heads + self._index[1]) * self.capacity
 
     def drop_newest(self, count: int) -> None:
         """Forget the `count` rows that were appended last; nothing may have been evicted since."""
@@ -236,7 +231,7 @@ class TokenTable:
         """Keep these sequences, in this order; one may come several times (beams). rows: LongTensor `[B']`."""
         rows = rows.to(self.keys.device)
         self._tensors = {name: tensor.index_select(0, rows) for name, tensor in self._tensors.items()}
-        self._batch_changed()
+        self._shape_changed()
 
     def fork(self) -> TokenTable:
         """An independent copy."""

@@ -43,15 +43,15 @@ def causal(rows, length, kv_heads=1):
     return np.broadcast_to(visible, (kv_heads, rows, length))
 
 
-def by_kv_head(per_query_head, kv_heads, group):
-    """`[Hq, S] -> [Hkv, S]`: the mean or the maximum over the query heads of each KV head."""
-    grouped = per_query_head.reshape(kv_heads, -1, per_query_head.shape[-1])
+def by_kv_head(probabilities, kv_heads, group="mean"):
+    """`[Hq, L, S] -> [Hkv, L, S]`: the mean or the maximum over the query heads of each KV head, row by row."""
+    grouped = probabilities.reshape(kv_heads, -1, *probabilities.shape[1:])
     return grouped.mean(1) if group == "mean" else grouped.max(1)
 
 
 def mass(probabilities, weights, kv_heads, group="mean"):
     """Weighted attention mass `[Hkv, S]` of probabilities `[Hq, L, S]` and weights `[L]`."""
-    return by_kv_head((probabilities * np.asarray(weights, np.float64)[None, :, None]).sum(1), kv_heads, group)
+    return (by_kv_head(probabilities, kv_heads, group) * np.asarray(weights, np.float64)[None, :, None]).sum(1)
 
 
 def share(part, whole):
@@ -124,26 +124,26 @@ class Layer:
 class Ranking:
     """Keeps the sinks, the recent window, and the rows of highest score; a tie goes to the more recent token.
 
-    `scores`, `[Hkv, T]`, is what a policy's score column holds; subclasses write `observe`.
+    `score`, `[Hkv, T]`, is what a policy's score column holds; subclasses update it in `observe`.
     """
 
     def __init__(self, budget, *, sinks=4, recent=32, interval=1, group="mean", kernel_size=1) -> None:
         self.budget, self.sinks, self.recent = budget, sinks, recent
         self.interval, self.group, self.kernel_size = interval, group, kernel_size
-        self.heads = None  # [Hq, T]: the score that each query head gives
+        self.score = np.zeros((0, 0))
 
     def observe(self, layer: Layer, new: range) -> None:
-        """Update `self.heads` after a step whose tokens have the positions `new`."""
+        """Update the score after a step whose tokens have the positions `new`."""
 
-    def grow(self, layer: Layer):
-        """`self.heads` with zeros for the new tokens, `[Hq, T]`."""
-        grown = np.zeros((len(layer.queries), layer.tokens))
-        if self.heads is not None:
-            grown[:, : self.heads.shape[1]] = self.heads
-        return grown
+    def grow(self, layer: Layer) -> None:
+        """Zeros for the new tokens."""
+        grown = np.zeros((len(layer.kept), layer.tokens))
+        grown[: len(self.score), : self.score.shape[1]] = self.score
+        self.score = grown
 
-    def scores(self, layer: Layer):
-        return by_kv_head(self.heads, len(layer.kept), self.group)
+    def look(self, layer: Layer, positions: Iterable[int]):
+        """Attention `[Hkv, L, T]` that the queries at these positions give as a group."""
+        return by_kv_head(layer.look(positions), len(layer.kept), self.group)
 
     def due(self, layer: Layer) -> bool:
         """After every prefill step, and every `interval` generated tokens."""
@@ -163,13 +163,12 @@ class Ranking:
             return
         capacity = self.capacity(layer.prompt_tokens)
         window = layer.tokens - self.recent_tokens(capacity)
-        scores = self.scores(layer)
         for head, kept in enumerate(layer.kept):
             always = [position for position in kept if position < self.sinks or position >= window]
             others = [position for position in kept if self.sinks <= position < window]
-            value = {position: scores[head, position] for position in others}
+            value = {position: self.score[head, position] for position in others}
             if layer.prefill and self.kernel_size > 1:
-                lending = {position: scores[head, position] for position in kept if position < window}
+                lending = {position: self.score[head, position] for position in kept if position < window}
                 value = {position: self.pooled(lending, position) for position in others}
             best_first = sorted(others, key=lambda position: (value[position], position), reverse=True)
             room = max(0, capacity - len(always))
@@ -196,17 +195,18 @@ class A2SF(Ranking):
         self.forgetting_factor = forgetting_factor
 
     def observe(self, layer: Layer, new: range) -> None:
-        self.heads = self.grow(layer)
-        seen = layer.look(new)
+        self.grow(layer)
+        seen = self.look(layer, new)
         for row in range(len(new)):
-            self.heads = self.forgetting_factor * self.heads + seen[:, row]
+            self.score = self.forgetting_factor * self.score + seen[:, row]
 
 
 class H2O(Ranking):
     """F <- F + P[q], query by query."""
 
     def observe(self, layer: Layer, new: range) -> None:
-        self.heads = self.grow(layer) + layer.look(new).sum(1)
+        self.grow(layer)
+        self.score += self.look(layer, new).sum(1)
 
 
 class SnapKV(Ranking):
@@ -221,10 +221,10 @@ class SnapKV(Ranking):
         self.window, self.pooling = window, pooling
 
     def observe(self, layer: Layer, new: range) -> None:
-        self.heads = self.grow(layer)
+        self.grow(layer)
         if self.due(layer):
             begin = 0 if self.interval is not None else layer.last_generated + 1
-            self.heads = layer.look(range(max(begin, layer.tokens - self.window), layer.tokens)).sum(1)
+            self.score = self.look(layer, range(max(begin, layer.tokens - self.window), layer.tokens)).sum(1)
 
     def pooled(self, lending: dict[int, float], position: int) -> float:
         if self.pooling == "max":
@@ -240,10 +240,8 @@ class TOVA(Ranking):
         super().__init__(budget, sinks=sinks, recent=recent, **settings)
 
     def observe(self, layer: Layer, new: range) -> None:
-        self.heads = layer.look([new[-1]])[:, 0]
-
-    def scores(self, layer: Layer):
-        return np.broadcast_to(self.heads.mean(0), (len(layer.kept), layer.tokens))
+        newest = self.look(layer, [new[-1]])[:, 0]
+        self.score = np.repeat(newest.mean(0, keepdims=True), len(newest), axis=0)
 
 
 class StreamingLLM(Ranking):
@@ -252,5 +250,5 @@ class StreamingLLM(Ranking):
     def __init__(self, budget, *, sinks=4, recent=1, **settings) -> None:
         super().__init__(budget, sinks=sinks, recent=recent, **settings)
 
-    def scores(self, layer: Layer):
-        return np.broadcast_to(np.arange(layer.tokens) + 1.0, (len(layer.kept), layer.tokens))
+    def observe(self, layer: Layer, new: range) -> None:
+        self.score = np.array([range(1, layer.tokens + 1)] * len(layer.kept), np.float64)

@@ -146,10 +146,11 @@ SETTINGS = {
         forgetting_factor=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.3, 0.99)),
         kernel_size=kernels,
         interval=st.one_of(st.none(), intervals),
+        group=groups,
     ),
-    "h2o": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals)),
+    "h2o": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals), group=groups),
     "snapkv": snapkv(),
-    "tova": eviction(interval=intervals, kernel_size=kernels),
+    "tova": eviction(interval=intervals, kernel_size=kernels, group=groups),
     "streaming": st.integers(0, 4).flatmap(
         lambda sinks: st.fixed_dictionaries(
             {"budget": budgets(sinks=sinks, recent=1), "sinks": st.just(sinks), "interval": intervals}
@@ -226,7 +227,7 @@ class Comparison:
         """Score columns of the table, and what the brute-force links of one sequence have for them."""
         one = len(alone.links) == 1
         return [
-            ("score" if one else f"{index}.score", link.scores(alone))
+            ("score" if one else f"{index}.score", link.score)
             for index, link in enumerate(alone.links)
             if not isinstance(link, reference.StreamingLLM)
         ]
@@ -264,27 +265,37 @@ def test_padded_batch_equals_the_formula_for_each_sequence(name, data, shape, st
     compare(data.draw(pairs(name)), shape, steps)
 
 
-@pytest.mark.parametrize("name", ["a2sf", "h2o"])
-@given(data=st.data(), shape=shapes, length=st.integers(1, 25), seed=seeds)
-def test_max_over_the_group_after_a_prompt(name, data, shape, length, seed):
-    """With group="max", a prompt's rows have the score of the query head that gives the most."""
-    settings = {**data.draw(SETTINGS[name]), "group": "max"}
-    compare(TWINS[name].make(settings), shape, Steps(((length,),), (0,), seed))
-
-
-@pytest.mark.parametrize("name", ["a2sf", "h2o"])
-@given(data=st.data(), shape=shapes, steps=steps(most_sequences=1))
-def test_max_over_the_group_is_taken_of_accumulated_scores(name, data, shape, steps):
-    """With group="max", each query head accumulates a score of its own, and a row has the highest of them."""
-    compare(TWINS[name].make({**data.draw(SETTINGS[name]), "group": "max"}), shape, steps)
-
-
 @each_policy
 @pytest.mark.parametrize(("softcap", "sinks"), [(1.0, False), (None, True), (1.5, True)])
 @given(data=st.data(), shape=shapes, steps=steps(most_prompts=2))
 def test_soft_capped_logits_and_attention_sinks(name, softcap, sinks, data, shape, steps):
     """The same holds for models that cap their logits and for those with an attention sink in every head."""
     compare(data.draw(pairs(name)), shape, steps, softcap=softcap, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        TWINS["streaming"].make({"budget": 0.6, "sinks": 0}),
+        TWINS["h2o"].make({"budget": 0.45, "sinks": 0, "recent": 0}),
+        TWINS["h2o"].make({"budget": 2, "sinks": 0, "recent": 1}) | TWINS["tova"].make({"budget": 0.4}),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("prompts", [((5, 1), (1, 2)), ((1, 2), (2, 2)), ((9, 2), (2, 3)), ((12, 3),)], ids=str)
+@given(generated=st.integers(1, 4), seed=seeds)
+def test_each_sequence_of_a_batch_goes_by_its_own_budget(pair, prompts, generated, seed):
+    """Under a fraction, sequences of a batch have different budgets, and none waits for another to reach its own."""
+    compare(pair, Shape(), Steps(prompts, (generated,) * len(prompts), seed))
+
+
+@pytest.mark.parametrize("prompts", [((1, 1), (1, 2), (1, 2)), ((4, 4), (1, 3), (3, 1)), ((2, 3), (5, 1))], ids=str)
+@pytest.mark.parametrize("interval", [None, 1])
+@given(window=st.integers(2, 6), generated=st.integers(0, 3), seed=seeds)
+def test_a_window_of_queries_reaches_back_over_padding(prompts, interval, window, generated, seed):
+    """A window counts a sequence's own queries, not the columns that padding has put between them."""
+    pair = TWINS["snapkv"].make({"budget": 20, "sinks": 0, "window": window, "kernel_size": 1, "interval": interval})
+    compare(pair, Shape(), Steps(prompts, (0,) * (len(prompts) - 1) + (generated,), seed))
 
 
 # -- how a prompt comes ------------------------------------------------------------------------------------------------
@@ -319,18 +330,28 @@ def test_a_second_turn_evicts_again(name, data, shape, generated, seed):
 # -- chains ------------------------------------------------------------------------------------------------------------
 
 
+@thorough
 @given(first=pairs("a2sf"), second=pairs("streaming"), shape=shapes, steps=steps())
 def test_chain_of_a2sf_and_streaming_llm(first, second, shape, steps):
     """Both links decide at every step, the second over what the first has left."""
     compare(first | second, shape, steps)
 
 
+@thorough
 @given(first=pairs("h2o"), second=pairs("tova"), shape=shapes, steps=steps())
 def test_chain_of_h2o_and_tova(first, second, shape, steps):
     """Each link has a score of its own, whatever the other drops."""
     compare(first | second, shape, steps)
 
 
+@given(generated=st.integers(1, 6), seed=seeds)
+def test_tova_averages_over_heads_that_keep_different_tokens(generated, seed):
+    """What TOVA averages over the heads is the attention to a token, wherever in its head's table that token is."""
+    chain = TWINS["h2o"].make({"budget": 6, "sinks": 0, "recent": 1}) | TWINS["tova"].make({"budget": 4})
+    compare(chain, Shape(kv_heads=3), Steps(((12,),), (generated,), seed))
+
+
+@thorough
 @given(first=pairs("snapkv"), second=pairs("a2sf"), third=pairs("h2o"), shape=shapes, steps=steps())
 def test_chain_of_three(first, second, third, shape, steps):
     """A chain may be as long as you like."""
@@ -369,5 +390,5 @@ def test_a2sf_is_within_epsilon_of_its_formula(length):
         layer = PrunedLayer(policy, 0)
         layer.update(keys, values)
         layer.attend(queries, None, Scoring(1.0))
-        error = layer.table["score"][0].double() - torch.tensor(alone.links[0].scores(alone))
+        error = layer.table["score"][0].double() - torch.tensor(alone.links[0].score)
         assert error.abs().max() <= tolerance

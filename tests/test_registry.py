@@ -1,0 +1,230 @@
+"""Policies by name and by text, and how others find theirs."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, fields
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvprune
+from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies, registry
+from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+
+BUILT_IN = {
+    "a2sf": A2SF,
+    "full": Full,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "streaming_llm": StreamingLLM,
+    "tova": TOVA,
+}
+each_policy = pytest.mark.parametrize("name", BUILT_IN)
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_sorted_and_hold_what_is_built_in():
+    """names() lists every policy once, in order; other packages may add theirs."""
+    assert policies.names() == sorted(set(policies.names()))
+    assert set(BUILT_IN) <= set(policies.names())
+
+
+@each_policy
+def test_find_gives_the_class(name):
+    """find() gives the class that is imported under its own name, with a docstring and settings."""
+    policy = policies.find(name)
+    assert policy is BUILT_IN[name]
+    assert issubclass(policy, Policy)
+    assert policy.__doc__
+
+
+@each_policy
+def test_get_makes_the_policy(name):
+    """get() makes a policy with its defaults, as the class does."""
+    assert policies.get(name) == BUILT_IN[name]()
+
+
+@pytest.mark.parametrize("name", ["A2SF", " a2sf ", "Streaming-LLM", "STREAMING_LLM", "SnapKV"])
+def test_names_are_read_kindly(name):
+    """Capitals, hyphens and spaces around a name do not matter."""
+    assert policies.find(name) is BUILT_IN[name.strip().lower().replace("-", "_")]
+
+
+def test_settings_reach_the_policy():
+    """get() takes every setting of the policy."""
+    made = policies.get("a2sf", budget=0.5, sinks=2, recent=0.25, forgetting_factor=0.9)
+    assert made == A2SF(0.5, sinks=2, recent=0.25, forgetting_factor=0.9)
+    assert policies.get("full") == Full()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("a2fs", "a2sf"), ("h20", "h2o"), ("snap_kv", "snapkv"), ("streaming", "streaming_llm"), ("tovah", "tova")],
+)
+def test_unknown_names_are_answered_with_the_nearest(name, meant):
+    """A name that is not known raises PolicyError with the nearest name and all others."""
+    with pytest.raises(PolicyError, match=f"{name}.*Did you mean '{meant}'") as error:
+        policies.get(name)
+    assert all(known in str(error.value) for known in policies.names())
+
+
+@pytest.mark.parametrize("name", ["", " ", "zzzzzz", "a2sf.b", "kvprune.policies:A2SF"])
+def test_names_like_no_other(name):
+    """A name that is near to none raises PolicyError with all names."""
+    with pytest.raises(PolicyError, match=r"Known names: a2sf, .*tova") as error:
+        policies.find(name)
+    assert "Did you mean" not in str(error.value) or name == "a2sf.b"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("a2sf", "gamma"), ("h2o", "forgetting_factor"), ("tova", "window"), ("full", "budget")]
+)
+def test_unknown_settings_are_answered_with_those_there_are(name, setting):
+    """A setting that a policy lacks raises PolicyError with the settings it has."""
+    with pytest.raises(PolicyError, match=f"{BUILT_IN[name].__name__} has no setting '{setting}'") as error:
+        policies.get(name, **{setting: 1})
+    known = [field.name for field in fields(BUILT_IN[name])]
+    assert all(field in str(error.value) for field in known or ["none"])
+
+
+def test_bad_settings_are_the_policys_own_errors():
+    """get() raises what the class raises."""
+    with pytest.raises(BudgetError):
+        policies.get("a2sf", budget=0)
+    with pytest.raises(PolicyError, match="kernel_size"):
+        policies.get("h2o", kernel_size=4)
+
+
+# -- by text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("a2sf", A2SF()),
+        ("a2sf:budget=0.5", A2SF(0.5)),
+        ("A2SF: budget = 64 , sinks=2", A2SF(64, sinks=2)),
+        ("a2sf:budget=512MiB", A2SF("512MiB")),
+        ("a2sf:budget=25%", A2SF("25%")),
+        ("h2o:recent=0.25,group=max", H2O(recent=0.25, group="max")),
+        ("snapkv:interval=none,pooling=avg", SnapKV(pooling="avg")),
+        ("snapkv:interval=8", SnapKV(interval=8)),
+        ("a2sf:forgetting_factor=1e-1", A2SF(forgetting_factor=0.1)),
+        ("a2sf:budget=0.5 | streaming_llm:sinks=2", A2SF(0.5) | StreamingLLM(sinks=2)),
+        ("h2o|tova|full", H2O() | TOVA() | Full()),
+    ],
+)
+def test_text_is_read(text, policy):
+    """A name with settings, or several with bars between, make the policy or the chain that they say."""
+    assert policies.parse(text) == policy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "|", "a2sf|", "| a2sf", "a2sf || h2o", "nothing", "a2sf:", "a2sf:budget", "a2sf:budget=", "a2sf:=0.5"),
+        *("a2sf:budget=0.5,", "a2sf:gamma=0.9", "a2sf:sinks=x", "a2sf:budget=x", "a2sf budget=0.5", "full:budget=1"),
+        *("a2sf:budget=nan", "a2sf:recent=inf", "a2sf:kernel_size=2", "a2sf:budget=0.5;sinks=2", "a2sf:budget=0x10"),
+    ],
+)
+def test_text_that_cannot_be_read(text):
+    """Any mistake in the text raises an error of kvprune."""
+    with pytest.raises(KVPruneError):
+        policies.parse(text)
+
+
+@given(st.one_of(st.text(max_size=20), st.text("a2sf:|=,budget 01.", max_size=20)))
+def test_any_text_is_read_or_refused(text):
+    """Nothing but a policy or a KVPruneError comes of a text."""
+    try:
+        assert isinstance(policies.parse(text), Policy)
+    except KVPruneError as error:
+        assert str(error)  # noqa: PT017  either is fine
+
+
+def test_defaults_go_where_they_fit():
+    """Defaults reach every link that has such a setting and does not give it itself."""
+    chain = policies.parse("a2sf:sinks=1 | full | h2o:budget=99", budget=0.5, sinks=3)
+    assert chain == A2SF(0.5, sinks=1) | Full() | H2O(99, sinks=3)
+
+
+@each_policy
+def test_a_policy_prints_as_it_is_made(name):
+    """str() shows the class, the first setting, and those that are not at their defaults."""
+    assert str(policies.get(name)).startswith(BUILT_IN[name].__name__ + "(")
+    if name != "full":
+        assert str(policies.get(name, budget=64, sinks=0, recent=1)).startswith(f"{BUILT_IN[name].__name__}(budget=64")
+
+
+# -- chains ------------------------------------------------------------------------------------------------------------
+
+
+def test_chains_are_flat_and_in_order():
+    """However a chain is bracketed, it is the same value."""
+    first, second, third = A2SF(0.5), H2O(64), TOVA(8)
+    assert (first | second) | third == first | (second | third) == Chain((first, second, third))
+    assert first | second != second | first
+    assert str(first | second) == "A2SF(budget=0.5) | H2O(budget=64)"
+
+
+@pytest.mark.parametrize("other", ["h2o", 0.5, None, H2O])
+def test_chains_hold_policies_only(other):
+    """What is no policy cannot be a link."""
+    with pytest.raises(TypeError):
+        A2SF(0.5) | other
+    with pytest.raises(TypeError):
+        other | A2SF(0.5)
+
+
+# -- policies of others ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Borrowed(Eviction):
+    """A policy from somewhere else."""
+
+    taste: float = 0.5
+
+
+@pytest.fixture
+def borrowed(monkeypatch):
+    """An environment in which another package has registered a policy."""
+    found = registry._entry_points() | {
+        "borrowed": EntryPoint("borrowed", f"{__name__}:Borrowed", registry.GROUP),
+    }
+    monkeypatch.setattr(registry, "_entry_points", lambda: found)
+
+
+@pytest.mark.usefixtures("borrowed")
+def test_policies_of_other_packages_are_found_by_entry_point():
+    """What is registered under the group `kvprune.policies` has a name like those built in."""
+    assert registry.GROUP == "kvprune.policies"
+    assert "borrowed" in policies.names()
+    assert policies.get("borrowed", budget=8, sinks=1, recent=2, taste=0.1) == Borrowed(8, sinks=1, recent=2, taste=0.1)
+    with pytest.raises(PolicyError, match="Did you mean 'borrowed'"):
+        policies.get("borowed")
+
+
+def test_the_core_imports_no_policy():
+    """Policies and integrations import the core; the core imports neither."""
+    core = Path(kvprune.__file__).parent
+    for name in ("policy", "eviction", "table", "mass", "layer", "cache", "attention", "budget", "registry", "report"):
+        for node in ast.walk(ast.parse((core / f"{name}.py").read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(module.startswith(("kvprune.policies", "kvprune.integrations")) for module in modules)
+
+
+@given(budget=st.one_of(st.integers(36, 10**6), st.integers(1, 100).map(lambda hundredths: hundredths / 100)))
+def test_equal_settings_are_equal_policies(budget):
+    """Policies are values: equal ones are the same key of a dictionary, and others are not."""
+    assert {A2SF(budget): 1}[A2SF(budget)] == 1
+    assert A2SF(budget) != H2O(budget)
+    assert A2SF(budget) != A2SF(budget, sinks=1)
+    assert hash(A2SF(budget)) == hash(A2SF(budget))
