@@ -240,4 +240,4 @@ if __name__ == "__main__":
     trained.save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)
     text = card(trained, scores(trained), arguments.updates, arguments.seed, minutes)
-    (arguments.out / "README.md").write_text(text)
+    (arguments.out.parent / "README.md").write_text(text)

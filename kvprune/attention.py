@@ -20,14 +20,13 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from kvprune.errors import UnsupportedModelError
+from kvprune.errors import CacheError, UnsupportedModelError
 from kvprune.mass import Scoring, grouped, hidden_keys, row_blocks, row_probabilities
 
 if TYPE_CHECKING:
     from kvprune.cache import PrunedCache
 
 PREFIX = "kvprune_"
-MARK = "_kvprune_cache"  # attribute of the key tensor that `PrunedCache.update` hands to the attention
 # "flash" in a name makes transformers look for the flash-attn package under that very name (5.23).
 _ALIASES = {"flash": "fa"}
 
@@ -37,6 +36,34 @@ class CacheLength(int):
 
     A mask function is not told which cache its mask is for; this length is all that reaches it.
     """
+
+
+class PendingKeys(Tensor):
+    """The keys that `PrunedCache.update` returns: a claim ticket for the kvprune attention, and of no use elsewhere.
+
+    An attention that does not know kvprune would attend to the step's own tokens alone, and nobody would notice; and a
+    model that transforms its keys after caching them would not attend to what is cached. Any use raises CacheError.
+    """
+
+    cache: PrunedCache
+
+    @classmethod
+    def of(cls, keys: Tensor, cache: PrunedCache) -> PendingKeys:
+        pending = keys.detach().as_subclass(cls)
+        pending.cache = cache
+        return pending
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func.__name__ == "__get__":  # shape, dtype, device
+                return func(*args, **(kwargs or {}))
+            keys = args[0]
+            if func is Tensor.to and isinstance(keys, cls) and func(*args, **(kwargs or {})) is keys:
+                return keys  # a cast that casts nothing
+        caches = [item.cache for arg in args for item in (arg if isinstance(arg, list | tuple) else (arg,))
+                  if isinstance(item, cls)]  # fmt: skip
+        raise caches[0].bypassed() if caches else CacheError("the keys of a PrunedCache met another attention.")
 
 
 # -- backends ----------------------------------------------------------------------------------------------------------
@@ -163,10 +190,9 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache: PrunedCache | None = getattr(key, MARK, None)
-        if cache is None:
+        if not isinstance(key, PendingKeys):
             return base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
-        return cache.attend(module, query, attention_mask, **kwargs), None
+        return key.cache.attend(module, query, attention_mask, **kwargs), None
 
     return kvprune_attention
 

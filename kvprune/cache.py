@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvprune.attention import MARK, PREFIX, register
+from kvprune.attention import PREFIX, PendingKeys, register
 from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import Policy
 from kvprune.registry import parse
 from kvprune.report import CacheReport, LayerReport
+from kvprune.table import owned
 
 
 class PrunedCache(Cache):
@@ -44,6 +46,10 @@ class PrunedCache(Cache):
         policy = _policy(policy)
         config = _checked_config(model)
         layers: list[Any] = DynamicCache(config=config).layers
+        if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no attention layers, so there is nothing to prune."
+            )
         pruned = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not pruned:
             warnings.warn(
@@ -58,15 +64,16 @@ class PrunedCache(Cache):
                 index,
                 pruned_layers=len(pruned),
                 stock_tokens=stock_tokens,
-                device=None if device is None else torch.device(device),
+                device=_device(device),
             )
         super().__init__(layers=layers)
         self.policy = policy
         self.pruned_layers = tuple(pruned)
         self._model_name = type(model).__name__
-        self._modules = _attention_modules(model)
+        self._modules = weakref.WeakSet(model.modules())  # those that may attend to this cache
         self._open: int | None = None  # a layer whose keys came but whose attention has not run
         self._padding: tuple[Tensor, int, Tensor | None] | None = None
+        self._stock_states: dict[int, dict[str, Any]] = {}
         _switch_attention(model)
 
     # -- one forward pass ------------------------------------------------------------------------------------------
@@ -74,12 +81,18 @@ class PrunedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values. A pruned layer returns them marked, for the kvprune attention to find."""
+        """Take a layer's new keys and values. What a pruned layer returns is for the kvprune attention alone."""
         self._check_closed()
+        if layer_idx == 0:
+            self._check_whole(key_states.shape[0])
+        layer = self.layers[layer_idx]
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(self.layers[layer_idx], PrunedLayer):
-            setattr(keys, MARK, self)
+        if isinstance(layer, PrunedLayer):
             self._open = layer_idx
+            return PendingKeys.of(keys, self), values
+        if isinstance(layer, DynamicLayer) and key_states.shape[2] > 1:
+            # A sliding window is a view of the whole prompt otherwise (transformers 5.23), which would stay in memory.
+            layer.keys, layer.values = owned(layer.keys), owned(layer.values)
         return keys, values
 
     def attend(
@@ -100,34 +113,40 @@ class PrunedCache(Cache):
         query: `[B, Hq, L, D]`. mask: the two-dimensional padding mask, or None. Returns `[B, L, Hq, Dv]`.
         """
         layer = self.layers[self._open]
-        if id(module) not in self._modules:
-            self._refuse("the model that was called is another one")
+        if module not in self._modules:
+            raise self.misused("the model that was called is another one")
         if position_bias is not None:
-            self._refuse("its attention adds a position bias", UnsupportedModelError)
+            raise self.misused("its attention adds a position bias", UnsupportedModelError)
         if sliding_window is not None and layer.seen + query.shape[2] > sliding_window:
-            self._refuse(
+            raise self.misused(
                 f"layer {self._open} attends through a sliding window of {sliding_window} that its config does not "
                 "declare as such",
                 UnsupportedModelError,
             )
         valid = self._valid(mask, query.shape[2], layer)
-        output = layer.attend(
-            query, valid, Scoring(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-        )
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        first = layer.table is None and self._open == self.pruned_layers[0]
         self._open = None
-        return output
+        try:
+            return layer.attend(query, valid, Scoring(scale, softcap, s_aux))
+        except KVPruneError:
+            if first:  # a budget that cannot hold this prompt leaves the cache as it was: empty
+                self.reset()
+            raise
 
     def _valid(self, mask: Tensor | None, length: int, layer: PrunedLayer) -> Tensor | None:
         """Which of the new tokens are real, bool `[B, length]`; None if all are. Worked out once per forward pass."""
-        if mask is None or (length == 1 and layer.tokens and min(layer.tokens) > 0):
-            return None  # what follows a sequence that has begun is never left padding
-        if self._padding is not None and self._padding[0] is mask and self._padding[1] == layer.seen:
-            return self._padding[2]
+        if mask is None:
+            return None
         if mask.ndim != 2 or mask.shape[1] < length:
-            self._refuse(
+            raise self.misused(
                 f"the attention mask has the shape {tuple(mask.shape)}; a pruned cache takes a padding mask "
                 f"[batch, tokens] that covers the {length} new tokens"
             )
+        if length == 1 and layer.tokens and min(layer.tokens) > 0:
+            return None  # a generated token is never padding, and looking would make the host wait for the device
+        if self._padding is not None and self._padding[0] is mask and self._padding[1] == layer.seen:
+            return self._padding[2]
         new = mask[:, mask.shape[1] - length :].bool()
         valid = None if bool(new.all()) else new
         self._padding = mask, layer.seen, valid
@@ -135,25 +154,51 @@ class PrunedCache(Cache):
 
     def _check_closed(self) -> None:
         if self._open is not None:
-            layer = self._open
-            self._refuse(
-                f"layer {layer} was given keys, but its attention did not go through kvprune. Either another model was "
-                "called, or set_attn_implementation() was called since, or the model transforms its keys after caching "
-                "them, or a forward pass was interrupted",
-            )
+            raise self.bypassed()
 
-    def _refuse(self, reason: str, error: type[CacheError] | type[UnsupportedModelError] = CacheError) -> None:
-        self._abandon()
-        raise error(
+    def _check_whole(self, batch_size: int) -> None:
+        """Before a forward pass: all layers have seen the same, and the batch is the one they hold."""
+        self._stock_states = {
+            index: dict(vars(layer))
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
+        }
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
+        if len(lengths) > 1:
+            raise CacheError(
+                "a forward pass on this cache was interrupted, and its layers have seen different numbers of tokens "
+                f"({min(lengths)} to {max(lengths)}): call reset() and start over, or go on with a fork() made before."
+            )
+        for index in self.pruned_layers[:1]:
+            table = self.layers[index].table
+            if table is not None and table.batch_size != batch_size:
+                raise CacheError(
+                    f"this cache holds a batch of {table.batch_size}, and the model was called with a batch of "
+                    f"{batch_size}. Make a new PrunedCache, or call reset() to start over."
+                )
+
+    def bypassed(self) -> CacheError | UnsupportedModelError:
+        """The error to raise where another attention than kvprune's was given a layer's keys."""
+        return self.misused(
+            f"the attention of layer {self._open} did not go through kvprune. Either another model was called, or "
+            "set_attn_implementation() was called since, or the model changes its keys after caching them, or a "
+            "forward pass was interrupted"
+        )
+
+    def misused(
+        self, reason: str, error: type[CacheError] | type[UnsupportedModelError] = CacheError
+    ) -> CacheError | UnsupportedModelError:
+        """The error to raise for a forward pass that this cache cannot serve; the keys it brought are dropped."""
+        if self._open is not None:
+            self.layers[self._open].incoming = None
+            if self._open == self.pruned_layers[0]:  # nothing but stock layers has changed yet
+                for index, state in self._stock_states.items():
+                    vars(self.layers[index]).update(state)
+        self._open = None
+        return error(
             f"this PrunedCache was made for {self._model_name}, but {reason}. "
             "Make a new PrunedCache(model, policy) for each model and conversation."
         )
-
-    def _abandon(self) -> None:
-        """Leave a forward pass before its keys entered a table."""
-        if self._open is not None:
-            self.layers[self._open].incoming = None
-        self._open = None
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
@@ -238,7 +283,7 @@ class PrunedCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache; it may then be used with another batch size."""
-        self._open, self._padding = None, None
+        self._open, self._padding, self._stock_states = None, None, {}
         super().reset()
 
     def fork(self) -> PrunedCache:
@@ -261,6 +306,13 @@ def _policy(policy: Policy | str) -> Policy:
             'A2SF(0.5) | StreamingLLM(0.25), or a name such as "a2sf".'
         )
     return policy
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise CacheError(f'{device!r} is not a device: write one such as "cpu" or "cuda:0" ({error}).') from None
 
 
 def _checked_config(model: Any) -> Any:
@@ -291,11 +343,6 @@ def _checked_config(model: Any) -> Any:
             f"layers of {name} read the cache of other layers, whose rows may be gone: kvprune does not support it."
         )
     return config
-
-
-def _attention_modules(model: torch.nn.Module) -> frozenset[int]:
-    """Identities of the modules that may attend to this cache."""
-    return frozenset(id(module) for module in model.modules())
 
 
 def _switch_attention(model: Any) -> None:

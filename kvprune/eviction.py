@@ -66,8 +66,8 @@ class Eviction(Policy):
             )
         if self.group not in GROUPS:
             raise PolicyError(f'group must be "mean" or "max", not {self.group!r}.')
-        if isinstance(self.recent, float):
-            if not 0 <= self.recent <= 1 or (self.recent == 1 and self.sinks):
+        if not isinstance(self.recent, numbers.Integral):
+            if not isinstance(self.recent, numbers.Real) or not 0 <= self.recent <= 1 - (self.sinks > 0) * 1e-6:
                 raise PolicyError(
                     f"recent={self.recent!r} is no share of the budget that leaves room for {self.sinks} sinks: "
                     "write a float from 0 to 1, or an int for a number of tokens."
@@ -88,13 +88,16 @@ class Eviction(Policy):
     @cached_property
     def _least(self) -> int:
         """The smallest budget, in tokens, that holds sinks and recent window."""
-        if not isinstance(self.recent, float):
-            return max(self.sinks + self.recent, 1)
-        return next(n for n in count(1) if self.sinks + self.recent_tokens(n) <= n)
+        if isinstance(self.recent, numbers.Integral):
+            return max(self.sinks + int(self.recent), 1)
+        start = int(self.sinks / (1 - self.recent)) if self.sinks else 1
+        return next(n for n in count(max(start, 1)) if self.sinks + self.recent_tokens(n) <= n)
 
     def recent_tokens(self, capacity: int) -> int:
         """Size of the recent window, in tokens, under a budget of `capacity` tokens."""
-        return math.ceil(self.recent * capacity - 1e-9) if isinstance(self.recent, float) else self.recent
+        if isinstance(self.recent, numbers.Integral):
+            return int(self.recent)
+        return math.ceil(self.recent * capacity - 1e-9)
 
     def capacity(self, step: Step) -> tuple[int, ...]:
         """Tokens kept per KV head, for each sequence of the batch."""
@@ -104,7 +107,7 @@ class Eviction(Policy):
                 floor=self._least,
                 token_bytes=step.token_bytes,
                 other_bytes=step.other_bytes,
-                spare=2 * self.interval - 1 if self.interval else 0,  # the table grows `interval` slots at a time
+                spare=step.spare,
             )
             for tokens in step.prompt_tokens
         )
@@ -117,18 +120,24 @@ class Eviction(Policy):
         if not step.due:
             return None
         capacity = self.capacity(step)
+        alike = len(set(capacity)) == 1
         excess = table.length - max(capacity)
-        if excess <= 0 and len(set(capacity)) == 1:
-            return None
         if step.prefill:
-            return self._select(table, step, capacity)
+            return self._select(table, step, capacity) if excess > 0 or not alike else None
+        if not (alike and table.dense) and self._most_surplus(table, capacity) > max(excess, 0):
+            return self._select(table, step, capacity)  # a sequence is above its own budget, another below its own
         return self._evict(table, step, capacity, excess) if excess > 0 else None
 
+    def _most_surplus(self, table: TokenTable, capacity: tuple[int, ...]) -> int:
+        """By how many rows a sequence exceeds its budget."""
+        rows = (table.positions >= 0).sum(-1, keepdim=True)
+        return int((rows - per_sequence(capacity, rows.device)).max())
+
     def _select(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Decision:
-        """After a prefill step: the best rows of all, in the order of their positions."""
+        """The best rows of all, in the order of their positions."""
         most = min(max(capacity), table.length)
         scores = self.scores(table, step).expand_as(table.positions)
-        if self.kernel_size > 1:
+        if self.kernel_size > 1 and step.prefill:
             scores = self.pool(scores, table, self._is_recent(table, step, capacity))
         slots = self._retention(table, step, capacity, scores).topk(most, dim=-1).indices
         positions = table.positions.gather(2, slots)
@@ -179,7 +188,7 @@ class Eviction(Policy):
         retention = torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
         kept = self._is_recent(table, step, capacity)
         if self.sinks:
-            kept = kept | (positions < self.sinks)
+            kept |= positions < self.sinks
         retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
         return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.attention import CacheLength
-from kvprune.errors import CacheError
+from kvprune.errors import CacheError, KVPruneError
 from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
 from kvprune.queries import Queries, Remembered
@@ -84,6 +84,7 @@ class PrunedLayer(CacheLayerMixin):
         self.policies = policy.parts()
         # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
         self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
+        self._interval = max((part.interval or 0 for part in self.policies), default=0)
         self.index = index
         self.pruned_layers = pruned_layers
         self.stock_tokens = stock_tokens
@@ -135,6 +136,15 @@ class PrunedLayer(CacheLayerMixin):
             states: queries `[B, Hq, L, D]`. valid: bool `[B, L]`, False where the input is padding; None if none is.
             scoring: how the model makes probabilities of logits.
         """
+        first = self.table is None
+        try:
+            return self._attend(states, valid, scoring)
+        except KVPruneError:
+            if first:
+                self.reset()
+            raise
+
+    def _attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring) -> Tensor:
         if self.undecided is not None:
             # The model went on without a crop: all was accepted, and several tokens were a prompt, not a draft.
             self.undecided.prefill |= len(self.undecided.queries) > 1
@@ -187,8 +197,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def _room(self, table: TokenTable) -> int:
         """Slots to add when the table is full and tokens come one by one."""
-        intervals = [part.interval for part in self.policies if part.interval is not None]
-        return max(intervals) if intervals else max(_LEAST_ROOM, table.length // _ROOM_SHARE)
+        return self._interval or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
@@ -211,6 +220,7 @@ class PrunedLayer(CacheLayerMixin):
                 prompt_tokens=self.prompt_tokens,
                 token_bytes=table.token_bytes * self.pruned_layers,
                 other_bytes=other_bytes,
+                spare=2 * self._interval - 1 if self._interval else 0,
             )
             plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
         return plans
@@ -258,6 +268,7 @@ class PrunedLayer(CacheLayerMixin):
                 table.compact(decision.keep)
             elif decision.evict is not None:
                 table.evict(decision.evict)
+                table.shrink(plan.step.spare)
             self.last_eviction = self.seen
         if plans[0].step.prefill:
             table.drop_empty()

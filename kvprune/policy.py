@@ -48,6 +48,8 @@ class Step:
     """Bytes that one kept token costs in the whole cache: all pruned layers, heads and sequences."""
     other_bytes: int
     """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
+    spare: int
+    """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
 
@@ -65,7 +67,8 @@ class Decision:
 
     keep: LongTensor `[B, Hkv, rows]`; -1 for an empty row, where a sequence keeps fewer than another. The table shrinks
         to exactly these rows and the rest of its memory is freed.
-    evict: LongTensor `[B, Hkv, k]`: these rows are overwritten in place. Empty slots may be named too.
+    evict: LongTensor `[B, Hkv, k]`: these rows are overwritten in place, and every head holds k slots less. Empty slots
+        may be named too.
     """
 
     keep: Tensor | None = None
@@ -138,6 +141,10 @@ class Chain(Policy):
     """Several policies, run one after the other at every step. Made with `|`."""
 
     links: tuple[Policy, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.links or not all(isinstance(link, Policy) for link in self.links):
+            raise PolicyError(f"a chain is made of policies, as in A2SF(0.5) | TOVA(0.25), not of {self.links!r}.")
 
     def parts(self) -> tuple[Policy, ...]:
         return self.links

@@ -148,7 +148,7 @@ class Remembered:
     def newest(cls, count: int, earlier: Remembered | None, queries: Queries) -> Remembered:
         """The newest `count` queries, of this step and, where it has fewer, of earlier ones."""
         states, positions = queries.states, queries.positions
-        if earlier is not None and len(queries) < count:
+        if earlier is not None and min(queries.tokens) < count:
             states, positions = earlier.followed_by(queries)
         return cls(states[:, :, -count:].clone(), positions[:, -count:].clone())
 

@@ -23,7 +23,7 @@ from kvprune.errors import CacheError
 EMPTY = -1
 
 
-def _owned(tensor: Tensor) -> Tensor:
+def owned(tensor: Tensor) -> Tensor:
     """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
@@ -53,6 +53,9 @@ class TokenTable:
         """
         self.dense = dense
         """Whether no slot in use is empty."""
+        self.one_policy = True
+        """Whether a single policy decides which rows stay, so that its own regularities hold."""
+        self._borrowed = True
         shape = keys.shape[:3]
         self.length = keys.shape[2]
         self._tensors: dict[str, Tensor] = {
@@ -66,9 +69,10 @@ class TokenTable:
 
     def _shape_changed(self) -> None:
         batch, heads, capacity, device = self.batch_size, self.kv_heads, self.capacity, self._tensors["keys"].device
-        self._index = torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
-        # Index of each head's first slot in the flattened table, [B, Hkv, 1].
-        self._first_slots = (self._index[0] * heads + self._index[1]) * capacity
+        sequences = torch.arange(batch, device=device)[:, None, None]
+        each_head = torch.arange(heads, device=device)[:, None]
+        # To index slots with, and where each head's first slot is in the flattened table, [B, Hkv, 1].
+        self._index = sequences, each_head, (sequences * heads + each_head) * capacity
         self.token_bytes = sum(tensor.nbytes for tensor in self._tensors.values()) // max(capacity, 1)
         """Bytes of one slot over all sequences and heads, all columns included."""
         self.kv_token_bytes = sum(self._tensors[name].nbytes for name in ("keys", "values")) // max(capacity, 1)
@@ -142,7 +146,7 @@ class TokenTable:
         added = keys.shape[2]
         self.dense &= dense
         if self.length + added > self.capacity:
-            self._grow(self.length + max(added, room))
+            self._resize(self.length + max(added, room))
         new = slice(self.length, self.length + added)
         self._tensors["keys"][:, :, new] = keys
         self._tensors["values"][:, :, new] = values
@@ -152,11 +156,12 @@ class TokenTable:
                 tensor[:, :, new] = 0
         self.length += added
 
-    def _grow(self, capacity: int) -> None:
+    def _resize(self, capacity: int) -> None:
         for name, tensor in self._tensors.items():
             grown = tensor.new_empty((*tensor.shape[:2], capacity, *tensor.shape[3:]))
             grown[:, :, : self.length] = tensor[:, :, : self.length]
             self._tensors[name] = grown
+        self._borrowed = False
         self._shape_changed()
 
     # -- rows go ---------------------------------------------------------------------------------------------------
@@ -167,12 +172,13 @@ class TokenTable:
         slots: LongTensor `[B, Hkv, rows]`; -1 makes an empty row.
         """
         empty = slots < 0
-        index = (*self._index, slots.clamp(min=0))
+        index = (*self._index[:2], slots.clamp(min=0))
         for name, tensor in self._tensors.items():
             self._tensors[name] = tensor[index]
         self._tensors["positions"].masked_fill_(empty, EMPTY)
         self.dense = not bool((self._tensors["positions"] < 0).any())
         self.length = slots.shape[2]
+        self._borrowed = False
         self._shape_changed()
 
     def drop_empty(self) -> None:
@@ -190,13 +196,16 @@ class TokenTable:
 
         slots: LongTensor `[B, Hkv, k]`, different slots within a head.
         """
+        self.own()
         count = slots.shape[2]
         rest = self.length - count
         if count == 1:
-            target = (slots + self._first_slots).view(-1)
+            target = (slots + self._index[2]).view(-1)
             for tensor in self._tensors.values():
                 rows = tensor.view(-1, *tensor.shape[3:])
-                rows.index_copy_(0, target, tensor[:, :, rest].reshape(-1, *tensor.shape[3:]))
+                newest = tensor[:, :, rest].flatten(0, 1)
+                # With a single head this is a slice of the very memory that is written to, which torch refuses.
+                rows.index_copy_(0, target, newest.clone() if len(newest) == 1 else newest)
         else:
             slots = slots.sort(dim=-1).values
             # Survivors among the last k rows, first; they go to the victims before them, which are the first ones too.
@@ -204,7 +213,7 @@ class TokenTable:
             victim = (slots[:, :, :, None] == tail).any(dim=2)
             source = tail[victim.to(torch.int8).argsort(dim=-1, stable=True)]
             for tensor in self._tensors.values():
-                tensor[(*self._index, slots)] = tensor[(*self._index, source)]
+                tensor[(*self._index[:2], slots)] = tensor[(*self._index[:2], source)]
         self.length = rest
 
     def drop_newest(self, count: int) -> None:
@@ -220,10 +229,18 @@ class TokenTable:
         finally:
             self.length += count
 
+    def shrink(self, room: int) -> None:
+        """Free spare slots beyond `room`."""
+        if self.capacity > self.length + room:
+            self._resize(self.length + room)
+
     def own(self) -> None:
-        """Give every column storage of its own, so that the activations it came from are freed."""
+        """Give every column storage of its own, so that the activations it came from are freed, and not written to."""
+        if not self._borrowed:
+            return
+        self._borrowed = False
         for name, tensor in self._tensors.items():
-            self._tensors[name] = _owned(tensor)
+            self._tensors[name] = owned(tensor)
 
     # -- the batch changes -----------------------------------------------------------------------------------------
 
@@ -261,6 +278,7 @@ class TableView:
 
     def __init__(self, table: TokenTable, scope: str) -> None:
         self._table, self._scope = table, scope
+        self.one_policy = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from kvprune.eviction import Eviction
+from kvprune.eviction import Eviction, along_positions
 from kvprune.mass import RowWeights
 from kvprune.policy import Step
 from kvprune.table import TokenTable
@@ -27,4 +27,9 @@ class TOVA(Eviction):
         return RowWeights.last_window(1)
 
     def observe(self, table: TokenTable, step: Step) -> None:
-        table["score"] = step.mass.mean(1, keepdim=True)
+        if table.one_policy:  # then all heads hold the same tokens in the same slots
+            table["score"] = step.mass.mean(1, keepdim=True)
+        else:
+            table["score"] = along_positions(
+                step.mass, table, lambda mass: mass.mean(1, keepdim=True).expand_as(mass), 0
+            )

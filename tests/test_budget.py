@@ -175,7 +175,7 @@ batches = st.lists(st.integers(1, 40), min_size=1, max_size=3)
 
 
 @every_policy
-@given(lengths=batches, size=st.integers(16_000, 60_000))
+@given(lengths=batches, size=st.integers(20_000, 60_000))
 def test_bytes_are_never_exceeded(make, lengths, size):
     """From the prompt on to the last generated token, for any batch, what the cache holds fits the bytes given."""
     cache = PrunedCache(shared(), make(f"{size}B"))
@@ -213,7 +213,7 @@ hybrid = pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3"])
 @pytest.mark.parametrize("lengths", [[12], [60], [60, 25]], ids=str)
 def test_bytes_are_never_exceeded_while_a_hybrid_model_generates(make, family, lengths):
     """Layers with a sliding window are paid from the same bytes."""
-    size = 6_000 * len(lengths)
+    size = 8_000 * len(lengths)
     cache = PrunedCache(shared(family), make(f"{size}B"))
     batch = left_padded([length + 30 for length in lengths])
     feed(shared(family), batch, cache, [max(lengths)])

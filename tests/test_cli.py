@@ -19,8 +19,8 @@ def prompt(tmp_path):
     """A prompt file, and the right answer."""
     recall = RecallGenerator(2).document(800, 10)
     path = tmp_path / "prompt.txt"
-    path.write_text(decode(recall.prompt(3)[1:]))
-    return path, decode(recall.values[3])
+    path.write_text(decode(recall.prompt(4)[1:]))
+    return path, decode(recall.values[4])
 
 
 def test_policies_lists_every_name():

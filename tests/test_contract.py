@@ -611,7 +611,7 @@ def test_dense_nbytes_is_what_the_stock_cache_holds(family, lengths, decoded):
     dense, cache = DynamicCache(config=model.config), PrunedCache(model, EVICTING["a2sf"])
     for one in (dense, cache):
         feed(model, batch, one, [max(lengths)] + [1] * decoded)
-    held = [tensor.untyped_storage().nbytes() for layer in dense.layers for tensor in (layer.keys, layer.values)]
+    held = [tensor.nbytes for layer in dense.layers for tensor in (layer.keys, layer.values)]
     assert cache.dense_nbytes == sum(held)
 
 

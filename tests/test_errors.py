@@ -168,7 +168,7 @@ def test_mass_that_was_not_asked_for():
 # -- what is no policy -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [None, 0.25, A2SF, ["a2sf"], {"budget": 0.5}, Chain(), object()], ids=repr)
+@pytest.mark.parametrize("policy", [None, 0.25, A2SF, ["a2sf"], {"budget": 0.5}, object()], ids=repr)
 def test_what_is_no_policy(policy):
     """A cache takes a policy, a chain or a name, and leaves a model alone that it was made for in vain."""
     model = build("llama")
@@ -176,6 +176,12 @@ def test_what_is_no_policy(policy):
     with pytest.raises(PolicyError, match="A2SF"):
         PrunedCache(model, policy)
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("links", [(), ("a2sf",), (None, A2SF(0.5))], ids=repr)
+def test_a_chain_is_made_of_policies(links):
+    with pytest.raises(PolicyError, match="chain"):
+        Chain(links)
 
 
 @pytest.mark.parametrize(
