@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvprune.attention import PREFIX, PendingKeys, register
-from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
+from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import Policy
@@ -218,7 +218,7 @@ class PrunedCache(Cache):
         return sum(
             layer.seen * layer.table.kv_token_bytes
             if isinstance(layer, PrunedLayer) and layer.table is not None
-            else _stock_bytes(layer)
+            else sum(tensor.nbytes for tensor in _stock_tensors(layer))
             for layer in self.layers
         )
 
@@ -355,11 +355,11 @@ def _is_past_its_window(layer: Any) -> bool:
     return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
 
 
+def _stock_tensors(layer: Any) -> list[Tensor]:
+    """The tensors of a transformers cache layer."""
+    values = [value.values() if isinstance(value, dict) else (value,) for value in vars(layer).values()]
+    return [tensor for each in values for tensor in each if isinstance(tensor, Tensor) and tensor.ndim > 1]
+
+
 def _stock_bytes(layer: Any) -> int:
-    """Bytes of the tensors of a transformers cache layer."""
-    held = 0
-    for value in vars(layer).values():
-        for tensor in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(tensor, Tensor) and tensor.ndim > 1:
-                held += tensor.untyped_storage().nbytes()
-    return held
+    return sum(tensor.untyped_storage().nbytes() for tensor in _stock_tensors(layer))
