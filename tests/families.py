@@ -65,7 +65,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=None),
     "mistral-sliding": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW),
-    "gemma2": lambda: Gemma2Config(**_HEAD_DIM, **_HYBRID, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+    "gemma2": lambda: Gemma2Config(
+        **_HEAD_DIM,
+        **_HYBRID,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",  # sdpa left the soft cap out in transformers 5.17
+    ),
     "gemma3": lambda: Gemma3TextConfig(**_HEAD_DIM, **_HYBRID, query_pre_attn_scalar=8),
     "gpt-neox": lambda: GPTNeoXConfig(**_SHAPE),
     "opt": lambda: OPTConfig(**_SHAPE, ffn_dim=64, word_embed_proj_dim=32, init_std=0.2),

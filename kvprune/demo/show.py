@@ -210,7 +210,7 @@ def plot_quality(results: list[Result], path: Path, tokens: int, notes: int) -> 
     """Recall against measured bytes, one curve a policy."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     full = results[0]
     labels = dict.fromkeys(result.policy for result in results[1:])
@@ -226,7 +226,7 @@ def plot_quality(results: list[Result], path: Path, tokens: int, notes: int) -> 
         xlim=(0, None),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right", fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.savefig(path, dpi=120)
     return path
 
