@@ -254,9 +254,9 @@ class PrunedCache(Cache):
                     )
                 )
             else:
-                held = _stock_bytes(layer)
+                held, dense = _stock_bytes(layer), sum(tensor.nbytes for tensor in _stock_tensors(layer))
                 kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__
-                layers.append(LayerReport(index, kind, held, held, held, None))
+                layers.append(LayerReport(index, kind, held, held, dense, None))
         return CacheReport(str(self.policy), self.seen_tokens, tuple(layers))
 
     def __repr__(self) -> str:
