@@ -57,6 +57,7 @@ class Eviction(Policy):
         budget = self._budget  # parses, and raises for nonsense
         check_count("sinks", self.sinks, least=0)
         check_count("kernel_size", self.kernel_size, least=1)
+        check_count("seed", self.seed, least=0)
         if self.interval is not None:
             check_count("interval", self.interval, least=1)
         if self.kernel_size % 2 == 0:

@@ -167,7 +167,7 @@ class PrunedLayer(CacheLayerMixin):
             self._defer(table, queries, prefill, scoring)
         else:
             plans = self._plans(table, queries, prefill)
-            wanted = any(plan.weights is not None for plan in plans)
+            wanted = any(plan.weights is not None and plan.weights.noise is None for plan in plans)
             output, probabilities = queries.attend(table, scoring, with_probabilities=wanted)
             self._observe(table, plans, queries, scoring, probabilities)
             self._decide(table, plans)
@@ -221,6 +221,7 @@ class PrunedLayer(CacheLayerMixin):
                 token_bytes=table.token_bytes * self.pruned_layers,
                 other_bytes=other_bytes,
                 spare=2 * self._interval - 1 if self._interval else 0,
+                generated=self.generated,
             )
             plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
         return plans

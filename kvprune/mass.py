@@ -12,12 +12,15 @@ Shapes: `B` batch, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `L` queries
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyError
+from kvprune.noise import Gumbel
 
 GROUPS = ("mean", "max")
 # A block of probabilities should stay in the cache of the processor: 32 rows of 8 heads over 4,096 keys are 4 MiB.
@@ -30,13 +33,14 @@ class RowWeights:
 
     Rows are counted back from the newest query. `last` rows are weighed, the row of age `a` with `decay ** a`; or, if
     `rows` is given, exactly those rows (indices into the step's queries, `[R]` or `[B, R]`) with `weights` of the same
-    shape, float32.
+    shape, float32. With `noise`, the rows are not those of the model's softmax but of a noisy, tempered one.
     """
 
     last: int
     decay: float = 1.0
     rows: Tensor | None = None
     weights: Tensor | None = None
+    noise: Gumbel | None = None
 
     @classmethod
     def uniform(cls, queries: int) -> RowWeights:
@@ -72,8 +76,14 @@ class RowWeights:
             )
         return cls(rows.shape[-1], 1.0, rows.long(), weights.float())
 
+    def noisy(self, noise: Gumbel) -> RowWeights:
+        """The same rows of a noisy, tempered softmax (Keyformer)."""
+        return replace(self, noise=noise)
+
     def same_as(self, other: RowWeights) -> bool:
         """Whether both weigh the same rows alike."""
+        if self.noise is not other.noise:
+            return False
         if self.rows is None and other.rows is None:
             return (self.last, self.decay) == (other.last, other.decay)
         return self.rows is other.rows and self.weights is other.weights
@@ -110,13 +120,20 @@ def grouped(queries: Tensor, kv_heads: int) -> Tensor:
     return queries.reshape(batch * kv_heads, heads // kv_heads * length, dim)
 
 
-def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: Tensor | None = None) -> Tensor:
+def row_probabilities(
+    queries: Tensor,
+    keys: Tensor,
+    scoring: Scoring,
+    hidden: Tensor | None = None,
+    perturb: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Attention probabilities of a few query rows, `[B, Hkv, G, L, S]` float32, whatever the dtype of the model.
 
     Args:
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
         hidden: bool, broadcastable to `[B, Hkv, 1, L, S']`, True where one of the last S' keys must not be seen. A row
             that sees nothing is NaN, unless the model has attention sinks.
+        perturb: changes the logits in place before the softmax.
     """
     batch, kv_heads, length, dim = keys.shape
     rows = queries.shape[2]
@@ -131,6 +148,8 @@ def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: T
     logits = logits.view(batch, kv_heads, -1, rows, length)
     if scoring.softcap is not None:
         logits = torch.tanh(logits / scoring.softcap) * scoring.softcap
+    if perturb is not None:
+        logits = perturb(logits)
     if hidden is not None:
         logits[..., length - hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
     if scoring.sinks is not None:
@@ -165,13 +184,14 @@ def attention_mass(
     group: str = "mean",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    in_order: bool = False,
     block_bytes: int | None = None,
 ) -> Tensor:
     """Weighted attention mass of every key, `[B, Hkv, S]` float32.
 
     Without positions the queries are the newest tokens of the keys, in order: query `i` sees keys `0 .. S - L + i`.
     With positions, a query sees the keys whose position is at most its own; -1 marks an empty slot, and a query at
-    position -1 counts nothing.
+    position -1 counts nothing. Noise goes by positions.
 
     Args:
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
@@ -179,6 +199,7 @@ def attention_mass(
         scoring: the scale, soft cap and sinks of the model's softmax.
         group: how the probabilities of the query heads of a KV head are reduced, "mean" or "max", row by row.
         query_positions: `[B, L]`. key_positions: `[B, Hkv, S]`; both or neither.
+        in_order: that the queries are the newest keys in order even though positions are given, and no slot is empty.
         block_bytes: size of a block of probabilities; the result depends on it by float32 rounding alone.
     """
     if group not in GROUPS:
@@ -186,14 +207,17 @@ def attention_mass(
     batch, query_heads, length, _ = queries.shape
     kv_heads, keys_length = keys.shape[1:3]
     device = queries.device
+    noise = row_weights.noise
+    in_order |= query_positions is None
+    if query_positions is None and (noise is not None or row_weights.rows is not None):
+        query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
+        key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
     if row_weights.rows is not None:
         rows, weights = row_weights.rows.to(device), row_weights.weights.to(device)  # type: ignore[union-attr]
-        if query_positions is None:
-            query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
-            key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
+        in_order = False
         rows = rows.expand(batch, -1)
         queries = queries.gather(2, rows[:, None, :, None].expand(-1, query_heads, -1, queries.shape[3]))
-        query_positions = query_positions.expand(batch, -1).gather(1, rows)
+        query_positions = query_positions.expand(batch, -1).gather(1, rows)  # type: ignore[union-attr]
         weights = weights.expand(batch, -1)
     else:
         used = min(row_weights.last, length)
@@ -201,21 +225,32 @@ def attention_mass(
         weights = row_weights.suffix(device)[row_weights.last - used :].expand(batch, -1)
         if query_positions is not None:
             query_positions = query_positions[:, length - used :]
+    if noise is not None:
+        noise = noise.part(rows if row_weights.rows is not None else slice(length - used, None))
     if query_positions is not None:
         weights = weights * (query_positions >= 0)
 
     count = queries.shape[2]
     mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
-        if query_positions is None:
+        if in_order:
             seen = keys_length - count + block.stop
             size = block.stop - block.start  # of the keys before these queries, none is hidden
             hidden = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1) if size > 1 else None
         else:
             seen = keys_length
-            hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type]
-        probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden)
-        if query_positions is not None:
+            hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type, index]
+        perturb = (
+            None
+            if noise is None
+            else partial(
+                noise.part(block).perturb,
+                query_positions=query_positions[:, block],  # type: ignore[index]
+                key_positions=key_positions[:, :, :seen],  # type: ignore[index]
+            )
+        )
+        probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden, perturb)
+        if not in_order:
             probabilities = probabilities.nan_to_num_(0.0)  # rows that see nothing
         if group == "max":
             probabilities = probabilities.amax(2, keepdim=True)

@@ -50,6 +50,8 @@ class Step:
     """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
     spare: int
     """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
+    generated: int = 0
+    """Tokens generated since the last prefill step, those of this step included."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
 

@@ -104,10 +104,15 @@ class Queries:
                 states, table.keys, weights, scoring,
                 group=group, query_positions=positions, key_positions=table.positions,
             )  # fmt: skip
-        if probabilities is not None and weights.rows is None:
+        if probabilities is not None and weights.rows is None and weights.noise is None:
             return probabilities.mean(2) if group == "mean" else probabilities.amax(2)
-        if table.dense:
+        if table.dense and weights.noise is None:
             return attention_mass(self.states, table.keys, weights, scoring, group=group)
+        if table.dense:
+            return attention_mass(
+                self.states, table.keys, weights, scoring,
+                group=group, query_positions=self.positions, key_positions=table.positions, in_order=True,
+            )  # fmt: skip
         if self.spans is None or weights.rows is not None:
             return attention_mass(
                 self.states, table.keys, weights, scoring,
@@ -115,7 +120,11 @@ class Queries:
             )  # fmt: skip
         mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
         for one in self._sequences():
-            mass[one] = attention_mass(self.states[one], table.keys[one], weights, scoring, group=group)
+            mass[one] = attention_mass(
+                self.states[one], table.keys[one], weights, scoring,
+                group=group, query_positions=self.positions[one[0], one[2]], key_positions=table.positions[one],
+                in_order=True,
+            )  # fmt: skip
         return mass
 
     def _sequences(self) -> list[tuple[slice, slice, slice]]:

@@ -6,9 +6,10 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 from kvprune.policies.a2sf import A2SF
 from kvprune.policies.full import Full
 from kvprune.policies.h2o import H2O
+from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 from kvprune.registry import find, get, names, parse
 
-__all__ = ["A2SF", "H2O", "TOVA", "Full", "SnapKV", "StreamingLLM", "find", "get", "names", "parse"]
+__all__ = ["A2SF", "H2O", "TOVA", "Full", "Keyformer", "SnapKV", "StreamingLLM", "find", "get", "names", "parse"]
