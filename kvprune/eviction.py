@@ -82,6 +82,10 @@ class Eviction(Policy):
                 "or lower sinks or recent."
             )
 
+    @property
+    def evicts(self) -> bool:
+        return True
+
     @cached_property
     def _budget(self) -> Budget:
         return Budget.parse(self.budget)
@@ -122,10 +126,10 @@ class Eviction(Policy):
             return None
         capacity = self.capacity(step)
         alike = len(set(capacity)) == 1
-        excess = table.length - max(capacity)
+        excess = table.rows - max(capacity)
         if step.prefill:
             return self._select(table, step, capacity) if excess > 0 or not alike else None
-        if not (alike and table.dense) and self._most_surplus(table, capacity) > max(excess, 0):
+        if not alike and self._most_surplus(table, capacity) > max(excess, 0):
             return self._select(table, step, capacity)  # a sequence is above its own budget, another below its own
         return self._evict(table, step, capacity, excess) if excess > 0 else None
 
@@ -178,20 +182,25 @@ class Eviction(Policy):
         return table.positions >= step.tokens - per_sequence(recent, table.positions.device)
 
     def _retention(self, table: TokenTable, step: Step, capacity: tuple[int, ...], scores: Tensor) -> Tensor:
-        """What rows are kept by, int64 `[B, Hkv, rows]`: the score, ties by recency, exactly.
-
-        The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and
-        position pack into one integer. NaN ranks below every number.
-        """
+        """What rows are kept by, int64 `[B, Hkv, rows]`."""
         positions = table.positions
-        bits = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
-        bits ^= (bits >> 31) & 0x7FFFFFFF
-        retention = torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
+        retention = ranked(scores, positions)
         kept = self._is_recent(table, step, capacity)
         if self.sinks:
             kept |= positions < self.sinks
         retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
         return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
+
+
+def ranked(scores: Tensor, positions: Tensor) -> Tensor:
+    """An int64 for every row that orders rows by score, ties by recency, exactly.
+
+    The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and position
+    pack into one integer. NaN ranks below every number. scores, positions: `[B, Hkv, rows]`, positions int32.
+    """
+    bits = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
 
 
 def check_count(name: str, value: int, *, least: int) -> None:

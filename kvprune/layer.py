@@ -180,12 +180,10 @@ class PrunedLayer(CacheLayerMixin):
         before = self.tokens or (0,) * keys.shape[0]
         queries = Queries.of_step(states, per_sequence(before, states.device), valid, begins=self.table is None)
         if self.table is None:
-            columns = {
-                scope + name: dtype
-                for scope, part in zip(self._scopes, self.policies, strict=True)
-                for name, dtype in part.columns().items()
-            }
-            self.table = TokenTable(keys, values, queries.positions[:, None], columns, dense=valid is None)
+            scoped = list(zip(self._scopes, self.policies, strict=True))
+            columns = {scope + name: kind for scope, part in scoped for name, kind in part.columns().items()}
+            buffered = {scope + name: kind for scope, part in scoped for name, kind in part.buffer_columns().items()}
+            self.table = TokenTable(keys, values, queries.positions[:, None], columns, buffered, dense=valid is None)
             self.is_initialized = True
         elif len(queries) == 1 and valid is None:
             self.table.append(keys, values, queries.first, room=self._room(self.table))
@@ -197,6 +195,8 @@ class PrunedLayer(CacheLayerMixin):
 
     def _room(self, table: TokenTable) -> int:
         """Slots to add when the table is full and tokens come one by one."""
+        if table.packed:
+            return _LEAST_ROOM  # what comes in is packed before long
         return self._interval or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
 
     # -- the policies ----------------------------------------------------------------------------------------------
@@ -222,6 +222,7 @@ class PrunedLayer(CacheLayerMixin):
                 other_bytes=other_bytes,
                 spare=2 * self._interval - 1 if self._interval else 0,
                 generated=self.generated,
+                rows=queries,
             )
             plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
         return plans
@@ -270,6 +271,8 @@ class PrunedLayer(CacheLayerMixin):
             elif decision.evict is not None:
                 table.evict(decision.evict)
                 table.shrink(plan.step.spare)
+            elif decision.quantize is not None:
+                table.quantize(decision.quantize)
             self.last_eviction = self.seen
         if plans[0].step.prefill:
             table.drop_empty()

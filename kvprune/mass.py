@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,18 @@ class Scoring:
         """Whether this is the softmax that fused attention kernels compute."""
         return self.softcap is None and self.sinks is None
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits under the soft cap, where there is one."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Probabilities of capped logits `[B, Hkv, G, L, S]`; where there are sinks, a row adds up to less than 1."""
+        if self.sinks is None:
+            return torch.softmax(logits, dim=-1)
+        batch, kv_heads, _, rows, _ = logits.shape
+        sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
+        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
+
 
 def grouped(queries: Tensor, kv_heads: int) -> Tensor:
     """`[B, Hq, L, D] -> [B * Hkv, G * L, D]`: the query heads of a KV head side by side, so no key is repeated."""
@@ -145,17 +158,12 @@ def row_probabilities(
         logits = torch.bmm(flat_queries, flat_keys, out_dtype=torch.float32).mul_(scoring.scale)
     else:
         logits = torch.bmm(flat_queries.float() * scoring.scale, flat_keys.float())
-    logits = logits.view(batch, kv_heads, -1, rows, length)
-    if scoring.softcap is not None:
-        logits = torch.tanh(logits / scoring.softcap) * scoring.softcap
+    logits = scoring.capped(logits.view(batch, kv_heads, -1, rows, length))
     if perturb is not None:
         logits = perturb(logits)
     if hidden is not None:
         logits[..., length - hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
-        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
-    return torch.softmax(logits, dim=-1)
+    return scoring.softmax(logits)
 
 
 def row_blocks(rows: int, row_elements: int, device: torch.device, block_bytes: int | None = None) -> list[slice]:
@@ -173,6 +181,30 @@ def hidden_keys(query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """
     keys = key_positions[:, :, None, None, :]
     return (keys > query_positions[:, None, None, :, None]) | (keys < 0)
+
+
+def weighed_rows(queries: Tensor, row_weights: RowWeights, positions: Any) -> tuple[Tensor, Tensor, Any, Gumbel | None]:
+    """The queries `[B, Hq, R, D]` that are weighed, their weights `[B, R]`, positions `[B or 1, R]`, and their noise.
+
+    queries: `[B, Hq, L, D]`. positions: `[B or 1, L]`, -1 for padding, which weighs nothing; or None.
+    """
+    batch, query_heads, length, dim = queries.shape
+    if row_weights.rows is not None:
+        rows = row_weights.rows.to(queries.device).expand(batch, -1)
+        weights = row_weights.weights.to(queries.device).expand(batch, -1)  # type: ignore[union-attr]
+        queries = queries.gather(2, rows[:, None, :, None].expand(-1, query_heads, -1, dim))
+        chosen: Any = rows
+        if positions is not None:
+            positions = positions.expand(batch, -1).gather(1, rows)
+    else:
+        used = min(row_weights.last, length)
+        chosen = slice(length - used, None)
+        queries = queries[:, :, chosen]
+        weights = row_weights.suffix(queries.device)[row_weights.last - used :].expand(batch, -1)
+        positions = None if positions is None else positions[:, chosen]
+    if positions is not None:
+        weights = weights * (positions >= 0)
+    return queries, weights, positions, None if row_weights.noise is None else row_weights.noise.part(chosen)
 
 
 def attention_mass(
@@ -207,28 +239,12 @@ def attention_mass(
     batch, query_heads, length, _ = queries.shape
     kv_heads, keys_length = keys.shape[1:3]
     device = queries.device
-    noise = row_weights.noise
     in_order |= query_positions is None
-    if query_positions is None and (noise is not None or row_weights.rows is not None):
+    if query_positions is None and (row_weights.noise is not None or row_weights.rows is not None):
         query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
         key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
-    if row_weights.rows is not None:
-        rows, weights = row_weights.rows.to(device), row_weights.weights.to(device)  # type: ignore[union-attr]
-        in_order = False
-        rows = rows.expand(batch, -1)
-        queries = queries.gather(2, rows[:, None, :, None].expand(-1, query_heads, -1, queries.shape[3]))
-        query_positions = query_positions.expand(batch, -1).gather(1, rows)  # type: ignore[union-attr]
-        weights = weights.expand(batch, -1)
-    else:
-        used = min(row_weights.last, length)
-        queries = queries[:, :, length - used :]
-        weights = row_weights.suffix(device)[row_weights.last - used :].expand(batch, -1)
-        if query_positions is not None:
-            query_positions = query_positions[:, length - used :]
-    if noise is not None:
-        noise = noise.part(rows if row_weights.rows is not None else slice(length - used, None))
-    if query_positions is not None:
-        weights = weights * (query_positions >= 0)
+    in_order &= row_weights.rows is None
+    queries, weights, query_positions, noise = weighed_rows(queries, row_weights, query_positions)
 
     count = queries.shape[2]
     mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
@@ -239,13 +255,13 @@ def attention_mass(
             hidden = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1) if size > 1 else None
         else:
             seen = keys_length
-            hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type, index]
+            hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type]
         perturb = (
             None
             if noise is None
             else partial(
                 noise.part(block).perturb,
-                query_positions=query_positions[:, block],  # type: ignore[index]
+                query_positions=query_positions[:, block],
                 key_positions=key_positions[:, :, :seen],  # type: ignore[index]
             )
         )
