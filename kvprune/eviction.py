@@ -56,15 +56,10 @@ class Eviction(Policy):
     def __post_init__(self) -> None:
         budget = self._budget  # parses, and raises for nonsense
         check_count("sinks", self.sinks, least=0)
-        check_count("kernel_size", self.kernel_size, least=1)
+        check_kernel(self.kernel_size)
         check_count("seed", self.seed, least=0)
         if self.interval is not None:
             check_count("interval", self.interval, least=1)
-        if self.kernel_size % 2 == 0:
-            raise PolicyError(
-                f"kernel_size must be odd, so that a window has a middle: write {self.kernel_size + 1}, "
-                f"not {self.kernel_size}."
-            )
         if self.group not in GROUPS:
             raise PolicyError(f'group must be "mean" or "max", not {self.group!r}.')
         if not isinstance(self.recent, numbers.Integral):
@@ -171,10 +166,7 @@ class Eviction(Policy):
     def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
         """Scores max-pooled over neighbouring positions. Rows of the recent window, kept anyway, lend nothing."""
         return along_positions(
-            scores.masked_fill(recent, -math.inf),
-            table,
-            lambda dense: F.max_pool1d(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2),
-            fill=-math.inf,
+            scores.masked_fill(recent, -math.inf), table.positions, max_pool(self.kernel_size), fill=-math.inf
         )
 
     def _is_recent(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
@@ -215,9 +207,26 @@ def check_number(name: str, value: float, *, low: float, high: float) -> None:
         raise PolicyError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
 
 
-def along_positions(scores: Tensor, table: TokenTable, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:
-    """Apply a function to scores laid out by position, `[B, Hkv, positions]`, with `fill` where no row is."""
-    positions = table.positions.long()
+def check_kernel(kernel_size: int) -> None:
+    """Raise PolicyError unless a kernel size is odd."""
+    check_count("kernel_size", kernel_size, least=1)
+    if kernel_size % 2 == 0:
+        raise PolicyError(
+            f"kernel_size must be odd, so that a window has a middle: write {kernel_size + 1}, not {kernel_size}."
+        )
+
+
+def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
+    """The largest of `kernel_size` neighbours, along the last dimension; there are none beyond its ends."""
+    return lambda dense: F.max_pool1d(dense, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def along_positions(scores: Tensor, positions: Tensor, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:
+    """Apply a function to scores laid out by position, `[B, Hkv, positions]`, with `fill` where no row is.
+
+    scores, positions: `[B, Hkv, rows]`.
+    """
+    positions = positions.long()
     axis = int(positions.max()) + 1
     index = torch.where(positions < 0, axis, positions)
     dense = scores.new_full((*scores.shape[:2], axis + 1), fill).scatter_(2, index, scores)[:, :, :axis]

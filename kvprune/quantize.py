@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvprune.errors import PolicyError
@@ -77,7 +78,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1)
     each = 8 // bits
     size = packed_bytes(codes.shape[-1], bits)
-    planes = torch.nn.functional.pad(codes, (0, each * size - codes.shape[-1])).unflatten(-1, (each, size))
+    planes = F.pad(codes, (0, each * size - codes.shape[-1])).unflatten(-1, (each, size))
     packed = planes[..., 0, :].clone()
     for plane in range(1, each):
         packed |= planes[..., plane, :] << plane * bits
@@ -153,14 +154,20 @@ class PackedRows:
     def encode(cls, codec: Codec, keys: Tensor, values: Tensor, empty: Tensor | None = None) -> PackedRows:
         """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`, in the order of their positions.
 
-        empty: bool `[B, Hkv, R]`, rows that are nothing and influence nothing. With a codec of t tokens, R is a
-        multiple of t.
+        empty: bool `[B, Hkv, R]`, rows that are nothing and influence nothing.
         """
         key_dim, value_dim = keys.shape[3], values.shape[3]
         rows, tokens = keys.shape[2], codec.tokens or keys.shape[2]
-        blocks = rows // tokens
-        keys, values = _finite(keys).unflatten(2, (blocks, tokens)), _finite(values).unflatten(2, (blocks, tokens))
-        nothing = None if empty is None else empty.unflatten(2, (blocks, tokens))[..., None]
+        blocks = -(-rows // tokens)
+        missing = blocks * tokens - rows
+        if missing and empty is None:
+            empty = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
+
+        def in_blocks(rows: Tensor, filling: float) -> Tensor:
+            return F.pad(rows, (0, 0, 0, missing), value=filling).unflatten(2, (blocks, tokens))
+
+        keys, values = in_blocks(_finite(keys), 0.0), in_blocks(_finite(values), 0.0)
+        nothing = None if empty is None else in_blocks(empty[..., None], True)
 
         codes, scale, zero_point = quantize(keys, codec.bits, 3, nothing)
         tensors = {
@@ -185,8 +192,11 @@ class PackedRows:
         codes, scale, zero_point = quantize(values.unflatten(3, (groups, channels)), codec.bits, 4)
         tensors["value_codes"] = pack(codes.flatten(3)[..., :value_dim].contiguous(), codec.bits)
         tensors["value_scale"], tensors["value_zero_point"] = scale.squeeze(4), zero_point.squeeze(4)
+        if missing:
+            tensors = {name: tensor if name in cls._OF_BLOCKS else tensor[:, :, :rows].contiguous()
+                       for name, tensor in tensors.items()}  # fmt: skip
         if blocks > 1:
-            number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)
+            number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)[:rows]
             tensors["block"] = number.to(_number_type(blocks)).expand(keys.shape[0], keys.shape[1], -1).contiguous()
         return cls(codec, key_dim, value_dim, tensors)
 

@@ -27,7 +27,7 @@ from kvprune.quantize import Codec, PackedRows
 
 EMPTY = -1
 # Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.
-_MOST_HOLES = 32
+MOST_HOLES = 32
 
 
 def owned(tensor: Tensor) -> Tensor:
@@ -173,6 +173,28 @@ class TokenTable:
         own = sum(self._tensors[name].untyped_storage().nbytes() for name in ("keys", "values"))
         return own + sum(tier.code_nbytes for tier in self.packed)
 
+    def packed_row_bytes(self, codec: Codec) -> int:
+        """What `token_bytes` is for a row that this codec has packed."""
+        key_dim, value_dim = self._tensors["keys"].shape[3], self._tensors["values"].shape[3]
+        of_blocks = -(-codec.block_bytes(key_dim, value_dim) // codec.tokens) if codec.tokens else 0
+        columns = sum(
+            tensor.itemsize
+            for name, tensor in self._tensors.items()
+            if name == "positions" or name.startswith("column.")
+        )
+        return self.batch_size * self.kv_heads * (codec.row_bytes(key_dim, value_dim) + of_blocks + columns)
+
+    def block_bytes(self, codec: Codec) -> int:
+        """Parameters that blocks of this codec's rows share, of one block more and of those there are.
+
+        Where rows pay for the blocks they fill, this is for those that evicted rows have left thinly filled.
+        """
+        tiers = [tier for tier in self.packed if tier.codec == codec]
+        paid = sum(len(tier) // codec.tokens for tier in tiers) if codec.tokens else 0
+        blocks = 1 + max(0, sum(tier.blocks for tier in tiers) - paid)
+        key_dim, value_dim = self._tensors["keys"].shape[3], self._tensors["values"].shape[3]
+        return self.batch_size * self.kv_heads * blocks * codec.block_bytes(key_dim, value_dim)
+
     # -- rows come -------------------------------------------------------------------------------------------------
 
     def append(
@@ -250,7 +272,7 @@ class TokenTable:
             self._tensors["positions"].scatter_(2, slots, EMPTY)
             self.dense = False
             self._most_rows -= count
-            if self.length - self._closed_length >= _MOST_HOLES and self.length - self._most_rows >= _MOST_HOLES:
+            if self.length - self._closed_length >= MOST_HOLES and self.length - self._most_rows >= MOST_HOLES:
                 self._close_up(self.positions >= 0)
             return
         self.own()

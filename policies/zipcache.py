@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyError
-from kvprune.eviction import check_count, check_number, ranked
+from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool, ranked
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
 from kvprune.policy import Decision, Policy, Step, share
@@ -41,6 +41,9 @@ class ZipCache(Policy):
         probe_recent, probe_random: shares of the queries that probe; rounded up, the newest query always does.
         normalizer: "probes"; or "official", as in the published code: the sum over a prompt's probes is divided by the
             number of all queries that could see the token, and generated tokens are ranked by the newest query alone.
+        group_size: tokens that share the parameters of a key channel; None is all that are packed at once, as in the
+            paper. Smaller groups follow keys whose range moves with the position, for some bytes.
+        kernel_size: odd; saliency is max-pooled over that many neighbouring positions before a prompt is packed.
         group: how the attention of the query heads of a KV head is reduced, "mean" or "max". seed: of random probes.
     """
 
@@ -52,6 +55,8 @@ class ZipCache(Policy):
     probe_recent: float = 0.05
     probe_random: float = 0.05
     normalizer: str = "probes"
+    group_size: int | None = None
+    kernel_size: int = 1
     group: str = "mean"
     seed: int = 0
 
@@ -67,6 +72,9 @@ class ZipCache(Policy):
                 "exchange them."
             )
         check_count("buffer", self.buffer, least=1)
+        check_kernel(self.kernel_size)
+        if self.group_size is not None:
+            check_count("group_size", self.group_size, least=1)
         check_count("seed", self.seed, least=0)
         if self.normalizer not in ("probes", "official"):
             raise PolicyError(f'normalizer must be "probes" or "official", not {self.normalizer!r}.')
@@ -75,7 +83,10 @@ class ZipCache(Policy):
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        return tuple(Codec(bits, separable=True) for bits in dict.fromkeys((self.high_bits, self.low_bits)))
+        return tuple(
+            Codec(bits, tokens=self.group_size, separable=True)
+            for bits in dict.fromkeys((self.high_bits, self.low_bits))
+        )
 
     def buffer_columns(self) -> dict[str, torch.dtype]:
         return {"saliency": torch.float32, "probes": torch.float32}
@@ -146,6 +157,8 @@ class ZipCache(Policy):
         positions = table.positions[:, :, table.packed_length :]
         rows = waiting if table.dense else (positions >= 0).sum(-1, keepdim=True)
         saliency = table["saliency"] / table["probes"].clamp(min=1)
+        if self.kernel_size > 1 and step.prefill:
+            saliency = along_positions(saliency, positions, max_pool(self.kernel_size), fill=0.0)
         order = ranked(saliency, positions).masked_fill(positions < 0, torch.iinfo(torch.int64).min)
         order = order.argsort(dim=-1, descending=True)
         salient = share(self.salient, rows) if len(self.codecs) > 1 else rows
