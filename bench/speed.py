@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvprune import PrunedCache
 from kvprune.demo.show import machine
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import Policy
 
 STOCK = "stock"
@@ -39,6 +39,10 @@ CONTENDERS: dict[str, Callable[[float], Policy]] = {
     "H2O": H2O,
     "TOVA": TOVA,
     "StreamingLLM": StreamingLLM,
+    "Keyformer": Keyformer,
+    "ZipCache": lambda budget: ZipCache(),
+    "KIVI": lambda budget: KIVI(),
+    "A2SF | ZipCache": lambda budget: A2SF(budget) | ZipCache(),
 }
 
 

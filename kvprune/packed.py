@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,9 +52,9 @@ def key_blocks(table: TokenTable) -> Iterator[KeyBlock]:
     """All rows of a table: packed ones, decoded, and then those in full precision."""
     first = 0
     for tier in table.packed:
-        for rows in tier.slices():
-            slots = slice(first + rows.start, first + rows.stop)
-            yield KeyBlock(slots, tier.keys(rows), lambda tier=tier, rows=rows: tier.values(rows))  # type: ignore[misc]
+        for some in tier.stretches():
+            slots = slice(first + some.rows.start, first + some.rows.stop)
+            yield KeyBlock(slots, tier.keys(some), partial(tier.values, some))
         first += len(tier)
     if table.length > first:
         yield KeyBlock(slice(first, table.length), table.keys.float(), table.values.float)

@@ -14,7 +14,7 @@ float32. Codes are packed along the channels of a row, so a row can move without
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,35 +66,45 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """`[..., n]` uint8 below 2**bits -> `[..., packed_bytes(n, bits)]` uint8.
+# The word with a byte for each code of a byte, and the steps that spread them: a shifted copy laid over, then a mask.
+_SPREAD = {
+    4: (torch.int16, [(4, 0x0F0F)]),
+    2: (torch.int32, [(12, 0x000F000F), (6, 0x03030303)]),
+    1: (torch.int64, [(28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101)]),
+}
 
-    A byte holds codes that are n / codes-per-byte apart, so that unpacking makes contiguous stretches. Three bits are
-    stored as two and one.
-    """
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """`[..., n]` uint8 below 2**bits -> `[..., packed_bytes(n, bits)]` uint8. Three bits are stored as two and one."""
     if bits == 8:
         return codes
     if bits == 3:
         return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1)
     each = 8 // bits
     size = packed_bytes(codes.shape[-1], bits)
-    planes = F.pad(codes, (0, each * size - codes.shape[-1])).unflatten(-1, (each, size))
-    packed = planes[..., 0, :].clone()
-    for plane in range(1, each):
-        packed |= planes[..., plane, :] << plane * bits
+    codes = F.pad(codes, (0, each * size - codes.shape[-1])).unflatten(-1, (size, each))
+    packed = codes[..., 0].clone()
+    for place in range(1, each):
+        packed |= codes[..., place] << place * bits
     return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` codes that `pack` packed, `[..., count]` uint8."""
+    """The `count` codes that `pack` packed, `[..., count]` uint8.
+
+    Each byte widens to a word of as many bytes as it holds codes, and its bits move apart until each has one.
+    """
     if bits == 8:
         return packed
     if bits == 3:
         low, high = packed.split([packed_bytes(count, 2), packed_bytes(count, 1)], dim=-1)
         return unpack(low, 2, count) | unpack(high, 1, count) << 2
-    each = 8 // bits
-    planes = [packed if plane == 0 else packed >> plane * bits for plane in range(each)]
-    return torch.cat(planes, dim=-1).bitwise_and_((1 << bits) - 1)[..., :count]
+    word, steps = _SPREAD[bits]
+    codes = packed.to(word)
+    for shift, mask in steps:
+        codes |= codes << shift
+        codes &= mask
+    return codes.view(torch.uint8)[..., :count]
 
 
 # -- one group of numbers ----------------------------------------------------------------------------------------------
@@ -132,6 +142,28 @@ def _next_below(half: Tensor) -> Tensor:
 # -- rows of codes -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Run:
+    """Rows `start .. stop - 1`, of which every head has `each` to a block, from block `block` on."""
+
+    start: int
+    stop: int
+    block: int
+    each: int
+
+    @property
+    def blocks(self) -> int:
+        return (self.stop - self.start) // self.each
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows to decode together. blocks: those they belong to, alike many rows of each; None where that is not so."""
+
+    rows: slice
+    blocks: slice | None
+
+
 class PackedRows:
     """Quantized keys and values of a layer, `R` rows per KV head, of one codec.
 
@@ -145,10 +177,14 @@ class PackedRows:
 
     _OF_BLOCKS = ("key_scale", "key_zero_point", "channel_scale")
 
-    def __init__(self, codec: Codec, key_dim: int, value_dim: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, codec: Codec, key_dim: int, value_dim: int, tensors: dict[str, Tensor], runs: tuple[Run, ...]
+    ) -> None:
         self.codec = codec
         self.key_dim, self.value_dim = key_dim, value_dim
         self.tensors = tensors
+        self.runs = runs
+        """The first rows, as far as no look at their block numbers is needed."""
 
     @classmethod
     def encode(cls, codec: Codec, keys: Tensor, values: Tensor, empty: Tensor | None = None) -> PackedRows:
@@ -198,7 +234,11 @@ class PackedRows:
         if blocks > 1:
             number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)[:rows]
             tensors["block"] = number.to(_number_type(blocks)).expand(keys.shape[0], keys.shape[1], -1).contiguous()
-        return cls(codec, key_dim, value_dim, tensors)
+        whole = rows - rows % tokens
+        runs = [Run(0, whole, 0, tokens)] if whole else []
+        if missing:
+            runs.append(Run(whole, rows, whole // tokens, rows - whole))
+        return cls(codec, key_dim, value_dim, tensors, tuple(runs))
 
     def __len__(self) -> int:
         return self.tensors["key_codes"].shape[2]
@@ -214,7 +254,16 @@ class PackedRows:
     # -- rows move, and are not decoded ------------------------------------------------------------------------------
 
     def append(self, other: PackedRows) -> None:
-        """Add the rows of another block behind these."""
+        """Add the rows of other blocks behind these."""
+        if self.runs and self.runs[-1].stop == len(self):
+            rows, last = len(self), self.runs[-1]
+            for run in other.runs:
+                moved = Run(run.start + rows, run.stop + rows, run.block + self.blocks, run.each)
+                if last.each == moved.each and last.stop == moved.start and last.block + last.blocks == moved.block:
+                    self.runs = self.runs[:-1] + (Run(last.start, moved.stop, last.block, last.each),)
+                else:
+                    self.runs += (moved,)
+                last = self.runs[-1]
         blocks = self.blocks + other.blocks
         mine, theirs = self._block_numbers(0, blocks), other._block_numbers(self.blocks, blocks)
         for name, tensor in other.tensors.items():
@@ -239,8 +288,11 @@ class PackedRows:
                 index = rows if tensor.ndim == 3 else rows[..., None].expand(-1, -1, -1, tensor.shape[3])
                 self.tensors[name] = tensor.gather(2, index)
         if "block" not in self.tensors:
+            self.runs = (Run(0, len(self), 0, len(self)),) if len(self) else ()
             return
         block = self.tensors["block"].long()
+        first = int(((block == 0) & ~empty).sum(-1).min())  # rows are in order, those of the first block lead
+        self.runs = (Run(0, first, 0, first),) if first else ()
         used = torch.zeros(self.blocks, dtype=torch.bool, device=block.device)
         used[block[~empty]] = True
         if not bool(used.all()):
@@ -252,62 +304,103 @@ class PackedRows:
 
     def select_batch(self, sequences: Tensor) -> PackedRows:
         tensors = {name: tensor.index_select(0, sequences) for name, tensor in self.tensors.items()}
-        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors)
+        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
 
     def clone(self) -> PackedRows:
-        return PackedRows(
-            self.codec, self.key_dim, self.value_dim, {name: tensor.clone() for name, tensor in self.tensors.items()}
-        )
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
 
     # -- decoded, a few rows at a time -------------------------------------------------------------------------------
 
-    def slices(self) -> Iterator[slice]:
-        """Stretches of rows that are small once decoded."""
+    def stretches(self) -> Iterator[Stretch]:
+        """All rows, in stretches that are small once decoded."""
         codes = self.tensors["key_codes"]
         limit = _BLOCK_BYTES.get(codes.device.type, _BLOCK_BYTES["cpu"])
         size = max(1, limit // (4 * codes.shape[0] * codes.shape[1] * max(self.key_dim, self.value_dim, 1)))
-        return (slice(start, min(len(self), start + size)) for start in range(0, len(self), size))
+        first = 0
+        for run in self.runs:
+            many = max(1, size // run.each)  # blocks at a time, or a part of one
+            for block in range(0, run.blocks, many):
+                blocks = slice(run.block + block, run.block + min(run.blocks, block + many))
+                start, stop = run.start + block * run.each, min(run.stop, run.start + (block + many) * run.each)
+                yield from (Stretch(slice(row, min(stop, row + size)), blocks) for row in range(start, stop, size))
+            first = run.stop
+        yield from (Stretch(slice(row, min(len(self), row + size)), None) for row in range(first, len(self), size))
 
-    def keys(self, rows: slice) -> Tensor:
+    def keys(self, stretch: Stretch) -> Tensor:
         """Decoded keys, `[B, Hkv, rows, D]` float32."""
-        codes = unpack(self.tensors["key_codes"][:, :, rows], self.codec.bits, self.key_dim).float()
-        return codes.mul_(self._of_rows("key_scale", rows)).add_(self._of_rows("key_zero_point", rows))
+        codes = self._codes("key_codes", stretch, self.key_dim)
+        self._by_block(codes, stretch, "key_scale", torch.Tensor.mul_)
+        return self._by_block(codes, stretch, "key_zero_point", torch.Tensor.add_)
 
-    def values(self, rows: slice) -> Tensor:
+    def values(self, stretch: Stretch) -> Tensor:
         """Decoded values, `[B, Hkv, rows, Dv]` float32."""
-        codes = unpack(self.tensors["value_codes"][:, :, rows], self.codec.bits, self.value_dim).float()
-        codes.mul_(self._of_channels("value_scale", rows)).add_(self._of_channels("value_zero_point", rows))
-        return codes.mul_(self._of_rows("channel_scale", rows)) if self.codec.separable else codes
+        codes = self._codes("value_codes", stretch, self.value_dim)
+        codes.mul_(self._by_channel("value_scale", stretch)).add_(self._by_channel("value_zero_point", stretch))
+        return self._by_block(codes, stretch, "channel_scale", torch.Tensor.mul_) if self.codec.separable else codes
 
-    def _of_rows(self, name: str, rows: slice) -> Tensor:
-        """Parameters of blocks, for rows: `[B, Hkv, rows or 1, D]`."""
+    def _codes(self, name: str, stretch: Stretch, count: int) -> Tensor:
+        return unpack(self.tensors[name][:, :, stretch.rows], self.codec.bits, count).float()
+
+    def _by_block(self, rows: Tensor, stretch: Stretch, name: str, operation: Callable[..., Tensor]) -> Tensor:
+        """Combine rows `[B, Hkv, r, D]` in place with the parameters of their blocks."""
         parameters = self.tensors[name]
-        if "block" not in self.tensors:
-            return parameters
-        block = self.tensors["block"][:, :, rows].long()
-        return parameters.gather(2, block[..., None].expand(-1, -1, -1, parameters.shape[3]))
+        if stretch.blocks is None:
+            block = self.tensors["block"][:, :, stretch.rows].long()
+            operation(rows, parameters.gather(2, block[..., None].expand(-1, -1, -1, parameters.shape[3])))
+        else:
+            of_blocks = parameters[:, :, stretch.blocks].unsqueeze(3)
+            operation(rows.unflatten(2, (of_blocks.shape[2], -1)), of_blocks)
+        return rows
 
-    def _of_channels(self, name: str, rows: slice) -> Tensor:
+    def _by_channel(self, name: str, stretch: Stretch) -> Tensor:
         """Parameters of groups of channels, for channels: `[B, Hkv, rows, Dv or 1]`."""
-        parameters = self.tensors[name][:, :, rows]
+        parameters = self.tensors[name][:, :, stretch.rows]
         if parameters.shape[3] == 1:
             return parameters
         return parameters.repeat_interleave(self.codec.channels, dim=3)[..., : self.value_dim]  # type: ignore[arg-type]
 
-    # -- products with what is decoded -------------------------------------------------------------------------------
+    # -- products with what the codes stand for ----------------------------------------------------------------------
 
     def dot_keys(self, queries: Tensor) -> Tensor:
-        """q.k of a few queries `[B, Hkv, M, D]` float32 with every row, `[B, Hkv, M, R]` float32."""
+        """q.k of a few queries `[B, Hkv, M, D]` float32 with every row, `[B, Hkv, M, R]` float32.
+
+        Of rows of one block, the parameters go into the queries: q.(s c + z) = (q s).c + q.z.
+        """
         products = queries.new_empty(*queries.shape[:3], len(self))
-        for rows in self.slices():
-            torch.matmul(queries, self.keys(rows).transpose(2, 3), out=products[..., rows])
+        for stretch in self.stretches():
+            if stretch.blocks is None or stretch.blocks.stop - stretch.blocks.start > 1:
+                torch.matmul(queries, self.keys(stretch).transpose(2, 3), out=products[..., stretch.rows])
+                continue
+            scale, zero_point = (
+                self.tensors[f"key_{name}"][:, :, stretch.blocks].float() for name in ("scale", "zero_point")
+            )
+            codes = self._codes("key_codes", stretch, self.key_dim)
+            product = torch.matmul(queries * scale, codes.transpose(2, 3))
+            products[..., stretch.rows] = product.add_(torch.matmul(queries, zero_point.transpose(2, 3)))
         return products
 
     def sum_values(self, weights: Tensor) -> Tensor:
-        """Weighted sums of the values, weights `[B, Hkv, M, R]` float32 -> `[B, Hkv, M, Dv]` float32."""
+        """Weighted sums of the values, weights `[B, Hkv, M, R]` float32 -> `[B, Hkv, M, Dv]` float32.
+
+        Of rows of one block, the parameters of tokens go into the weights, and those of channels into the sum.
+        """
         total = weights.new_zeros(*weights.shape[:3], self.value_dim)
-        for rows in self.slices():
-            total += torch.matmul(weights[..., rows], self.values(rows))
+        one_group = self.tensors["value_scale"].shape[3] == 1
+        for stretch in self.stretches():
+            of_rows = weights[..., stretch.rows]
+            several = stretch.blocks is None or stretch.blocks.stop - stretch.blocks.start > 1
+            if not one_group or (several and self.codec.separable):
+                total += torch.matmul(of_rows, self.values(stretch))
+                continue
+            scale, zero_point = (
+                self.tensors[f"value_{name}"][:, :, stretch.rows].float() for name in ("scale", "zero_point")
+            )
+            codes = self._codes("value_codes", stretch, self.value_dim)
+            part = torch.matmul(of_rows * scale.transpose(2, 3), codes).add_(torch.matmul(of_rows, zero_point))
+            if self.codec.separable:
+                part *= self.tensors["channel_scale"][:, :, stretch.blocks]
+            total += part
         return total
 
 
