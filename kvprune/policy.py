@@ -101,6 +101,11 @@ class Policy:
         """
         return 0
 
+    @property
+    def filters_prompt(self) -> bool:
+        """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
+        return False
+
     def columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the table, zero for new rows."""
         return {}
@@ -145,6 +150,16 @@ class Chain(Policy):
     def __post_init__(self) -> None:
         if not self.links or not all(isinstance(link, Policy) for link in self.links):
             raise PolicyError(f"a chain is made of policies, as in A2SF(0.5) | TOVA(0.25), not of {self.links!r}.")
+        for link in self.links[1:]:
+            if link.filters_prompt:
+                raise PolicyError(
+                    f"{link} shortens the prompt before any layer runs, so it must be the first link of a chain and "
+                    f"its only filter: write {link} | ... and leave other filters out."
+                )
+
+    @property
+    def filters_prompt(self) -> bool:
+        return self.links[0].filters_prompt
 
     def parts(self) -> tuple[Policy, ...]:
         return self.links
