@@ -46,7 +46,8 @@ class FilterPass(Cache):
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor] | None:
         """Run the decoder's forward, and return `columns`."""
         try:
-            forward(**arguments, past_key_values=self)
+            with torch.no_grad():
+                forward(**arguments, past_key_values=self)
         except _Chosen:
             return self.columns
         raise self.misused("its forward pass never came to the layer that chooses")

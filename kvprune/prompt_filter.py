@@ -50,8 +50,9 @@ def shorten(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     cache: Any = next((each for each in caches if getattr(each, "prompt_filter", None) is not None), None)
     if cache is None:
         return None
-    # The names of positional arguments; decorators around a forward take some keywords only (transformers 5.23).
-    given = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
+    given = dict(kwargs)
+    if args:
+        given |= dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False))
     cache.expect(None, None)
     held = cache.layers[cache.pruned_layers[0]].table
     if held is not None and held.batch_size != len(_inputs(given)):
@@ -99,8 +100,10 @@ class _Step:
     def _tokens(self) -> tuple[int, ...]:
         return (self.length,) * self.batch if self.valid is None else tuple(self.valid.sum(1).tolist())
 
-    def _each(self, counts: tuple[int, ...]) -> Tensor:
-        """One number per sequence, as LongTensor `[B, 1]`."""
+    def _each(self, counts: tuple[int, ...]) -> int | Tensor:
+        """One number per sequence to combine with `[B, L]`: an int where all are equal, else a LongTensor `[B, 1]`."""
+        if counts.count(counts[0]) == len(counts):
+            return counts[0]
         return torch.tensor(counts, device=self.device)[:, None]
 
     # -- a prompt that is filtered -----------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ class _Step:
                 f"its position_ids have the shape {tuple(positions.shape)}; a prompt filter takes [batch, tokens]",
                 UnsupportedModelError,
             )
-        arguments["position_ids"] = (positions - dropped.to(positions.device)).clamp(min=0)
+        arguments["position_ids"] = (positions - dropped).clamp(min=0)
         self._expect(arguments, None, self.past, self.valid, self.length)
         return arguments
 
