@@ -90,6 +90,16 @@ class _Step:
         new = mask[:, mask.shape[1] - self.length :].bool().to(self.device)
         return None if bool(new.all()) else new
 
+    def _earlier_columns(self) -> Tensor | None:
+        """Which columns that the layers have seen are no padding, bool `[B, C]`; None if all are, or no one asks."""
+        mask = self.given.get("attention_mask")
+        if self.layer.selection is not None:
+            return self.past.columns
+        if mask is None or not self.cache.is_hybrid or mask.shape[1] < self.layer.seen + self.length:
+            return None
+        earlier = mask[:, -self.layer.seen - self.length : -self.length].bool().to(self.device)
+        return None if bool(earlier.all()) else earlier
+
     def is_too_long(self) -> bool:
         """Whether it is a prompt that does not fit into the budget, as far as one can tell."""
         if self.length == 1 or self.layer.record_past:  # a draft needs the logits of all its tokens
@@ -137,7 +147,7 @@ class _Step:
             tuple(earlier + tuple(row[len(row) - count :]) for earlier, row, count in chosen),
             tuple(a + b - c for a, b, c in zip(self.past.dropped, tokens, counts, strict=True)),
             self.past.skipped + self.length - real.shape[1],
-            self.past.columns,
+            self._earlier_columns(),
         )
         valid = None if min(counts) == max(counts) else real
         self._expect(arguments, FilteredStep(positions, tokens, self.length), after, valid, real.shape[1])

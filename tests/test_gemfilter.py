@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import (
     FAMILIES,
     STOCK_ONLY,
@@ -25,6 +27,7 @@ from families import (
     left_padded,
     sequence,
     shared,
+    stepwise,
     stock,
     token_ids,
 )
@@ -35,7 +38,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, BartConfig,
 from transformers.masking_utils import eager_mask
 from typer.testing import CliRunner
 
-from kvprune import BudgetError, CacheError, PolicyError, UnsupportedModelError
+from kvprune import BudgetError, CacheError, Policy, PolicyError, Step, TokenTable, UnsupportedModelError
 from kvprune.attention import base_attention
 from kvprune.cli import app
 from kvprune.policies import A2SF, GemFilter, SnapKV, get
@@ -308,7 +311,8 @@ def test_positions_are_those_of_the_whole_prompt():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-hybrid"])
 def test_a_second_turn_filters_what_is_new(family):
     """By its own last token, over what the cache holds; the model has then seen both selections and the answer."""
-    model, ids, layer = shared(family), token_ids(1, 40, seed=10), 1 if family == "gemma3" else 0
+    model, ids = shared(family), token_ids(1, 40, seed=10)
+    layer = model.config.num_hidden_layers - 1
     pruned = PrunedCache(model, GemFilter(16, layer=layer))
     answer = generate(model, alone(ids), 5, past_key_values=pruned)
     first = ids[:, pruned.selected_positions[0]]
@@ -327,6 +331,64 @@ def test_a_second_turn_filters_what_is_new(family):
     assert pruned.selected_positions[0].tolist()[16:] == [44 + place for place in chosen]
     whole = torch.cat([held[:, :-1], new[:, chosen]], dim=1)
     assert found[0, -6:].tolist() == generate(stock(family), alone(whole), 6)[0, -6:].tolist()
+
+
+@given(
+    turns=st.lists(st.lists(st.integers(1, 25), min_size=2, max_size=2), min_size=2, max_size=3),
+    budget=st.integers(1, 15),
+    seed=seeds,
+)
+@example(turns=[[20, 20], [1, 12], [9, 2]], budget=1, seed=0)
+def test_turns_that_are_padded_equal_each_sequence_alone(turns, budget, seed):
+    """Turns that are each padded to the longest give every sequence the logits and tokens of its own turns."""
+    assert_turns_equal_alone(double().pruned, turns, budget, seed)
+
+
+@given(
+    turns=st.lists(st.lists(st.integers(1, 5), min_size=2, max_size=2), min_size=2, max_size=3),
+    budget=st.integers(1, 4),
+    seed=seeds,
+)
+@example(turns=[[1, 2], [1, 3]], budget=2, seed=0)  # padding that came before anything was filtered
+def test_so_they_do_in_a_hybrid_model(turns, budget, seed):
+    """Within a window, that is: a sliding window of transformers spans columns, padding between turns included."""
+    assert_turns_equal_alone(hybrid_double(), turns, budget, seed)
+
+
+def assert_turns_equal_alone(model, turns: list[list[int]], budget: int, seed: int) -> None:
+    policy = GemFilter(budget, layer=1)
+    pieces = [left_padded(turn, seed=seed + index) for index, turn in enumerate(turns)]
+    batch = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
+    together = PrunedCache(model, policy)
+    *_, logits = stepwise(model, batch, together, [max(turn) for turn in turns])
+    for row in range(2):
+        one = PrunedCache(model, policy)
+        *_, expected = stepwise(model, sequence(batch, row), one, [turn[row] for turn in turns])
+        torch.testing.assert_close(logits[row, -1], expected[0, -1], atol=1e-4, rtol=1e-4)
+        assert [kept(together, layer, row) for layer in together.pruned_layers] == [
+            kept(one, layer) for layer in one.pruned_layers
+        ]
+
+
+@cache
+def hybrid_double():
+    return build("gemma3", dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_a_turn_of_one_chosen_token_is_still_a_prompt():
+    @dataclass(frozen=True)
+    class Prompts(Policy):
+        said: list[bool] = field(default_factory=list, compare=False)
+
+        def observe(self, table: TokenTable, step: Step) -> None:
+            self.said.append(step.prefill)
+
+    noted = Prompts()
+    pruned = PrunedCache(shared(), GemFilter(1) | noted)
+    for tokens in (20, 1, 10):
+        shared()(token_ids(1, tokens), past_key_values=pruned)
+    assert noted.said == [True] * 2 + [False] * 2 + [True] * 2
 
 
 def test_a_short_second_turn_is_read_in_full():
@@ -477,16 +539,17 @@ def test_nothing_is_filtered_while_the_past_is_recorded():
 @torch.no_grad()
 def test_crop_goes_back_to_the_filter_and_no_further():
     model = shared("gemma3")
-    pruned = PrunedCache(model, GemFilter(6))
-    model(token_ids(1, 20, seed=25), past_key_values=pruned)
+    pruned, batch = PrunedCache(model, GemFilter(6)), left_padded([26, 9], seed=25)
+    mask = batch["attention_mask"][:, :20]
+    model(batch["input_ids"][:, :20], attention_mask=mask, past_key_values=pruned)
     reference = pruned.fork()
-    model(token_ids(1, 3, seed=26), past_key_values=pruned)
+    model(token_ids(2, 3, seed=26), attention_mask=F.pad(mask, (0, 3), value=1), past_key_values=pruned)
     pruned.crop(-3)
     assert pruned.seen_tokens == 20
-    more = token_ids(1, 1, seed=27)
-    expected = model(more, past_key_values=reference).logits
-    torch.testing.assert_close(model(more, past_key_values=pruned).logits, expected)
-    pruned.crop(-1)
+    more, mask = token_ids(2, 4, seed=27), torch.cat([mask, torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])], dim=1)
+    expected = model(more, attention_mask=mask, past_key_values=reference).logits[:, -1]
+    torch.testing.assert_close(model(more, attention_mask=mask, past_key_values=pruned).logits[:, -1], expected)
+    pruned.crop(-4)
     with pytest.raises(CacheError, match="cannot crop to 19 tokens"):
         pruned.crop(-1)
 
