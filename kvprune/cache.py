@@ -141,6 +141,8 @@ class PrunedCache(Cache):
             raise
         if first and self._selection is not None:
             layer.selection = self._selection
+        if layer.index == self.pruned_layers[-1]:
+            self.expect(None, None)
         return output
 
     def scoring_of(
@@ -297,7 +299,7 @@ class PrunedCache(Cache):
         Positions count the tokens of each sequence from 0, padding left out; those of all filtered prompts, ascending.
         """
         selection = self.layers[self.pruned_layers[0]].selection if self.prompt_filter else None
-        return None if selection is None else [torch.tensor(chosen) for chosen in selection.positions]
+        return None if selection is None else [torch.tensor(each, dtype=torch.int64) for each in selection.positions]
 
     def _pruned(self, layer: int) -> PrunedLayer:
         if layer not in self.pruned_layers:

@@ -54,9 +54,9 @@ def shorten(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if args:
         given |= dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False))
     cache.expect(None, None)
-    held = cache.layers[cache.pruned_layers[0]].table
-    if held is not None and held.batch_size != len(_inputs(given)):
-        return None  # the layers raise the error for another batch
+    inputs, held = _inputs(given), cache.layers[cache.pruned_layers[0]].table
+    if inputs is None or (held is not None and held.batch_size != len(inputs)):
+        return None  # the model has an error for this
     step = _Step(decoder, cache, given)
     arguments = step.filtered() if step.is_too_long() else None
     return (), arguments or step.continued()
@@ -69,7 +69,7 @@ class _Step:
         """given: the arguments, by name."""
         self.decoder, self.cache, self.given = decoder, cache, given
         self.policy, self.filter_layer = cast(PromptFilter, cache.prompt_filter), cast(int, cache.filter_layer)
-        inputs = _inputs(given)
+        inputs = cast(Tensor, _inputs(given))
         self.batch, self.length = inputs.shape[:2]
         self.device = inputs.device
         self.layer = cache.layers[cache.pruned_layers[0]]
@@ -181,15 +181,15 @@ class _Step:
     ) -> None:
         """Tell the cache what comes, and give layers that it does not prune a mask over what they have seen."""
         if self.cache.is_hybrid:
-            after = after.seen(self.layer.seen - self.past.skipped, valid, columns, self.batch)
+            after = after.extended(self.layer.seen - self.past.skipped, valid, columns, self.batch)
             arguments["attention_mask"] = None if after.columns is None else after.columns.long()
         elif step is not None:
             arguments["attention_mask"] = None if valid is None else valid.long()
         self.cache.expect(step, after)
 
 
-def _inputs(given: dict[str, Any]) -> Tensor:
-    return given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+def _inputs(given: dict[str, Any]) -> Tensor | None:
+    return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
 
 
 def _left_padded(columns: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class Selection:
     columns: Tensor | None = None
     """Which of the columns that the layers have seen are no padding, bool `[B, C]`; None if all are, or no one asks."""
 
-    def seen(self, length: int, valid: Tensor | None, new: int, batch: int) -> Selection:
+    def extended(self, length: int, valid: Tensor | None, new: int, batch: int) -> Selection:
         """After a step of `new` columns behind `length` others. valid: bool `[B, new]`, None if none is padding."""
         if self.columns is None and valid is None:
             return self

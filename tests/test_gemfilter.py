@@ -34,7 +34,15 @@ from families import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, BartConfig, BartForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    DynamicCache,
+    Qwen3NextConfig,
+)
 from transformers.masking_utils import eager_mask
 from typer.testing import CliRunner
 
@@ -64,26 +72,19 @@ AttentionMaskInterface.register("capturing", eager_mask)
 
 
 @cache
-def capturing(family: str, dtype: torch.dtype = torch.float32):
-    model = build(family, dtype=dtype)
+def capturing(family: str, **overrides):
+    model = build(family, **overrides)
     model.set_attn_implementation("capturing")
     return model
 
 
 @cache
 def double():
-    """A Llama of three layers for kvprune, and one that it never touches."""
+    """A Llama for kvprune, one that it never touches, and one that captures."""
+    settings = {"dtype": torch.float64, "num_hidden_layers": 3}
     return SimpleNamespace(
-        pruned=build("llama", dtype=torch.float64, num_hidden_layers=3),
-        stock=build("llama", dtype=torch.float64, num_hidden_layers=3),
-        capturing=_three_layers_that_capture(),
+        pruned=build("llama", **settings), stock=build("llama", **settings), capturing=capturing("llama", **settings)
     )
-
-
-def _three_layers_that_capture():
-    model = build("llama", dtype=torch.float64, num_hidden_layers=3)
-    model.set_attn_implementation("capturing")
-    return model
 
 
 @torch.no_grad()
@@ -144,10 +145,9 @@ def test_chooses_by_the_formula_and_runs_on_nothing_else(
 
 @families
 def test_every_family_goes_on_as_if_the_chosen_tokens_were_the_prompt(family):
-    """Selection, greedy ids and logits, with a layer in the middle and a prompt beyond any sliding window."""
-    model, layer = shared(family), None
-    ids = token_ids(1, 48, seed=3)
-    pruned = PrunedCache(model, GemFilter(20, layer=layer))
+    """Selection, greedy ids and logits, with a prompt beyond any sliding window."""
+    model, ids = shared(family), token_ids(1, 48, seed=3)
+    pruned = PrunedCache(model, GemFilter(20))
     settings = {"return_dict_in_generate": True, "output_logits": True}
     found = generate(model, alone(ids), 8, past_key_values=pruned, **settings)
     chosen = best(*queries_and_keys(capturing(family), ids, pruned.filter_layer), 20)
@@ -422,6 +422,42 @@ def test_a_bare_forward_needs_neither_mask_nor_positions():
     more = token_ids(2, 1, seed=16)
     expected = stock("gpt2")(more, past_key_values=past).logits
     torch.testing.assert_close(model(more, past_key_values=pruned).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_arguments_may_come_by_place():
+    ids, model = token_ids(1, 30, seed=15), shared()
+    named, placed = PrunedCache(model, GemFilter(10)), PrunedCache(model, GemFilter(10))
+    expected = model.model(input_ids=ids, past_key_values=named)[0]
+    assert torch.equal(model.model(ids, None, None, placed)[0], expected)
+    assert named.selected_positions[0].tolist() == placed.selected_positions[0].tolist()
+
+
+@torch.no_grad()
+def test_types_are_chosen_with_their_tokens():
+    ids, kinds, model = token_ids(1, 30, seed=16), token_ids(1, 30, seed=17), shared("gpt2")
+    pruned = PrunedCache(model, GemFilter(10))
+    found = model(ids, token_type_ids=kinds, past_key_values=pruned).logits
+    chosen = pruned.selected_positions[0]
+    expected = stock("gpt2")(ids[:, chosen], token_type_ids=kinds[:, chosen]).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_layers_of_a_hybrid_start_over():
+    """Their state is written to in place, so the filter pass works on a copy."""
+    shape = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    config = Qwen3NextConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        linear_num_value_heads=4, **shape, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"] * 2, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = left_padded([40, 22], seed=30)
+    pruned = PrunedCache(model, GemFilter(12, layer=3))
+    found = generate(model, batch, 5, past_key_values=pruned)
+    for row, chosen in enumerate(pruned.selected_positions):
+        ids = sequence(batch, row)["input_ids"][:, chosen]
+        assert found[row, 40:].tolist() == generate(model, alone(ids), 5)[0, 12:].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
