@@ -56,14 +56,10 @@ class Eviction(Policy):
     def __post_init__(self) -> None:
         budget = self._budget  # parses, and raises for nonsense
         check_count("sinks", self.sinks, least=0)
-        check_count("kernel_size", self.kernel_size, least=1)
+        check_kernel(self.kernel_size)
+        check_count("seed", self.seed, least=0)
         if self.interval is not None:
             check_count("interval", self.interval, least=1)
-        if self.kernel_size % 2 == 0:
-            raise PolicyError(
-                f"kernel_size must be odd, so that a window has a middle: write {self.kernel_size + 1}, "
-                f"not {self.kernel_size}."
-            )
         if self.group not in GROUPS:
             raise PolicyError(f'group must be "mean" or "max", not {self.group!r}.')
         if not isinstance(self.recent, numbers.Integral):
@@ -80,6 +76,10 @@ class Eviction(Policy):
                 f"{self.recent_tokens(int(budget.amount))} recent tokens: give a budget of at least {self._least}, "
                 "or lower sinks or recent."
             )
+
+    @property
+    def evicts(self) -> bool:
+        return True
 
     @cached_property
     def _budget(self) -> Budget:
@@ -121,10 +121,10 @@ class Eviction(Policy):
             return None
         capacity = self.capacity(step)
         alike = len(set(capacity)) == 1
-        excess = table.length - max(capacity)
+        excess = table.rows - max(capacity)
         if step.prefill:
             return self._select(table, step, capacity) if excess > 0 or not alike else None
-        if not (alike and table.dense) and self._most_surplus(table, capacity) > max(excess, 0):
+        if not alike and self._most_surplus(table, capacity) > max(excess, 0):
             return self._select(table, step, capacity)  # a sequence is above its own budget, another below its own
         return self._evict(table, step, capacity, excess) if excess > 0 else None
 
@@ -166,10 +166,7 @@ class Eviction(Policy):
     def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
         """Scores max-pooled over neighbouring positions. Rows of the recent window, kept anyway, lend nothing."""
         return along_positions(
-            scores.masked_fill(recent, -math.inf),
-            table,
-            lambda dense: F.max_pool1d(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2),
-            fill=-math.inf,
+            scores.masked_fill(recent, -math.inf), table.positions, max_pool(self.kernel_size), fill=-math.inf
         )
 
     def _is_recent(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
@@ -177,20 +174,25 @@ class Eviction(Policy):
         return table.positions >= step.tokens - per_sequence(recent, table.positions.device)
 
     def _retention(self, table: TokenTable, step: Step, capacity: tuple[int, ...], scores: Tensor) -> Tensor:
-        """What rows are kept by, int64 `[B, Hkv, rows]`: the score, ties by recency, exactly.
-
-        The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and
-        position pack into one integer. NaN ranks below every number.
-        """
+        """What rows are kept by, int64 `[B, Hkv, rows]`."""
         positions = table.positions
-        bits = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
-        bits ^= (bits >> 31) & 0x7FFFFFFF
-        retention = torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
+        retention = ranked(scores, positions)
         kept = self._is_recent(table, step, capacity)
         if self.sinks:
             kept |= positions < self.sinks
         retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
         return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
+
+
+def ranked(scores: Tensor, positions: Tensor) -> Tensor:
+    """An int64 for every row that orders rows by score, ties by recency, exactly.
+
+    The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and position
+    pack into one integer. NaN ranks below every number. scores, positions: `[B, Hkv, rows]`, positions int32.
+    """
+    bits = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
 
 
 def check_count(name: str, value: int, *, least: int) -> None:
@@ -205,9 +207,26 @@ def check_number(name: str, value: float, *, low: float, high: float) -> None:
         raise PolicyError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
 
 
-def along_positions(scores: Tensor, table: TokenTable, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:
-    """Apply a function to scores laid out by position, `[B, Hkv, positions]`, with `fill` where no row is."""
-    positions = table.positions.long()
+def check_kernel(kernel_size: int) -> None:
+    """Raise PolicyError unless a kernel size is odd."""
+    check_count("kernel_size", kernel_size, least=1)
+    if kernel_size % 2 == 0:
+        raise PolicyError(
+            f"kernel_size must be odd, so that a window has a middle: write {kernel_size + 1}, not {kernel_size}."
+        )
+
+
+def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
+    """The largest of `kernel_size` neighbours, along the last dimension; there are none beyond its ends."""
+    return lambda dense: F.max_pool1d(dense, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def along_positions(scores: Tensor, positions: Tensor, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:
+    """Apply a function to scores laid out by position, `[B, Hkv, positions]`, with `fill` where no row is.
+
+    scores, positions: `[B, Hkv, rows]`.
+    """
+    positions = positions.long()
     axis = int(positions.max()) + 1
     index = torch.where(positions < 0, axis, positions)
     dense = scores.new_full((*scores.shape[:2], axis + 1), fill).scatter_(2, index, scores)[:, :, :axis]

@@ -106,15 +106,10 @@ class FilterPass(Cache):
         valid = None if self._valid is None else self._valid.to(home)
         first = per_sequence(layer.tokens or (0,) * keys.shape[0], states.device)
         queries = Queries.of_step(states, first, valid, begins=table is None)
-        positions, dense = queries.positions[:, None], valid is None
-        if table is not None:
-            dense &= table.dense
-            keys, values = torch.cat([table.keys, keys], dim=2), torch.cat([table.values, values], dim=2)
-            positions = positions.expand(*table.positions.shape[:2], -1).to(torch.int32)
-            positions = torch.cat([table.positions, positions], dim=2)
-        output, _ = queries.attend(
-            TokenTable(keys, values, positions, {}, dense=dense), scoring, with_probabilities=False
-        )
+        rows = keys, values, queries.positions[:, None]
+        dense = valid is None
+        seen = TokenTable(*rows, {}, dense=dense) if table is None else table.followed_by(*rows, dense=dense)
+        output, _ = queries.attend(seen, scoring, with_probabilities=False)
         return output.transpose(1, 2).contiguous().to(device)
 
     def _choose(self, query: Tensor, keys: Tensor) -> list[Tensor]:

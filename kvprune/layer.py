@@ -23,7 +23,7 @@ from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
 from kvprune.queries import Queries, Remembered
 from kvprune.selection import FilteredStep, Selection
-from kvprune.table import TokenTable
+from kvprune.table import MOST_HOLES, TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
 _UNDECIDED = 128
@@ -172,7 +172,7 @@ class PrunedLayer(CacheLayerMixin):
             self._defer(table, queries, prefill, scoring)
         else:
             plans = self._plans(table, queries, prefill)
-            wanted = any(plan.weights is not None for plan in plans)
+            wanted = any(plan.weights is not None and plan.weights.noise is None for plan in plans)
             output, probabilities = queries.attend(table, scoring, with_probabilities=wanted)
             self._observe(table, plans, queries, scoring, probabilities)
             self._decide(table, plans)
@@ -204,24 +204,24 @@ class PrunedLayer(CacheLayerMixin):
 
     def new_table(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
         """A table of these rows, with the columns of this layer's policies."""
-        columns = {
-            scope + name: dtype
-            for scope, part in zip(self._scopes, self.policies, strict=True)
-            for name, dtype in part.columns().items()
-        }
-        return TokenTable(keys, values, positions, columns, dense=dense)
+        scoped = list(zip(self._scopes, self.policies, strict=True))
+        columns = {scope + name: kind for scope, part in scoped for name, kind in part.columns().items()}
+        buffered = {scope + name: kind for scope, part in scoped for name, kind in part.buffer_columns().items()}
+        return TokenTable(keys, values, positions, columns, buffered, dense=dense)
 
     def _room(self, table: TokenTable) -> int:
         """Slots to add when the table is full and tokens come one by one."""
+        if table.packed:
+            return _LEAST_ROOM  # what comes in is packed before long
         return self._interval or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
     def _plans(self, table: TokenTable, queries: Queries, prefill: bool) -> list[Plan]:
         device, added = queries.states.device, max(queries.tokens)
+        token_bytes, other_bytes = self._costs(table)
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(self.tokens)  # a query and its position
-        other_bytes = table.kv_token_bytes * self.stock_tokens
-        other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes * self.pruned_layers
+        other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes
         plans = []
         for scope, part in zip(self._scopes, self.policies, strict=True):
             interval = part.interval
@@ -234,12 +234,24 @@ class PrunedLayer(CacheLayerMixin):
                 new_tokens=per_sequence(queries.tokens, device),
                 tokens=per_sequence(self.tokens, device),
                 prompt_tokens=self.prompt_tokens,
-                token_bytes=table.token_bytes * self.pruned_layers,
-                other_bytes=other_bytes,
+                token_bytes=token_bytes * self.pruned_layers,
+                other_bytes=other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens,
                 spare=2 * self._interval - 1 if self._interval else 0,
+                generated=self.generated,
+                rows=queries,
             )
             plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
         return plans
+
+    def _costs(self, table: TokenTable) -> tuple[int, int]:
+        """Bytes of one row of this layer, and of what is no row that a budget rules."""
+        codecs = [codec for part in self.policies for codec in part.codecs]
+        if not codecs:
+            return table.token_bytes, 0
+        waiting = sum(part.buffer for part in self.policies) + _LEAST_ROOM
+        packed = max(table.packed_row_bytes(codec) for codec in codecs)  # any row may be one of many bits
+        parameters = sum(table.block_bytes(codec) for codec in codecs)
+        return packed, waiting * table.token_bytes + parameters + MOST_HOLES * packed
 
     def _observe(
         self,
@@ -285,6 +297,8 @@ class PrunedLayer(CacheLayerMixin):
             elif decision.evict is not None:
                 table.evict(decision.evict)
                 table.shrink(plan.step.spare)
+            elif decision.quantize is not None:
+                table.quantize(decision.quantize)
             self.last_eviction = self.seen
         if plans[0].step.prefill:
             table.drop_empty()

@@ -12,12 +12,16 @@ Shapes: `B` batch, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `L` queries
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyError
+from kvprune.noise import Gumbel
 
 GROUPS = ("mean", "max")
 # A block of probabilities should stay in the cache of the processor: 32 rows of 8 heads over 4,096 keys are 4 MiB.
@@ -30,13 +34,14 @@ class RowWeights:
 
     Rows are counted back from the newest query. `last` rows are weighed, the row of age `a` with `decay ** a`; or, if
     `rows` is given, exactly those rows (indices into the step's queries, `[R]` or `[B, R]`) with `weights` of the same
-    shape, float32.
+    shape, float32. With `noise`, the rows are not those of the model's softmax but of a noisy, tempered one.
     """
 
     last: int
     decay: float = 1.0
     rows: Tensor | None = None
     weights: Tensor | None = None
+    noise: Gumbel | None = None
 
     @classmethod
     def uniform(cls, queries: int) -> RowWeights:
@@ -72,8 +77,14 @@ class RowWeights:
             )
         return cls(rows.shape[-1], 1.0, rows.long(), weights.float())
 
+    def noisy(self, noise: Gumbel) -> RowWeights:
+        """The same rows of a noisy, tempered softmax (Keyformer)."""
+        return replace(self, noise=noise)
+
     def same_as(self, other: RowWeights) -> bool:
         """Whether both weigh the same rows alike."""
+        if self.noise is not other.noise:
+            return False
         if self.rows is None and other.rows is None:
             return (self.last, self.decay) == (other.last, other.decay)
         return self.rows is other.rows and self.weights is other.weights
@@ -103,6 +114,18 @@ class Scoring:
         """Whether this is the softmax that fused attention kernels compute."""
         return self.softcap is None and self.sinks is None
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits under the soft cap, where there is one."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Probabilities of capped logits `[B, Hkv, G, L, S]`; where there are sinks, a row adds up to less than 1."""
+        if self.sinks is None:
+            return torch.softmax(logits, dim=-1)
+        batch, kv_heads, _, rows, _ = logits.shape
+        sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
+        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
+
 
 def grouped(queries: Tensor, kv_heads: int) -> Tensor:
     """`[B, Hq, L, D] -> [B * Hkv, G * L, D]`: the query heads of a KV head side by side, so no key is repeated."""
@@ -110,13 +133,20 @@ def grouped(queries: Tensor, kv_heads: int) -> Tensor:
     return queries.reshape(batch * kv_heads, heads // kv_heads * length, dim)
 
 
-def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: Tensor | None = None) -> Tensor:
+def row_probabilities(
+    queries: Tensor,
+    keys: Tensor,
+    scoring: Scoring,
+    hidden: Tensor | None = None,
+    perturb: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Attention probabilities of a few query rows, `[B, Hkv, G, L, S]` float32, whatever the dtype of the model.
 
     Args:
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
         hidden: bool, broadcastable to `[B, Hkv, 1, L, S']`, True where one of the last S' keys must not be seen. A row
             that sees nothing is NaN, unless the model has attention sinks.
+        perturb: changes the logits in place before the softmax.
     """
     batch, kv_heads, length, dim = keys.shape
     rows = queries.shape[2]
@@ -128,15 +158,12 @@ def row_probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, hidden: T
         logits = torch.bmm(flat_queries, flat_keys, out_dtype=torch.float32).mul_(scoring.scale)
     else:
         logits = torch.bmm(flat_queries.float() * scoring.scale, flat_keys.float())
-    logits = logits.view(batch, kv_heads, -1, rows, length)
-    if scoring.softcap is not None:
-        logits = torch.tanh(logits / scoring.softcap) * scoring.softcap
+    logits = scoring.capped(logits.view(batch, kv_heads, -1, rows, length))
+    if perturb is not None:
+        logits = perturb(logits)
     if hidden is not None:
         logits[..., length - hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
-        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
-    return torch.softmax(logits, dim=-1)
+    return scoring.softmax(logits)
 
 
 def row_blocks(rows: int, row_elements: int, device: torch.device, block_bytes: int | None = None) -> list[slice]:
@@ -156,6 +183,30 @@ def hidden_keys(query_positions: Tensor, key_positions: Tensor) -> Tensor:
     return (keys > query_positions[:, None, None, :, None]) | (keys < 0)
 
 
+def weighed_rows(queries: Tensor, row_weights: RowWeights, positions: Any) -> tuple[Tensor, Tensor, Any, Gumbel | None]:
+    """The queries `[B, Hq, R, D]` that are weighed, their weights `[B, R]`, positions `[B or 1, R]`, and their noise.
+
+    queries: `[B, Hq, L, D]`. positions: `[B or 1, L]`, -1 for padding, which weighs nothing; or None.
+    """
+    batch, query_heads, length, dim = queries.shape
+    if row_weights.rows is not None:
+        rows = row_weights.rows.to(queries.device).expand(batch, -1)
+        weights = row_weights.weights.to(queries.device).expand(batch, -1)  # type: ignore[union-attr]
+        queries = queries.gather(2, rows[:, None, :, None].expand(-1, query_heads, -1, dim))
+        chosen: Any = rows
+        if positions is not None:
+            positions = positions.expand(batch, -1).gather(1, rows)
+    else:
+        used = min(row_weights.last, length)
+        chosen = slice(length - used, None)
+        queries = queries[:, :, chosen]
+        weights = row_weights.suffix(queries.device)[row_weights.last - used :].expand(batch, -1)
+        positions = None if positions is None else positions[:, chosen]
+    if positions is not None:
+        weights = weights * (positions >= 0)
+    return queries, weights, positions, None if row_weights.noise is None else row_weights.noise.part(chosen)
+
+
 def attention_mass(
     queries: Tensor,
     keys: Tensor,
@@ -165,13 +216,14 @@ def attention_mass(
     group: str = "mean",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    in_order: bool = False,
     block_bytes: int | None = None,
 ) -> Tensor:
     """Weighted attention mass of every key, `[B, Hkv, S]` float32.
 
     Without positions the queries are the newest tokens of the keys, in order: query `i` sees keys `0 .. S - L + i`.
     With positions, a query sees the keys whose position is at most its own; -1 marks an empty slot, and a query at
-    position -1 counts nothing.
+    position -1 counts nothing. Noise goes by positions.
 
     Args:
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
@@ -179,6 +231,7 @@ def attention_mass(
         scoring: the scale, soft cap and sinks of the model's softmax.
         group: how the probabilities of the query heads of a KV head are reduced, "mean" or "max", row by row.
         query_positions: `[B, L]`. key_positions: `[B, Hkv, S]`; both or neither.
+        in_order: that the queries are the newest keys in order even though positions are given, and no slot is empty.
         block_bytes: size of a block of probabilities; the result depends on it by float32 rounding alone.
     """
     if group not in GROUPS:
@@ -186,36 +239,34 @@ def attention_mass(
     batch, query_heads, length, _ = queries.shape
     kv_heads, keys_length = keys.shape[1:3]
     device = queries.device
-    if row_weights.rows is not None:
-        rows, weights = row_weights.rows.to(device), row_weights.weights.to(device)  # type: ignore[union-attr]
-        if query_positions is None:
-            query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
-            key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
-        rows = rows.expand(batch, -1)
-        queries = queries.gather(2, rows[:, None, :, None].expand(-1, query_heads, -1, queries.shape[3]))
-        query_positions = query_positions.expand(batch, -1).gather(1, rows)
-        weights = weights.expand(batch, -1)
-    else:
-        used = min(row_weights.last, length)
-        queries = queries[:, :, length - used :]
-        weights = row_weights.suffix(device)[row_weights.last - used :].expand(batch, -1)
-        if query_positions is not None:
-            query_positions = query_positions[:, length - used :]
-    if query_positions is not None:
-        weights = weights * (query_positions >= 0)
+    in_order |= query_positions is None
+    if query_positions is None and (row_weights.noise is not None or row_weights.rows is not None):
+        query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
+        key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
+    in_order &= row_weights.rows is None
+    queries, weights, query_positions, noise = weighed_rows(queries, row_weights, query_positions)
 
     count = queries.shape[2]
     mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
-        if query_positions is None:
+        if in_order:
             seen = keys_length - count + block.stop
             size = block.stop - block.start  # of the keys before these queries, none is hidden
             hidden = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1) if size > 1 else None
         else:
             seen = keys_length
             hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type]
-        probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden)
-        if query_positions is not None:
+        perturb = (
+            None
+            if noise is None
+            else partial(
+                noise.part(block).perturb,
+                query_positions=query_positions[:, block],
+                key_positions=key_positions[:, :, :seen],  # type: ignore[index]
+            )
+        )
+        probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden, perturb)
+        if not in_order:
             probabilities = probabilities.nan_to_num_(0.0)  # rows that see nothing
         if group == "max":
             probabilities = probabilities.amax(2, keepdim=True)

@@ -4,7 +4,7 @@ At every forward pass, prefill or decode, each layer asks its policy, in this or
 
     row_weights(step)        which attention rows to weigh; the layer computes `step.mass` from them
     observe(table, step)     update the columns, e.g. add the mass to a score
-    decide(table, step)      which rows stay
+    decide(table, step)      which rows stay, and which are packed at how many bits
 
 Most policies rank rows by a score and keep the best: derive those from `Eviction` and write `columns`, `row_weights`
 and `observe`.
@@ -12,13 +12,16 @@ and `observe`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyError
 from kvprune.mass import RowWeights
+from kvprune.quantize import Codec
 from kvprune.table import TokenTable
 
 
@@ -50,6 +53,10 @@ class Step:
     """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
     spare: int
     """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
+    generated: int = 0
+    """Tokens generated since the last prefill step, those of this step included."""
+    rows: Any = None
+    """Whose `positions` are `query_positions`."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
 
@@ -60,23 +67,33 @@ class Step:
             raise PolicyError("this step has no attention mass: return the rows to weigh from row_weights().")
         return self.weighed
 
+    @property
+    def query_positions(self) -> Tensor:
+        """Position of every attention row of this step in its sequence, `[B or 1, queries]` int64, -1 for padding."""
+        positions: Tensor = self.rows.positions
+        return positions
+
 
 @dataclass(frozen=True)
 class Decision:
-    """Which rows stay. Give the slots to `keep`, or the slots to `evict`, whichever is shorter.
+    """Which rows stay, or at what precision. Give one: the slots to `keep`, to `evict`, or to `quantize`.
 
     keep: LongTensor `[B, Hkv, rows]`; -1 for an empty row, where a sequence keeps fewer than another. The table shrinks
         to exactly these rows and the rest of its memory is freed.
     evict: LongTensor `[B, Hkv, k]`: these rows are overwritten in place, and every head holds k slots less. Empty slots
         may be named too.
+    quantize: codecs, each with the slots to pack by it, LongTensor `[B, Hkv, rows]` in the order of their positions, -1
+        for none. Only rows in full precision can be packed, those from slot `table.packed_length` on; all others stay
+        as they are.
     """
 
     keep: Tensor | None = None
     evict: Tensor | None = None
+    quantize: tuple[tuple[Codec, Tensor], ...] | None = None
 
     def __post_init__(self) -> None:
-        if (self.keep is None) == (self.evict is None):
-            raise PolicyError("a Decision takes either the slots to keep or the slots to evict.")
+        if sum(part is not None for part in (self.keep, self.evict, self.quantize)) != 1:
+            raise PolicyError("a Decision takes one of: the slots to keep, the slots to evict, the slots to quantize.")
 
 
 @dataclass(frozen=True)
@@ -102,12 +119,31 @@ class Policy:
         return 0
 
     @property
+    def evicts(self) -> bool:
+        """Whether it drops tokens that are in the cache."""
+        return False
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The codecs that it packs rows with; none for a policy that leaves them in full precision."""
+        return ()
+
+    @property
+    def buffer(self) -> int:
+        """Of a policy that packs rows: most rows that wait in full precision while tokens are generated."""
+        return 0
+
+    @property
     def filters_prompt(self) -> bool:
         """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
         return False
 
     def columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the table, zero for new rows."""
+        return {}
+
+    def buffer_columns(self) -> dict[str, torch.dtype]:
+        """Extra columns of the rows in full precision, zero for new rows, gone when a row is packed."""
         return {}
 
     def row_weights(self, step: Step) -> RowWeights | None:
@@ -150,12 +186,7 @@ class Chain(Policy):
     def __post_init__(self) -> None:
         if not self.links or not all(isinstance(link, Policy) for link in self.links):
             raise PolicyError(f"a chain is made of policies, as in A2SF(0.5) | TOVA(0.25), not of {self.links!r}.")
-        for link in self.links[1:]:
-            if link.filters_prompt:
-                raise PolicyError(
-                    f"{link} shortens the prompt before any layer runs, so it must be the first link of a chain and "
-                    f"its only filter: write {link} | ... and leave other filters out."
-                )
+        _check_order(self.links)
 
     @property
     def filters_prompt(self) -> bool:
@@ -164,8 +195,44 @@ class Chain(Policy):
     def parts(self) -> tuple[Policy, ...]:
         return self.links
 
+    @property
+    def evicts(self) -> bool:
+        return any(link.evicts for link in self.links)
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return tuple(codec for link in self.links for codec in link.codecs)
+
+    @property
+    def buffer(self) -> int:
+        return sum(link.buffer for link in self.links)
+
     def __str__(self) -> str:
         return " | ".join(str(link) for link in self.links)
+
+
+def _check_order(links: tuple[Policy, ...]) -> None:
+    """Raise PolicyError for an order of links that has no meaning."""
+    for link in links[1:]:
+        if link.filters_prompt:
+            raise PolicyError(
+                f"{link} shortens the prompt before any layer runs, so it must be the first link of a chain and its "
+                f"only filter: write {link} | ... and leave other filters out."
+            )
+    packing = [index for index, link in enumerate(links) if link.codecs]
+    if len(packing) > 1:
+        first, second = (type(links[index]).__name__ for index in packing[:2])
+        raise PolicyError(
+            f"{first} and {second} cannot both quantize the cache: what {first} has packed is final. Keep one of them."
+        )
+    for index in packing:
+        late = next((link for link in links[index + 1 :] if link.evicts), None)
+        if late is not None:
+            name, other = type(links[index]).__name__, type(late).__name__
+            raise PolicyError(
+                f"{name} | {other} would quantize tokens that {other} is about to drop, and let them take part in the "
+                f"parameters of those that stay: write {other}(...) | {name}(...), which drops them first."
+            )
 
 
 def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
@@ -173,3 +240,11 @@ def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
     if counts.count(counts[0]) == len(counts):
         return counts[0]
     return torch.tensor(counts, device=device).view(-1, 1, 1)
+
+
+def share(fraction: float, count: Any, least: int = 0) -> Any:
+    """A fraction of a count, rounded up, at least `least` but never more than the count; ints or LongTensors."""
+    if isinstance(count, Tensor):
+        part = torch.ceil(count * fraction - 1e-6).long().clamp(min=least)
+        return torch.minimum(part, count)
+    return min(count, max(least, math.ceil(count * fraction - 1e-6)))

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvprune import packed
 from kvprune.attention import causal_attention, positional_attention, single_query_attention
 from kvprune.mass import RowWeights, Scoring, attention_mass
 from kvprune.table import EMPTY, TokenTable
@@ -78,6 +79,10 @@ class Queries:
     def attend(self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, Hq, L, Dv]`; of a single query, if wanted, also probabilities `[B, Hkv, G, rows]`."""
         states, keys, values = self.states, table.keys, table.values
+        if table.packed and len(self) == 1 and self.valid is None:
+            return packed.single_query(states, table, scoring)
+        if table.packed:
+            return packed.attention(states, self.positions, table, scoring), None
         if len(self) == 1 and self.valid is None:
             empty = None if table.dense else table.positions < 0
             return single_query_attention(states, keys, values, scoring, empty, with_probabilities)
@@ -106,14 +111,23 @@ class Queries:
         """
         if earlier is not None and (weights.last > len(self) or self.valid is not None):
             states, positions = earlier.followed_by(self)
+            if table.packed:
+                return packed.attention_mass(states, positions, table, weights, scoring, group)
             return attention_mass(
                 states, table.keys, weights, scoring,
                 group=group, query_positions=positions, key_positions=table.positions,
             )  # fmt: skip
-        if probabilities is not None and weights.rows is None:
+        if probabilities is not None and weights.rows is None and weights.noise is None:
             return probabilities.mean(2) if group == "mean" else probabilities.amax(2)
-        if table.dense:
+        if table.packed:
+            return packed.attention_mass(self.states, self.positions, table, weights, scoring, group)
+        if table.dense and weights.noise is None:
             return attention_mass(self.states, table.keys, weights, scoring, group=group)
+        if table.dense:
+            return attention_mass(
+                self.states, table.keys, weights, scoring,
+                group=group, query_positions=self.positions, key_positions=table.positions, in_order=True,
+            )  # fmt: skip
         if self.spans is None or weights.rows is not None:
             return attention_mass(
                 self.states, table.keys, weights, scoring,
@@ -121,7 +135,11 @@ class Queries:
             )  # fmt: skip
         mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
         for one in self._sequences():
-            mass[one] = attention_mass(self.states[one], table.keys[one], weights, scoring, group=group)
+            mass[one] = attention_mass(
+                self.states[one], table.keys[one], weights, scoring,
+                group=group, query_positions=self.positions[one[0], one[2]], key_positions=table.positions[one],
+                in_order=True,
+            )  # fmt: skip
         return mass
 
     def _sequences(self) -> list[tuple[slice, slice, slice]]:

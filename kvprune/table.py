@@ -6,12 +6,16 @@ the policy declared. Every operation here moves all columns alike, so nothing fa
 Slots `0 .. length - 1` are in use, in no particular order: whatever needs order goes by `positions`. A slot with
 position -1 is empty (a sequence with fewer tokens than another of its batch). Slots from `length` to `capacity` are
 spare room that the next tokens take.
+
+The first `packed_length` slots may be packed: their keys and values are codes (see `quantize.py`), kept together by
+codec. The others are in full precision, and it is there that new rows come in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,8 +23,11 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import CacheError
+from kvprune.quantize import Codec, PackedRows
 
 EMPTY = -1
+# Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.
+MOST_HOLES = 32
 
 
 def owned(tensor: Tensor) -> Tensor:
@@ -31,9 +38,10 @@ def owned(tensor: Tensor) -> Tensor:
 
 
 class TokenTable:
-    """Keys `[B, Hkv, capacity, D]`, values `[B, Hkv, capacity, Dv]`, positions `[B, Hkv, capacity]` int32, and columns.
+    """Keys `[B, Hkv, rows, D]`, values `[B, Hkv, rows, Dv]`, positions `[B, Hkv, length]` int32, and columns.
 
-    `table["score"]` is a policy's column, `[B, Hkv, length]`; it may be updated in place. `positions` are counted in
+    `table["score"]` is a policy's column, `[B, Hkv, length]`; it may be updated in place. Columns of the rows in full
+    precision alone are `[B, Hkv, length - packed_length]`, as are `keys` and `values`. `positions` are counted in
     tokens of the sequence, padding left out.
     """
 
@@ -43,28 +51,36 @@ class TokenTable:
         values: Tensor,
         positions: Tensor,
         columns: Mapping[str, torch.dtype],
+        buffer_columns: Mapping[str, torch.dtype] | None = None,
         *,
         dense: bool = True,
     ) -> None:
         """Take the rows of the first step as they are; `compact` or `own` gives them storage of their own.
 
         keys: `[B, Hkv, L, D]`. values: `[B, Hkv, L, Dv]`. positions: `[B, Hkv, L]`, or broadcastable to it.
-        dense: that no position is -1.
+        buffer_columns: those that rows lose when they are packed. dense: that no position is -1.
         """
         self.dense = dense
         """Whether no slot in use is empty."""
         self.one_policy = True
         """Whether a single policy decides which rows stay, so that its own regularities hold."""
+        self.packed: list[PackedRows] = []
+        self.packed_length = 0
+        """Slots whose keys and values are codes: the first ones."""
         self._borrowed = True
         shape = keys.shape[:3]
         self.length = keys.shape[2]
+        self._most_rows = self.length
+        self._closed_length = 0  # of a packed table, when its rows last closed up
+        # Of all slots: positions and column.*; of slots in full precision: keys, values and buffer.*
         self._tensors: dict[str, Tensor] = {
             "keys": keys,
             "values": values,
             "positions": positions.to(torch.int32).expand(shape).contiguous(),
         }
-        for name, dtype in columns.items():
-            self._tensors[f"column.{name}"] = torch.zeros(shape, dtype=dtype, device=keys.device)
+        for prefix, named in (("column", columns), ("buffer", buffer_columns or {})):
+            for name, dtype in named.items():
+                self._tensors[f"{prefix}.{name}"] = torch.zeros(shape, dtype=dtype, device=keys.device)
         self._shape_changed()
 
     def _shape_changed(self) -> None:
@@ -73,10 +89,18 @@ class TokenTable:
         each_head = torch.arange(heads, device=device)[:, None]
         # To index slots with, and where each head's first slot is in the flattened table, [B, Hkv, 1].
         self._index = sequences, each_head, (sequences * heads + each_head) * capacity
-        self.token_bytes = sum(tensor.nbytes for tensor in self._tensors.values()) // max(capacity, 1)
-        """Bytes of one slot over all sequences and heads, all columns included."""
-        self.kv_token_bytes = sum(self._tensors[name].nbytes for name in ("keys", "values")) // max(capacity, 1)
+        row_bytes = {
+            name: tensor.itemsize * math.prod(tensor.shape[3:]) * batch * heads
+            for name, tensor in self._tensors.items()
+        }
+        self.token_bytes = sum(row_bytes.values())
+        """Bytes of one slot in full precision over all sequences and heads, all columns included."""
+        self.kv_token_bytes = row_bytes["keys"] + row_bytes["values"]
         """The part of `token_bytes` that is keys and values."""
+
+    def _first_slot(self, name: str) -> int:
+        """The slot that comes first in this tensor."""
+        return 0 if name == "positions" or name.startswith("column.") else self.packed_length
 
     # -- what is in it ---------------------------------------------------------------------------------------------
 
@@ -90,17 +114,22 @@ class TokenTable:
 
     @property
     def capacity(self) -> int:
-        return self._tensors["keys"].shape[2]
+        return self.packed_length + self._tensors["keys"].shape[2]
+
+    @property
+    def rows(self) -> int:
+        """Most rows that a KV head may hold: slots in use, without the holes that evicted rows left."""
+        return self._most_rows if self.packed else self.length
 
     @property
     def keys(self) -> Tensor:
-        """`[B, Hkv, length, D]`."""
-        return self._tensors["keys"][:, :, : self.length]
+        """Of the rows in full precision, `[B, Hkv, length - packed_length, D]`."""
+        return self._tensors["keys"][:, :, : self.length - self.packed_length]
 
     @property
     def values(self) -> Tensor:
-        """`[B, Hkv, length, Dv]`."""
-        return self._tensors["values"][:, :, : self.length]
+        """Of the rows in full precision, `[B, Hkv, length - packed_length, Dv]`."""
+        return self._tensors["values"][:, :, : self.length - self.packed_length]
 
     @property
     def positions(self) -> Tensor:
@@ -108,13 +137,13 @@ class TokenTable:
         return self._tensors["positions"][:, :, : self.length]
 
     def __getitem__(self, column: str) -> Tensor:
-        return self._tensors[f"column.{column}"][:, :, : self.length]
+        name = f"column.{column}"
+        if name in self._tensors:
+            return self._tensors[name][:, :, : self.length]
+        return self._tensors[f"buffer.{column}"][:, :, : self.length - self.packed_length]
 
     def __setitem__(self, column: str, content: Tensor) -> None:
         self[column].copy_(content)
-
-    def columns(self) -> Iterator[str]:
-        return (name.removeprefix("column.") for name in self._tensors if name.startswith("column."))
 
     def scoped(self, scope: str) -> TokenTable:
         """The table with its columns under names that lack this prefix: what one link of a chain works on."""
@@ -122,17 +151,49 @@ class TokenTable:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the table holds, at full capacity."""
-        return dict(self._tensors)
+        held = dict(self._tensors)
+        for number, tier in enumerate(self.packed):
+            held.update({f"packed.{number}.{name}": tensor for name, tensor in tier.tensors.items()})
+        return held
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the table, spare slots included."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
     @property
     def kv_nbytes(self) -> int:
-        """The part of `nbytes` that is keys and values."""
-        return sum(self._tensors[name].untyped_storage().nbytes() for name in ("keys", "values"))
+        """The part of `nbytes` that is keys and values, or stands for them: codes and their parameters."""
+        own = sum(self._tensors[name].untyped_storage().nbytes() for name in ("keys", "values"))
+        return own + sum(tensor.untyped_storage().nbytes() for tier in self.packed for tensor in tier.tensors.values())
+
+    @property
+    def code_nbytes(self) -> int:
+        """The part of `kv_nbytes` that is no parameter: codes, and what is in full precision."""
+        own = sum(self._tensors[name].untyped_storage().nbytes() for name in ("keys", "values"))
+        return own + sum(tier.code_nbytes for tier in self.packed)
+
+    def packed_row_bytes(self, codec: Codec) -> int:
+        """What `token_bytes` is for a row that this codec has packed."""
+        key_dim, value_dim = self._tensors["keys"].shape[3], self._tensors["values"].shape[3]
+        of_blocks = -(-codec.block_bytes(key_dim, value_dim) // codec.tokens) if codec.tokens else 0
+        columns = sum(
+            tensor.itemsize
+            for name, tensor in self._tensors.items()
+            if name == "positions" or name.startswith("column.")
+        )
+        return self.batch_size * self.kv_heads * (codec.row_bytes(key_dim, value_dim) + of_blocks + columns)
+
+    def block_bytes(self, codec: Codec) -> int:
+        """Parameters that blocks of this codec's rows share, of one block more and of those there are.
+
+        Where rows pay for the blocks they fill, this is for those that evicted rows have left thinly filled.
+        """
+        tiers = [tier for tier in self.packed if tier.codec == codec]
+        paid = sum(len(tier) // codec.tokens for tier in tiers) if codec.tokens else 0
+        blocks = 1 + max(0, sum(tier.blocks for tier in tiers) - paid)
+        key_dim, value_dim = self._tensors["keys"].shape[3], self._tensors["values"].shape[3]
+        return self.batch_size * self.kv_heads * blocks * codec.block_bytes(key_dim, value_dim)
 
     # -- rows come -------------------------------------------------------------------------------------------------
 
@@ -148,18 +209,31 @@ class TokenTable:
         if self.length + added > self.capacity:
             self._resize(self.length + max(added, room))
         new = slice(self.length, self.length + added)
-        self._tensors["keys"][:, :, new] = keys
-        self._tensors["values"][:, :, new] = values
+        unpacked = slice(new.start - self.packed_length, new.stop - self.packed_length)
+        self._tensors["keys"][:, :, unpacked] = keys
+        self._tensors["values"][:, :, unpacked] = values
         self._tensors["positions"][:, :, new] = positions
         for name, tensor in self._tensors.items():
             if name.startswith("column."):
                 tensor[:, :, new] = 0
+            elif name.startswith("buffer."):
+                tensor[:, :, unpacked] = 0
         self.length += added
+        self._most_rows += added
+
+    def followed_by(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
+        """A table to attend to, with these rows behind the others; this one stays as it is."""
+        other = copy.copy(self)
+        other._tensors = dict(self._tensors)
+        other._resize(self.length + keys.shape[2])
+        other.append(keys, values, positions, dense=dense)
+        return other
 
     def _resize(self, capacity: int) -> None:
         for name, tensor in self._tensors.items():
-            grown = tensor.new_empty((*tensor.shape[:2], capacity, *tensor.shape[3:]))
-            grown[:, :, : self.length] = tensor[:, :, : self.length]
+            first = self._first_slot(name)
+            grown = tensor.new_empty((*tensor.shape[:2], capacity - first, *tensor.shape[3:]))
+            grown[:, :, : self.length - first] = tensor[:, :, : self.length - first]
             self._tensors[name] = grown
         self._borrowed = False
         self._shape_changed()
@@ -169,21 +243,25 @@ class TokenTable:
     def compact(self, slots: Tensor) -> None:
         """Keep only these slots, in this order, in storage of exactly their number; everything else is freed.
 
-        slots: LongTensor `[B, Hkv, rows]`; -1 makes an empty row.
+        slots: LongTensor `[B, Hkv, rows]`; -1 makes an empty row. Packed rows keep the order they have.
         """
+        if self.packed:
+            kept = torch.zeros(*slots.shape[:2], self.length + 1, dtype=torch.bool, device=slots.device)
+            self._close_up(kept.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length])
+            return
         empty = slots < 0
         index = (*self._index[:2], slots.clamp(min=0))
         for name, tensor in self._tensors.items():
             self._tensors[name] = tensor[index]
         self._tensors["positions"].masked_fill_(empty, EMPTY)
         self.dense = not bool((self._tensors["positions"] < 0).any())
-        self.length = slots.shape[2]
+        self.length = self._most_rows = slots.shape[2]
         self._borrowed = False
         self._shape_changed()
 
     def drop_empty(self) -> None:
         """Free the slots that are padding in every sequence."""
-        if self.dense:
+        if self.dense or self.packed:
             return
         kept = self.positions >= 0
         rows = int(kept.sum(-1).max())
@@ -194,10 +272,18 @@ class TokenTable:
     def evict(self, slots: Tensor) -> None:
         """Drop `k` rows per head in place: the last `k` rows move into their slots. Nothing is allocated or freed.
 
+        In a packed table, whose rows cannot take each other's places, they leave holes, which close up later.
         slots: LongTensor `[B, Hkv, k]`, different slots within a head.
         """
-        self.own()
         count = slots.shape[2]
+        if self.packed:
+            self._tensors["positions"].scatter_(2, slots, EMPTY)
+            self.dense = False
+            self._most_rows -= count
+            if self.length - self._closed_length >= MOST_HOLES and self.length - self._most_rows >= MOST_HOLES:
+                self._close_up(self.positions >= 0)
+            return
+        self.own()
         rest = self.length - count
         if count == 1:
             target = (slots + self._index[2]).view(-1)
@@ -219,6 +305,7 @@ class TokenTable:
     def drop_newest(self, count: int) -> None:
         """Forget the `count` rows that were appended last; nothing may have been evicted since."""
         self.length -= count
+        self._most_rows -= count
 
     @contextmanager
     def without_newest(self, count: int) -> Iterator[None]:
@@ -231,7 +318,7 @@ class TokenTable:
 
     def shrink(self, room: int) -> None:
         """Free spare slots beyond `room`."""
-        if self.capacity > self.length + room:
+        if not self.packed and self.capacity > self.length + room:
             self._resize(self.length + room)
 
     def own(self) -> None:
@@ -242,18 +329,112 @@ class TokenTable:
         for name, tensor in self._tensors.items():
             self._tensors[name] = owned(tensor)
 
+    # -- rows lose precision ---------------------------------------------------------------------------------------
+
+    def quantize(self, parts: Iterable[tuple[Codec, Tensor]]) -> None:
+        """Pack rows that are in full precision; what full precision they took is freed. Other rows stay as they are.
+
+        parts: codecs, each with the slots to pack, LongTensor `[B, Hkv, R]`, in the order of their positions; -1 for
+        none, where a head has fewer than another.
+        """
+        left = torch.ones(*self.positions.shape[:2], self.length + 1, dtype=torch.bool, device=self.positions.device)
+        moved: dict[int, list[Tensor]] = {}  # for each of self.packed, slots of its new rows
+        held = len(self.packed)
+        for codec, slots in parts:
+            if slots.shape[2] == 0:
+                continue
+            empty = slots < 0
+            left.scatter_(2, torch.where(empty, self.length, slots), False)
+            row = (*self._index[:2], (slots - self.packed_length).clamp(min=0))
+            new = PackedRows.encode(
+                codec, self._tensors["keys"][row], self._tensors["values"][row], empty if bool(empty.any()) else None
+            )
+            tier = next((number for number, other in enumerate(self.packed) if other.codec == codec), None)
+            if tier is None:
+                tier = len(self.packed)
+                self.packed.append(new)
+            else:
+                self.packed[tier].append(new)
+            moved.setdefault(tier, []).append(slots)
+        if not moved:
+            return
+
+        # In which order the slots of today come now, tier by tier; -1 for rows that are nothing.
+        order, first = [], 0
+        for number, tier_rows in enumerate(self.packed):
+            old = len(tier_rows) - sum(slots.shape[2] for slots in moved.get(number, ())) if number < held else 0
+            order += [self._slots(first, first + old), *moved.get(number, ())]
+            first += old
+        rest = left[:, :, self.packed_length : self.length]
+        order.append(self._ordered(rest) + self.packed_length)
+        order[-1].masked_fill_(~self._filled(rest, order[-1].shape[2]), EMPTY)
+        self._reorder(torch.cat(order, dim=2), sum(map(len, self.packed)))
+        if not self.dense:
+            self._close_up(self.positions >= 0)
+        self._closed_length = self.length
+
+    def _slots(self, start: int, stop: int) -> Tensor:
+        """`[B, Hkv, stop - start]`: these slots of every head."""
+        slots = torch.arange(start, stop, device=self._tensors["positions"].device)
+        return slots.expand(self.batch_size, self.kv_heads, -1)
+
+    @staticmethod
+    def _ordered(kept: Tensor) -> Tensor:
+        """Indices of True, in order, `[B, Hkv, most of any head]`, followed by others where a head has fewer."""
+        return kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :, : int(kept.sum(-1).max())]
+
+    @staticmethod
+    def _filled(kept: Tensor, size: int) -> Tensor:
+        """Which of the indices that `_ordered` returned are of True."""
+        return torch.arange(size, device=kept.device) < kept.sum(-1, keepdim=True)
+
+    def _close_up(self, kept: Tensor) -> None:
+        """Keep these slots, bool `[B, Hkv, length]`: packed rows move as they are, and memory is freed."""
+        kept = kept & (self.positions >= 0)
+        order, first = [], 0
+        for tier in self.packed:
+            among = kept[:, :, first : first + len(tier)]
+            index = self._ordered(among)
+            filled = self._filled(among, index.shape[2])
+            order.append((index + first).masked_fill(~filled, EMPTY))
+            first += len(tier)
+            tier.keep(index, ~filled)
+        among = kept[:, :, first:]
+        index = self._ordered(among)
+        order.append((index + first).masked_fill(~self._filled(among, index.shape[2]), EMPTY))
+        self.packed = [tier for tier in self.packed if len(tier)]
+        self._reorder(torch.cat(order, dim=2), sum(map(len, self.packed)))
+        self._closed_length = self.length
+
+    def _reorder(self, slots: Tensor, packed_length: int) -> None:
+        """Rearrange all columns: slot by slot, the slot it was in, or -1. Packed rows are where they belong."""
+        empty = slots < 0
+        for name, tensor in self._tensors.items():
+            first = self._first_slot(name)
+            index = slots if name == "positions" or name.startswith("column.") else slots[:, :, packed_length:]
+            self._tensors[name] = tensor[(*self._index[:2], (index - first).clamp(min=0))]
+        self._tensors["positions"].masked_fill_(empty, EMPTY)
+        held = self._tensors["positions"] >= 0
+        self.dense = bool(held.all())
+        self._most_rows = int(held.sum(-1).max())
+        self.length, self.packed_length = slots.shape[2], packed_length
+        self._borrowed = False
+        self._shape_changed()
+
     # -- the batch changes -----------------------------------------------------------------------------------------
 
     def select_batch(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; one may come several times (beams). rows: LongTensor `[B']`."""
         rows = rows.to(self.keys.device)
         self._tensors = {name: tensor.index_select(0, rows) for name, tensor in self._tensors.items()}
+        self.packed = [tier.select_batch(rows) for tier in self.packed]
         self._shape_changed()
 
     def fork(self) -> TokenTable:
         """An independent copy."""
         other = copy.copy(self)
         other._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        other.packed = [tier.clone() for tier in self.packed]
         return other
 
     def check_step(self, keys: Tensor, values: Tensor) -> None:

@@ -7,9 +7,27 @@ from kvprune.policies.a2sf import A2SF
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
 from kvprune.policies.h2o import H2O
+from kvprune.policies.keyformer import Keyformer
+from kvprune.policies.kivi import KIVI
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
+from kvprune.policies.zipcache import ZipCache
 from kvprune.registry import find, get, names, parse
 
-__all__ = ["A2SF", "H2O", "TOVA", "Full", "GemFilter", "SnapKV", "StreamingLLM", "find", "get", "names", "parse"]
+__all__ = [
+    "A2SF",
+    "H2O",
+    "KIVI",
+    "TOVA",
+    "Full",
+    "GemFilter",
+    "Keyformer",
+    "SnapKV",
+    "StreamingLLM",
+    "ZipCache",
+    "find",
+    "get",
+    "names",
+    "parse",
+]

@@ -63,7 +63,7 @@ class SnapKV(Eviction):
             return super().pool(scores, table, recent)
         return along_positions(
             scores.masked_fill(recent, 0.0),
-            table,
+            table.positions,
             lambda dense: F.avg_pool1d(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2),
             fill=0.0,
         )

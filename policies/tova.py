@@ -31,5 +31,5 @@ class TOVA(Eviction):
             table["score"] = step.mass.mean(1, keepdim=True)
         else:
             table["score"] = along_positions(
-                step.mass, table, lambda mass: mass.mean(1, keepdim=True).expand_as(mass), 0
+                step.mass, table.positions, lambda mass: mass.mean(1, keepdim=True).expand_as(mass), 0
             )

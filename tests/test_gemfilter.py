@@ -22,6 +22,7 @@ from families import (
     PrunedCache,
     Spy,
     build,
+    feed,
     generate,
     kept,
     left_padded,
@@ -49,7 +50,7 @@ from typer.testing import CliRunner
 from kvprune import BudgetError, CacheError, Policy, PolicyError, Step, TokenTable, UnsupportedModelError
 from kvprune.attention import base_attention
 from kvprune.cli import app
-from kvprune.policies import A2SF, GemFilter, SnapKV, get
+from kvprune.policies import A2SF, KIVI, GemFilter, SnapKV, get
 
 PRUNABLE = tuple(family for family in FAMILIES if family not in STOCK_ONLY)
 HYBRIDS = ("qwen3-hybrid", "gemma2", "gemma3", "gpt-oss")
@@ -604,6 +605,18 @@ def test_a_chain_evicts_what_the_filter_left():
         assert len(head) == 10
         assert {position for position in head if position < 50} <= {*chosen}
         assert all(a < b for a, b in pairwise(head))
+
+
+def test_a_second_turn_looks_at_packed_rows_too():
+    """At 8 bits, where codes stand for what they replace, it chooses as over the rows in full precision."""
+    model, ids = double().pruned, token_ids(1, 40, seed=31)
+    plain = PrunedCache(model, GemFilter(16, layer=2))
+    packed = PrunedCache(model, GemFilter(16, layer=2) | KIVI(bits=8, group_size=4, residual=4))
+    for pruned in (plain, packed):
+        feed(model, alone(torch.cat([ids, token_ids(1, 30, seed=32)], dim=1)), pruned, [40, 30])
+    assert packed.layers[0].table.packed
+    assert packed.selected_positions[0].tolist() == plain.selected_positions[0].tolist()
+    assert kept(packed, 0) == kept(plain, 0)
 
 
 def test_a_filter_comes_first_and_alone():

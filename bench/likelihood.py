@@ -1,0 +1,260 @@
+"""What a pruned cache does to the predictions of a small trained model: likelihood, KL divergence, top-1 agreement.
+
+    python bench/likelihood.py --out bench/results/likelihood.json
+
+Text is cut into sequences of 512 tokens. The prompt of each is prefilled, which compresses it, and the remaining tokens
+are fed one by one. What counts are the predictions after each of those: all of them read the compressed cache, while
+the one at the end of the prompt attended to everything and is left out. The full cache is the stock one on the same
+sequences, fed the same way.
+
+Budgets are fractions of the prompt. Bytes are measured at the end, where the full cache holds prompt and continuation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+
+import kvprune
+from kvprune import PrunedCache
+from kvprune.demo.show import machine
+from kvprune.policy import Policy
+from kvprune.registry import parse
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LENGTH = 512  # tokens of a sequence: the context of the model
+SEPARATOR = "<|endoftext|>"  # between the documents of a text file
+FULL = "full cache"
+
+EVICTING = ("h2o", "keyformer", "snapkv:interval=1", "tova", "streaming_llm", "a2sf", "a2sf:kernel_size=7")
+# A tenth of 256 prompt tokens is 26, but a fraction is never taken below sinks + recent, which is 36 by default, so the
+# budget would not be what it says. With recent=16 sinks and window take 20 of the 26, the score decides on the rest.
+BUDGETS = ("budget=0.5", "budget=0.25", "budget=0.1,recent=16")
+POLICIES = (
+    *(f"{name},{budget}" if ":" in name else f"{name}:{budget}" for budget in BUDGETS for name in EVICTING),
+    "gemfilter:budget=0.5",
+    "gemfilter:budget=0.25",
+    "zipcache",
+    "zipcache:high_bits=8,low_bits=4",
+    "kivi:bits=2",
+    "kivi:bits=4",
+    "a2sf:budget=0.5,kernel_size=7 | zipcache",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one policy did. nll, nll_change, kl: nats per token. agreement: share of tokens with the same top choice.
+
+    nll_change is against the full cache, nll_error its standard error over the sequences, None for a single one. Bytes
+    are of one sequence, at its end, everything that the cache holds. half_nbytes: a dense cache in 16 bits.
+    """
+
+    policy: str
+    nll: float
+    nll_change: float
+    nll_error: float | None
+    kl: float
+    agreement: float
+    nbytes: int
+    dense_nbytes: int
+    half_nbytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes / self.dense_nbytes
+
+    @property
+    def half_ratio(self) -> float:
+        return self.nbytes / self.half_nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio, "half_ratio": self.half_ratio}
+
+
+def cut(documents: Iterable[str], tokenizer: Any, sequences: int, length: int = LENGTH) -> Tensor:
+    """The first `sequences` pieces of `length` tokens, `[sequences, length]`, fewer where the text ends.
+
+    Documents are tokenized one by one, each with the special tokens that the tokenizer adds, and follow one another.
+    """
+    tokens: list[int] = []
+    for document in documents:
+        if len(tokens) >= sequences * length:
+            break
+        tokens += tokenizer(document, verbose=False)["input_ids"]
+    rows = min(sequences, len(tokens) // length)
+    return torch.tensor(tokens[: rows * length], dtype=torch.long).view(rows, length)
+
+
+@torch.inference_mode()
+def predict(model: Any, sequences: Tensor, prompt: int, cache: Cache) -> Tensor:
+    """Log-probabilities after each token that is fed one by one, float64 `[B, L - prompt - 1, vocab]`.
+
+    sequences: `[B, L]`, whose first `prompt` tokens are prefilled and whose last one is only predicted.
+    """
+    model(sequences[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    steps = [model(token, past_key_values=cache).logits[:, -1] for token in sequences[:, prompt:-1, None].unbind(1)]
+    return torch.stack(steps, dim=1).double().log_softmax(-1)
+
+
+def measure(
+    model: Any,
+    sequences: Tensor,
+    policies: Mapping[str, Policy],
+    *,
+    prompt: int,
+    batch_size: int,
+    tick: Callable[[str], None] = lambda policy: None,
+) -> list[Result]:
+    """The full cache, then each policy under its name, on `[N, L]` sequences. tick: called before every pass."""
+    figures: dict[str, list[Tensor]] = {name: [] for name in (FULL, *policies)}
+    nbytes = dict.fromkeys(figures, 0)
+    dense_nbytes = dict.fromkeys(figures, 0)
+    for batch in sequences.to(model.device).split(batch_size):
+        targets = batch[:, prompt + 1 :, None]
+        for name in figures:
+            tick(name)
+            cache = DynamicCache(config=model.config) if name == FULL else PrunedCache(model, policies[name])
+            found = predict(model, batch, prompt, cache)
+            if name == FULL:
+                full = found
+            nll = -found.gather(2, targets).squeeze(2)
+            change = nll + full.gather(2, targets).squeeze(2)
+            kl = F.kl_div(found, full, log_target=True, reduction="none").sum(-1)
+            agree = (found.argmax(-1) == full.argmax(-1)).double()
+            figures[name].append(torch.stack([figure.mean(1) for figure in (nll, change, kl, agree)], dim=1))
+            nbytes[name] += cache.nbytes if isinstance(cache, PrunedCache) else stock_nbytes(cache)
+            dense_nbytes[name] += cache.dense_nbytes if isinstance(cache, PrunedCache) else stock_nbytes(cache)
+    results = []
+    for name, batches in figures.items():
+        of_sequences = torch.cat(batches)  # [N, 4]
+        nll, change, kl, agree = of_sequences.mean(0).tolist()
+        dense = dense_nbytes[name] // len(sequences)
+        results.append(
+            Result(
+                policy=name,
+                nll=nll,
+                nll_change=change,
+                nll_error=standard_error(of_sequences[:, 1].tolist()),
+                kl=kl,
+                agreement=agree,
+                nbytes=nbytes[name] // len(sequences),
+                dense_nbytes=dense,
+                half_nbytes=dense * 16 // torch.finfo(model.dtype).bits,
+            )
+        )
+    return results
+
+
+def stock_nbytes(cache: Cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of the mean; None for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def show(results: list[Result], title: str, console: Console) -> None:
+    table = Table(
+        title=title,
+        caption="NLL, KL: nats per token; ± standard error over sequences. top-1: share of tokens on which the first "
+        "choice is that of the full cache. ratio: bytes of a sequence at its end, measured, everything included, to "
+        "those of a dense cache of the model's type; 16 bits: to those of a dense cache in 16 bits.",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("policy", overflow="fold")
+    for heading in ("NLL", "change", "KL", "top-1", "ratio", "16 bits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        error = "" if result.nll_error is None else f" ± {result.nll_error:.4f}"
+        table.add_row(
+            result.policy, f"{result.nll:.4f}", f"{result.nll_change:+.4f}{error}", f"{result.kl:.4f}",
+            f"{result.agreement:.1%}", f"{result.ratio:.1%}", f"{result.half_ratio:.1%}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DATA / "stories260K", help="folder of a Hugging Face model")
+    parser.add_argument("--text", type=Path, default=DATA / "text" / "tinystories_sample.txt")
+    parser.add_argument("--prompt", type=int, default=LENGTH // 2, help="tokens to prefill")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--policies", nargs="+", default=list(POLICIES), help='as in "a2sf:budget=0.5,kernel_size=7 | zipcache"'
+    )
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not 1 <= arguments.prompt <= LENGTH - 2:
+        parser.error(f"--prompt must leave tokens of {LENGTH} to feed and to predict: 1 to {LENGTH - 2}")
+    if arguments.sequences < 1 or arguments.batch < 1:
+        parser.error("--sequences and --batch must be at least 1")
+    if not (arguments.model / "config.json").is_file():
+        parser.error(f"there is no model in {arguments.model}: give the folder of one with --model")
+    if not arguments.text.is_file():
+        parser.error(f"there is no text {arguments.text}: give a file with --text")
+    policies = {text: parse(text) for text in arguments.policies}
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    documents = arguments.text.read_text(encoding="utf-8").split(SEPARATOR)
+    sequences = cut((document.strip() for document in documents), tokenizer, arguments.sequences)
+    if len(sequences) < arguments.sequences:
+        parser.error(f"{arguments.text} holds {len(sequences)} sequences of {LENGTH} tokens: ask for no more")
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        passes = (1 + len(policies)) * math.ceil(len(sequences) / arguments.batch)
+        task = progress.add_task("", total=passes, completed=-1)
+        results = measure(
+            model,
+            sequences,
+            policies,
+            prompt=arguments.prompt,
+            batch_size=arguments.batch,
+            tick=lambda policy: progress.update(task, description=policy, advance=1),
+        )
+    fed = LENGTH - 1 - arguments.prompt
+    show(results, f"{len(sequences)} sequences, {arguments.prompt} tokens prefilled, {fed} fed one by one", console)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        summary = {
+            "command": "python bench/likelihood.py " + shlex.join(sys.argv[1:]),
+            "machine": machine(),
+            "cores": os.cpu_count(),
+            "versions": {"python": sys.version.split()[0], "kvprune": kvprune.__version__},
+            "model": arguments.model.name,
+            "text": arguments.text.name,
+            "length": LENGTH,
+            "prompt": arguments.prompt,
+            "sequences": len(sequences),
+            "batch": arguments.batch,
+            "rows": [result.to_dict() for result in results],
+        }
+        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Quantizers for keys and values, and rows of codes that stand for them.
+
+Uniform, asymmetric, b bits: with parameters `scale` and `zero_point` of a group of numbers,
+
+    code = round((x - zero_point) / scale),     x^ = code * scale + zero_point,     |x - x^| <= scale / 2
+
+Keys share parameters per channel, over the tokens of a block. Values share them per token, over a group of channels;
+*channel-separable* values are first divided by c_j = sqrt(max over the block's tokens of |v_j|), so that one outlier
+channel does not cost all others their precision (ZipCache, section 4.2).
+
+Parameters are float16, rounded outwards so that the range they span holds every number of the group; arithmetic is
+float32. Codes are packed along the channels of a row, so a row can move without being decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+
+BITS = (2, 3, 4, 8)
+_LARGEST = 65504.0  # of float16
+# A block of decoded rows should stay in the cache of the processor.
+_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How rows are quantized. Rows of one codec are stored together.
+
+    bits: 2, 3, 4 or 8. tokens: that share the parameters of a key channel; None for all that are quantized at once.
+    channels: that share the parameters of a value; None for all. separable: channel-separable values.
+    """
+
+    bits: int
+    tokens: int | None = None
+    channels: int | None = None
+    separable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise PolicyError(f"{self.bits!r} bits are not supported: choose 2, 3, 4 or 8.")
+
+    def row_bytes(self, key_dim: int, value_dim: int) -> int:
+        """Bytes of one row: its codes, and the parameters and block number that are its own."""
+        groups = -(-value_dim // (self.channels or value_dim))
+        return packed_bytes(key_dim, self.bits) + packed_bytes(value_dim, self.bits) + 4 * groups + 2
+
+    def block_bytes(self, key_dim: int, value_dim: int) -> int:
+        """Bytes of the parameters that the rows of one block share."""
+        return 4 * key_dim + (2 * value_dim if self.separable else 0)
+
+
+# -- bit packing -------------------------------------------------------------------------------------------------------
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes."""
+    if bits == 3:
+        return packed_bytes(count, 2) + packed_bytes(count, 1)
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """`[..., n]` uint8 below 2**bits -> `[..., packed_bytes(n, bits)]` uint8.
+
+    A byte holds codes that are n / codes-per-byte apart, so that unpacking makes contiguous stretches. Three bits are
+    stored as two and one.
+    """
+    if bits == 8:
+        return codes
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1)
+    each = 8 // bits
+    size = packed_bytes(codes.shape[-1], bits)
+    planes = F.pad(codes, (0, each * size - codes.shape[-1])).unflatten(-1, (each, size))
+    packed = planes[..., 0, :].clone()
+    for plane in range(1, each):
+        packed |= planes[..., plane, :] << plane * bits
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` codes that `pack` packed, `[..., count]` uint8."""
+    if bits == 8:
+        return packed
+    if bits == 3:
+        low, high = packed.split([packed_bytes(count, 2), packed_bytes(count, 1)], dim=-1)
+        return unpack(low, 2, count) | unpack(high, 1, count) << 2
+    each = 8 // bits
+    planes = [packed if plane == 0 else packed >> plane * bits for plane in range(each)]
+    return torch.cat(planes, dim=-1).bitwise_and_((1 << bits) - 1)[..., :count]
+
+
+# -- one group of numbers ----------------------------------------------------------------------------------------------
+
+
+def quantize(numbers: Tensor, bits: int, dim: int, empty: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 of the shape of `numbers`, and scale and zero point, float16, of size 1 along `dim`.
+
+    numbers: float32. dim: along which numbers share parameters. empty: bool, broadcastable; these numbers are nothing.
+    """
+    lowest = numbers if empty is None else numbers.masked_fill(empty, torch.inf)
+    highest = numbers if empty is None else numbers.masked_fill(empty, -torch.inf)
+    zero_point = _rounded_down(lowest.amin(dim, keepdim=True).clamp(-_LARGEST, _LARGEST))
+    span = highest.amax(dim, keepdim=True).clamp(-_LARGEST, _LARGEST) - zero_point.float()
+    levels = (1 << bits) - 1
+    scale = -_rounded_down((-span.clamp(min=0) / levels).clamp(min=-_LARGEST))
+    step = scale.float()
+    codes = (numbers - zero_point.float()).div_(torch.where(step > 0, step, 1.0)).round_().clamp_(0, levels)
+    return codes.to(torch.uint8), scale, zero_point
+
+
+def _rounded_down(numbers: Tensor) -> Tensor:
+    """The largest float16 that is not above."""
+    half = numbers.half()
+    return torch.where(half.float() > numbers, _next_below(half), half)
+
+
+def _next_below(half: Tensor) -> Tensor:
+    """The next smaller float16."""
+    bits = half.view(torch.int16)
+    below = torch.where(bits > 0, bits - 1, torch.where(bits == 0, -32767, bits + 1))  # 0x8001 is the first below zero
+    return below.to(torch.int16).view(torch.float16)
+
+
+# -- rows of codes -----------------------------------------------------------------------------------------------------
+
+
+class PackedRows:
+    """Quantized keys and values of a layer, `R` rows per KV head, of one codec.
+
+    Codes and the parameters of a value belong to a row and move with it; the parameters of key channels belong to a
+    block of rows that were quantized together, which each row knows by number. What is once written never changes.
+
+        key_codes [B, Hkv, R, bytes] uint8      value_codes [B, Hkv, R, bytes] uint8
+        value_scale, value_zero_point [B, Hkv, R, groups] float16      block [B, Hkv, R], while there are several
+        key_scale, key_zero_point [B, Hkv, blocks, D] float16          channel_scale [B, Hkv, blocks, Dv] float16
+    """
+
+    _OF_BLOCKS = ("key_scale", "key_zero_point", "channel_scale")
+
+    def __init__(self, codec: Codec, key_dim: int, value_dim: int, tensors: dict[str, Tensor]) -> None:
+        self.codec = codec
+        self.key_dim, self.value_dim = key_dim, value_dim
+        self.tensors = tensors
+
+    @classmethod
+    def encode(cls, codec: Codec, keys: Tensor, values: Tensor, empty: Tensor | None = None) -> PackedRows:
+        """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`, in the order of their positions.
+
+        empty: bool `[B, Hkv, R]`, rows that are nothing and influence nothing.
+        """
+        key_dim, value_dim = keys.shape[3], values.shape[3]
+        rows, tokens = keys.shape[2], codec.tokens or keys.shape[2]
+        blocks = -(-rows // tokens)
+        missing = blocks * tokens - rows
+        if missing and empty is None:
+            empty = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
+
+        def in_blocks(rows: Tensor, filling: float) -> Tensor:
+            return F.pad(rows, (0, 0, 0, missing), value=filling).unflatten(2, (blocks, tokens))
+
+        keys, values = in_blocks(_finite(keys), 0.0), in_blocks(_finite(values), 0.0)
+        nothing = None if empty is None else in_blocks(empty[..., None], True)
+
+        codes, scale, zero_point = quantize(keys, codec.bits, 3, nothing)
+        tensors = {
+            "key_codes": pack(codes.flatten(2, 3), codec.bits),
+            "key_scale": scale.squeeze(3),
+            "key_zero_point": zero_point.squeeze(3),
+        }
+        if codec.separable:
+            largest = (values.abs() if nothing is None else values.abs().masked_fill(nothing, 0.0)).amax(
+                3, keepdim=True
+            )
+            channel_scale = largest.sqrt_().half()
+            channel_scale[channel_scale == 0] = 1.0
+            values = values / channel_scale.float()
+            tensors["channel_scale"] = channel_scale.squeeze(3)
+        channels = min(codec.channels or value_dim, value_dim)
+        groups = -(-value_dim // channels)
+        values = values.flatten(2, 3)
+        if groups * channels > value_dim:  # the last group is filled up with copies of its last number
+            filling = values[..., -1:].expand(*values.shape[:-1], groups * channels - value_dim)
+            values = torch.cat([values, filling], dim=-1)
+        codes, scale, zero_point = quantize(values.unflatten(3, (groups, channels)), codec.bits, 4)
+        tensors["value_codes"] = pack(codes.flatten(3)[..., :value_dim].contiguous(), codec.bits)
+        tensors["value_scale"], tensors["value_zero_point"] = scale.squeeze(4), zero_point.squeeze(4)
+        if missing:
+            tensors = {name: tensor if name in cls._OF_BLOCKS else tensor[:, :, :rows].contiguous()
+                       for name, tensor in tensors.items()}  # fmt: skip
+        if blocks > 1:
+            number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)[:rows]
+            tensors["block"] = number.to(_number_type(blocks)).expand(keys.shape[0], keys.shape[1], -1).contiguous()
+        return cls(codec, key_dim, value_dim, tensors)
+
+    def __len__(self) -> int:
+        return self.tensors["key_codes"].shape[2]
+
+    @property
+    def blocks(self) -> int:
+        return self.tensors["key_scale"].shape[2]
+
+    @property
+    def code_nbytes(self) -> int:
+        return self.tensors["key_codes"].nbytes + self.tensors["value_codes"].nbytes
+
+    # -- rows move, and are not decoded ------------------------------------------------------------------------------
+
+    def append(self, other: PackedRows) -> None:
+        """Add the rows of another block behind these."""
+        blocks = self.blocks + other.blocks
+        mine, theirs = self._block_numbers(0, blocks), other._block_numbers(self.blocks, blocks)
+        for name, tensor in other.tensors.items():
+            if name != "block":
+                self.tensors[name] = torch.cat([self.tensors[name], tensor], dim=2)
+        self.tensors["block"] = torch.cat([mine, theirs], dim=2)
+
+    def _block_numbers(self, first: int, blocks: int) -> Tensor:
+        """Block of every row, `[B, Hkv, R]`, counted from `first`, in a type for so many blocks."""
+        if "block" in self.tensors:
+            return self.tensors["block"].to(_number_type(blocks)) + first
+        shape = self.tensors["key_codes"].shape[:3]
+        return torch.full(shape, first, dtype=_number_type(blocks), device=self.tensors["key_codes"].device)
+
+    def keep(self, rows: Tensor, empty: Tensor) -> None:
+        """Keep these rows, in this order. rows: LongTensor `[B, Hkv, R']`. empty: bool, rows that hold nothing now.
+
+        Parameters of blocks that no row belongs to any more are freed.
+        """
+        for name, tensor in self.tensors.items():
+            if name not in self._OF_BLOCKS:
+                index = rows if tensor.ndim == 3 else rows[..., None].expand(-1, -1, -1, tensor.shape[3])
+                self.tensors[name] = tensor.gather(2, index)
+        if "block" not in self.tensors:
+            return
+        block = self.tensors["block"].long()
+        used = torch.zeros(self.blocks, dtype=torch.bool, device=block.device)
+        used[block[~empty]] = True
+        if not bool(used.all()):
+            number = (used.cumsum(0) - 1).clamp(min=0)
+            for name in self._OF_BLOCKS:
+                if name in self.tensors:
+                    self.tensors[name] = self.tensors[name][:, :, used]
+            self.tensors["block"] = number[block].to(_number_type(self.blocks))
+
+    def select_batch(self, sequences: Tensor) -> PackedRows:
+        tensors = {name: tensor.index_select(0, sequences) for name, tensor in self.tensors.items()}
+        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors)
+
+    def clone(self) -> PackedRows:
+        return PackedRows(
+            self.codec, self.key_dim, self.value_dim, {name: tensor.clone() for name, tensor in self.tensors.items()}
+        )
+
+    # -- decoded, a few rows at a time -------------------------------------------------------------------------------
+
+    def slices(self) -> Iterator[slice]:
+        """Stretches of rows that are small once decoded."""
+        codes = self.tensors["key_codes"]
+        limit = _BLOCK_BYTES.get(codes.device.type, _BLOCK_BYTES["cpu"])
+        size = max(1, limit // (4 * codes.shape[0] * codes.shape[1] * max(self.key_dim, self.value_dim, 1)))
+        return (slice(start, min(len(self), start + size)) for start in range(0, len(self), size))
+
+    def keys(self, rows: slice) -> Tensor:
+        """Decoded keys, `[B, Hkv, rows, D]` float32."""
+        codes = unpack(self.tensors["key_codes"][:, :, rows], self.codec.bits, self.key_dim).float()
+        return codes.mul_(self._of_rows("key_scale", rows)).add_(self._of_rows("key_zero_point", rows))
+
+    def values(self, rows: slice) -> Tensor:
+        """Decoded values, `[B, Hkv, rows, Dv]` float32."""
+        codes = unpack(self.tensors["value_codes"][:, :, rows], self.codec.bits, self.value_dim).float()
+        codes.mul_(self._of_channels("value_scale", rows)).add_(self._of_channels("value_zero_point", rows))
+        return codes.mul_(self._of_rows("channel_scale", rows)) if self.codec.separable else codes
+
+    def _of_rows(self, name: str, rows: slice) -> Tensor:
+        """Parameters of blocks, for rows: `[B, Hkv, rows or 1, D]`."""
+        parameters = self.tensors[name]
+        if "block" not in self.tensors:
+            return parameters
+        block = self.tensors["block"][:, :, rows].long()
+        return parameters.gather(2, block[..., None].expand(-1, -1, -1, parameters.shape[3]))
+
+    def _of_channels(self, name: str, rows: slice) -> Tensor:
+        """Parameters of groups of channels, for channels: `[B, Hkv, rows, Dv or 1]`."""
+        parameters = self.tensors[name][:, :, rows]
+        if parameters.shape[3] == 1:
+            return parameters
+        return parameters.repeat_interleave(self.codec.channels, dim=3)[..., : self.value_dim]  # type: ignore[arg-type]
+
+    # -- products with what is decoded -------------------------------------------------------------------------------
+
+    def dot_keys(self, queries: Tensor) -> Tensor:
+        """q.k of a few queries `[B, Hkv, M, D]` float32 with every row, `[B, Hkv, M, R]` float32."""
+        products = queries.new_empty(*queries.shape[:3], len(self))
+        for rows in self.slices():
+            torch.matmul(queries, self.keys(rows).transpose(2, 3), out=products[..., rows])
+        return products
+
+    def sum_values(self, weights: Tensor) -> Tensor:
+        """Weighted sums of the values, weights `[B, Hkv, M, R]` float32 -> `[B, Hkv, M, Dv]` float32."""
+        total = weights.new_zeros(*weights.shape[:3], self.value_dim)
+        for rows in self.slices():
+            total += torch.matmul(weights[..., rows], self.values(rows))
+        return total
+
+
+def _finite(numbers: Tensor) -> Tensor:
+    return torch.nan_to_num(numbers.float(), nan=0.0).clamp_(-_LARGEST, _LARGEST)
+
+
+def _number_type(count: int) -> torch.dtype:
+    return torch.uint8 if count <= 1 << 8 else torch.int16 if count <= 1 << 15 else torch.int32
+
+
+def in_order(slots: Tensor, positions: Tensor, first: int = 0) -> Tensor:
+    """Slots `[B, Hkv, R]` in the order of their positions, -1 last, all of them moved up by `first`.
+
+    positions: of the rows that the slots count, `[B, Hkv, rows]`.
+    """
+    last = torch.iinfo(torch.int32).max
+    order = positions.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, last).argsort(dim=-1)
+    slots = slots.gather(2, order)
+    return torch.where(slots < 0, slots, slots + first)

@@ -1,0 +1,190 @@
+"""ZipCache: more bits for salient tokens. He et al., arXiv 2405.14256, NeurIPS 2024."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool, ranked
+from kvprune.mass import GROUPS, RowWeights
+from kvprune.noise import hash_word, hashed
+from kvprune.policy import Decision, Policy, Step, share
+from kvprune.quantize import BITS, Codec, in_order
+from kvprune.table import EMPTY, TokenTable
+
+_UNSIGNED = 0xFFFFFFFF
+_FIRST = 1 << 40  # above any hash
+
+
+@dataclass(frozen=True)
+class ZipCache(Policy):
+    """Keeps every token, salient ones at `high_bits` and the rest at `low_bits`.
+
+        p_k = sum over probes q of P[q, k]  /  number of probes that could see k
+
+    Saliency is the mean attention of probe queries. Dividing by those that could see a token, and not by all, keeps old
+    tokens from winning by age. A prompt's probes are its newest queries and some drawn at random; while tokens are
+    generated, the newest of each block of `buffer` tokens and some drawn among the others.
+
+    Keys are quantized per channel, values per token after each channel has been divided by the root of its largest
+    value. A prompt is packed as soon as it has been attended to; generated tokens wait in a buffer in full precision
+    and are packed when it is full. What is packed is never quantized again: the published code decodes and quantizes
+    the whole cache anew every 100 tokens, and its error grows with every time.
+
+    Settings:
+        salient: share of tokens, per KV head, that get `high_bits`; rounded up.
+        high_bits, low_bits: 2, 3, 4 or 8.
+        buffer: generated tokens that are packed together.
+        probe_recent, probe_random: shares of the queries that probe; rounded up, the newest query always does.
+        normalizer: "probes"; or "official", as in the published code: the sum over a prompt's probes is divided by the
+            number of all queries that could see the token, and generated tokens are ranked by the newest query alone.
+        group_size: tokens that share the parameters of a key channel; None is all that are packed at once, as in the
+            paper. Smaller groups follow keys whose range moves with the position, for some bytes.
+        kernel_size: odd; saliency is max-pooled over that many neighbouring positions before a prompt is packed.
+        group: how the attention of the query heads of a KV head is reduced, "mean" or "max". seed: of random probes.
+    """
+
+    salient: float = 0.6
+    _: KW_ONLY
+    high_bits: int = 4
+    low_bits: int = 2
+    buffer: int = 100
+    probe_recent: float = 0.05
+    probe_random: float = 0.05
+    normalizer: str = "probes"
+    group_size: int | None = None
+    kernel_size: int = 1
+    group: str = "mean"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("salient", "probe_recent", "probe_random"):
+            check_number(name, getattr(self, name), low=0, high=1)
+        for name in ("high_bits", "low_bits"):
+            if getattr(self, name) not in BITS:
+                raise PolicyError(f"{name}={getattr(self, name)!r} is not supported: choose 2, 3, 4 or 8.")
+        if self.high_bits < self.low_bits:
+            raise PolicyError(
+                f"high_bits={self.high_bits} is below low_bits={self.low_bits}: salient tokens get the high ones, "
+                "exchange them."
+            )
+        check_count("buffer", self.buffer, least=1)
+        check_kernel(self.kernel_size)
+        if self.group_size is not None:
+            check_count("group_size", self.group_size, least=1)
+        check_count("seed", self.seed, least=0)
+        if self.normalizer not in ("probes", "official"):
+            raise PolicyError(f'normalizer must be "probes" or "official", not {self.normalizer!r}.')
+        if self.group not in GROUPS:
+            raise PolicyError(f'group must be "mean" or "max", not {self.group!r}.')
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return tuple(
+            Codec(bits, tokens=self.group_size, separable=True)
+            for bits in dict.fromkeys((self.high_bits, self.low_bits))
+        )
+
+    def buffer_columns(self) -> dict[str, torch.dtype]:
+        return {"saliency": torch.float32, "probes": torch.float32}
+
+    # -- probes ------------------------------------------------------------------------------------------------------
+
+    def row_weights(self, step: Step) -> RowWeights | None:
+        if step.prefill:
+            return RowWeights.explicit(*self._prompt_probes(step))
+        rows = self._generated_probes(step)
+        if not rows:
+            return None
+        return RowWeights.last_window(1) if rows == [step.queries - 1] else _rows(rows, step)
+
+    def _prompt_probes(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Probes of each sequence: rows `[B or 1, R]`, and 1.0 for each, or 0.0 where a sequence has fewer."""
+        positions, tokens, new = step.query_positions, _flat(step.tokens), _flat(step.new_tokens)
+        recent = share(self.probe_recent, new, least=1)
+        random = share(self.probe_random, new)
+        drawn = hashed(self.seed, step.layer, positions).long() & _UNSIGNED
+        order = torch.where(positions >= tokens - recent, _FIRST + positions, drawn)
+        order = order.masked_fill(positions < 0, EMPTY)
+        most = min(int(torch.as_tensor(recent + random).max()), step.queries)
+        rows = order.topk(most, dim=1).indices
+        count = torch.minimum(torch.as_tensor(recent + random), torch.as_tensor(new)).to(rows.device)
+        return rows, (torch.arange(most, device=rows.device) < count).float().expand_as(rows)
+
+    def _generated_probes(self, step: Step) -> list[int]:
+        """Rows of this step that probe."""
+        newest = 1 if self.normalizer == "official" else share(self.probe_recent, self.buffer, least=1)
+        drawn = 0.0 if self.normalizer == "official" else self.probe_random * 2**32
+        rows = []
+        for row in range(step.queries):
+            number = step.generated - step.queries + row  # of tokens generated before
+            if number % self.buffer >= self.buffer - newest or hash_word(self.seed, step.layer, number) < drawn:
+                rows.append(row)
+        return rows
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        if step.weighed is None:
+            return
+        loose = slice(table.packed_length, table.length)
+        saliency, probes, positions = table["saliency"], table["probes"], table.positions[:, :, loose]
+        saliency.add_(step.mass[:, :, loose])
+        if not step.prefill:
+            probes.add_(len(self._generated_probes(step)))
+        elif self.normalizer == "official":
+            probes.add_(step.tokens - positions)
+        else:
+            probes.add_(self._could_see(positions, step))
+
+    def _could_see(self, positions: Tensor, step: Step) -> Tensor:
+        """How many of a prompt's probes could see each row, `[B, Hkv, rows]`."""
+        rows, weights = self._prompt_probes(step)
+        probes = (
+            step.query_positions.expand(len(rows), -1).gather(1, rows).masked_fill(weights == 0, EMPTY).sort().values
+        )
+        keys = positions.long().flatten(1)
+        earlier = torch.searchsorted(probes.expand(len(keys), -1).contiguous(), keys)
+        return (probes.shape[1] - earlier).view_as(positions)
+
+    # -- precision ---------------------------------------------------------------------------------------------------
+
+    def decide(self, table: TokenTable, step: Step) -> Decision | None:
+        waiting = table.length - table.packed_length
+        if waiting == 0 or not (step.prefill or waiting >= self.buffer):
+            return None
+        positions = table.positions[:, :, table.packed_length :]
+        rows = waiting if table.dense else (positions >= 0).sum(-1, keepdim=True)
+        saliency = table["saliency"] / table["probes"].clamp(min=1)
+        if self.kernel_size > 1 and step.prefill:
+            saliency = along_positions(saliency, positions, max_pool(self.kernel_size), fill=0.0)
+        order = ranked(saliency, positions).masked_fill(positions < 0, torch.iinfo(torch.int64).min)
+        order = order.argsort(dim=-1, descending=True)
+        salient = share(self.salient, rows) if len(self.codecs) > 1 else rows
+        parts = zip(self.codecs, ((0, salient), (salient, rows)), strict=False)
+        return Decision(
+            quantize=tuple(
+                (codec, in_order(_between(order, *bounds), positions, table.packed_length)) for codec, bounds in parts
+            )
+        )
+
+
+def _flat(count: int | Tensor) -> int | Tensor:
+    """Counts `[B, 1, 1]` as `[B, 1]`."""
+    return count if isinstance(count, int) else count[:, 0]
+
+
+def _rows(rows: list[int], step: Step) -> RowWeights:
+    index = torch.tensor([rows], device=step.query_positions.device)
+    return RowWeights.explicit(index, torch.ones_like(index, dtype=torch.float32))
+
+
+def _between(order: Tensor, start: int | Tensor, stop: int | Tensor) -> Tensor:
+    """The ranks `start .. stop - 1` of an order `[B, Hkv, n]`; -1 behind them where a head has fewer than another."""
+    if isinstance(start, int) and isinstance(stop, int):
+        return order[:, :, start:stop]
+    most = int((torch.as_tensor(stop) - start).max())
+    rank = torch.arange(most, device=order.device) + start
+    rank = rank.expand(*order.shape[:2], -1)
+    return order.gather(2, rank.clamp(max=order.shape[2] - 1)).masked_fill(rank >= stop, EMPTY)

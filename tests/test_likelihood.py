@@ -1,0 +1,77 @@
+"""`bench/likelihood.py`: the full cache costs nothing, and its likelihood is that of one plain forward pass."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvprune.policies import Full, StreamingLLM
+
+SCRIPT = Path(__file__).parent.parent / "bench" / "likelihood.py"
+PROMPT = 16
+
+
+@pytest.fixture(scope="module")
+def likelihood():
+    spec = importlib.util.spec_from_file_location("likelihood", SCRIPT)
+    module = sys.modules["likelihood"] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return families.token_ids(3, 40)
+
+
+@pytest.fixture(scope="module")
+def results(likelihood, sequences):
+    """In two batches, the second smaller."""
+    policies = {"full": Full(), "streaming": StreamingLLM(8)}
+    found = likelihood.measure(families.shared(), sequences, policies, prompt=PROMPT, batch_size=2)
+    return {result.policy: result for result in found}
+
+
+def test_the_full_policy_changes_nothing(likelihood, results):
+    stock, full = results[likelihood.FULL], results["full"]
+    assert (stock.nll_change, stock.kl, stock.agreement, stock.ratio) == (0, 0, 1, 1)
+    assert full.nll_change == pytest.approx(0, abs=1e-5)
+    assert full.kl == pytest.approx(0, abs=1e-8)
+    assert full.agreement == 1
+    assert full.dense_nbytes == stock.dense_nbytes == 2 * full.half_nbytes
+
+
+def test_the_likelihood_is_that_of_a_plain_forward(likelihood, results, sequences):
+    """Of the tokens after the first that is fed: the prediction at the end of the prompt does not count."""
+    with torch.no_grad():
+        logits = families.stock()(sequences).logits[:, PROMPT:-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), sequences[:, PROMPT + 1 :].flatten()).item()
+    assert results[likelihood.FULL].nll == pytest.approx(expected, abs=1e-5)
+    assert results["full"].nll == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pruned_cache_shows(results, likelihood):
+    pruned = results["streaming"]
+    assert pruned.nll - results[likelihood.FULL].nll == pytest.approx(pruned.nll_change)
+    assert pruned.kl > 0.01
+    assert pruned.ratio < 0.5
+
+
+def test_documents_follow_one_another(likelihood):
+    def tokenizer(text, **_):
+        return {"input_ids": [1, *map(int, text)]}
+
+    assert likelihood.cut(["23", "4", "567"], tokenizer, 2, length=3).tolist() == [[1, 2, 3], [1, 4, 1]]
+    assert likelihood.cut(["23", "4"], tokenizer, 2, length=3).tolist() == [[1, 2, 3]]
+
+
+def test_without_data_it_says_so(likelihood, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["likelihood.py", "--model", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit) as stopped:
+        likelihood.main()
+    assert stopped.value.code == 2
+    assert "--model" in capsys.readouterr().err
