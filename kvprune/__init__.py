@@ -14,6 +14,7 @@ from kvprune.eviction import Eviction
 from kvprune.mass import RowWeights, Scoring, attention_mass
 from kvprune.policy import Chain, Decision, Policy, Step
 from kvprune.report import CacheReport
+from kvprune.selection import PromptFilter
 from kvprune.table import TokenTable
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "KVPruneError",
     "Policy",
     "PolicyError",
+    "PromptFilter",
     "PrunedCache",
     "RowWeights",
     "Scoring",

@@ -16,8 +16,10 @@ from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedMod
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import Policy
+from kvprune.prompt_filter import install
 from kvprune.registry import parse
 from kvprune.report import CacheReport, LayerReport
+from kvprune.selection import FilteredStep, PromptFilter, Selection
 from kvprune.table import owned
 
 
@@ -38,8 +40,8 @@ class PrunedCache(Cache):
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
-            not made of keys and values per head.
-        PolicyError: something that is no policy, or a name that is not known.
+            not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids.
+        PolicyError: something that is no policy, a name that is not known, or a layer that this model does not have.
     """
 
     def __init__(self, model: Any, policy: Policy | str, *, device: torch.device | str | None = None) -> None:
@@ -74,6 +76,16 @@ class PrunedCache(Cache):
         self._open: int | None = None  # a layer whose keys came but whose attention has not run
         self._padding: tuple[Tensor, int, Tensor | None] | None = None
         self._stock_states: dict[int, dict[str, Any]] = {}
+        self.is_hybrid = len(pruned) < len(layers)
+        self.prompt_filter: PromptFilter | None = None
+        self.filter_layer: int | None = None
+        self._filtered: FilteredStep | None = None  # of the forward pass at hand
+        self._selection: Selection | None = None  # that holds once the first pruned layer has seen it
+        first = policy.parts()[0]
+        if isinstance(first, PromptFilter) and pruned:
+            self.filter_layer = first.filter_layer(config.get_text_config(decoder=True), self.pruned_layers)
+            install(model)
+            self.prompt_filter = first
         _switch_attention(model)
 
     # -- one forward pass ------------------------------------------------------------------------------------------
@@ -113,26 +125,72 @@ class PrunedCache(Cache):
         query: `[B, Hq, L, D]`. mask: the two-dimensional padding mask, or None. Returns `[B, L, Hq, Dv]`.
         """
         layer = self.layers[self._open]
+        scoring = self.scoring_of(
+            module, query, layer, scaling=scaling, softcap=softcap, s_aux=s_aux,
+            sliding_window=sliding_window, position_bias=position_bias,
+        )  # fmt: skip
+        valid = self._valid(mask, query.shape[2], layer)
+        first = self._open == self.pruned_layers[0]
+        begins = layer.table is None
+        self._open = None
+        try:
+            output = layer.attend(query, valid, scoring, self._filtered)
+        except KVPruneError:
+            if first and begins:  # a budget that cannot hold this prompt leaves the cache as it was: empty
+                self.reset()
+            raise
+        if first and self._selection is not None:
+            layer.selection = self._selection
+        if layer.index == self.pruned_layers[-1]:
+            self.expect(None, None)
+        return output
+
+    def scoring_of(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        layer: PrunedLayer,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        sliding_window: int | None = None,
+        position_bias: Tensor | None = None,
+        **_: Any,
+    ) -> Scoring:
+        """How a module makes probabilities of logits; raises where this cache cannot do the same."""
         if module not in self._modules:
             raise self.misused("the model that was called is another one")
         if position_bias is not None:
             raise self.misused("its attention adds a position bias", UnsupportedModelError)
         if sliding_window is not None and layer.seen + query.shape[2] > sliding_window:
             raise self.misused(
-                f"layer {self._open} attends through a sliding window of {sliding_window} that its config does not "
+                f"layer {layer.index} attends through a sliding window of {sliding_window} that its config does not "
                 "declare as such",
                 UnsupportedModelError,
             )
-        valid = self._valid(mask, query.shape[2], layer)
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        first = layer.table is None and self._open == self.pruned_layers[0]
-        self._open = None
-        try:
-            return layer.attend(query, valid, Scoring(scale, softcap, s_aux))
-        except KVPruneError:
-            if first:  # a budget that cannot hold this prompt leaves the cache as it was: empty
-                self.reset()
-            raise
+        return Scoring(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+
+    def expect(self, filtered: FilteredStep | None, selection: Selection | None) -> None:
+        """What a prompt filter left of the forward pass that comes now, and the selection that holds after it."""
+        self._filtered, self._selection = filtered, selection
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: tokens seen, padding included, whatever a prompt filter kept from the layers."""
+        layers = enumerate(self.layers)
+        first = next((index for index, layer in layers if isinstance(layer, CacheLayerMixin)), 0)
+        asked = self.layers[max(layer_idx, first)] if layer_idx < len(self.layers) else None
+        return super().get_seq_length(layer_idx) + (0 if isinstance(asked, PrunedLayer) else self._skipped)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where a layer's queries begin in the mask of that layer: in columns that it has seen."""
+        return super().get_seq_length(layer_idx)
+
+    @property
+    def _skipped(self) -> int:
+        """Columns that a prompt filter has kept from the layers."""
+        selection = self.layers[self.pruned_layers[0]].selection if self.prompt_filter else None
+        return selection.skipped if selection else 0
 
     def _valid(self, mask: Tensor | None, length: int, layer: PrunedLayer) -> Tensor | None:
         """Which of the new tokens are real, bool `[B, length]`; None if all are. Worked out once per forward pass."""
@@ -143,7 +201,7 @@ class PrunedCache(Cache):
                 f"the attention mask has the shape {tuple(mask.shape)}; a pruned cache takes a padding mask "
                 f"[batch, tokens] that covers the {length} new tokens"
             )
-        if length == 1 and layer.tokens and min(layer.tokens) > 0:
+        if length == 1 and layer.tokens and min(layer.tokens) > 0 and self._filtered is None:
             return None  # a generated token is never padding, and looking would make the host wait for the device
         if self._padding is not None and self._padding[0] is mask and self._padding[1] == layer.seen:
             return self._padding[2]
@@ -163,7 +221,11 @@ class PrunedCache(Cache):
             for index, layer in enumerate(self.layers)
             if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
         }
-        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
+        lengths = {
+            layer.get_seq_length() + (0 if isinstance(layer, PrunedLayer) else self._skipped)
+            for layer in self.layers
+            if isinstance(layer, CacheLayerMixin)
+        }
         if len(lengths) > 1:
             raise CacheError(
                 "a forward pass on this cache was interrupted, and its layers have seen different numbers of tokens "
@@ -230,6 +292,15 @@ class PrunedCache(Cache):
         """
         return self._pruned(layer).kept_positions()
 
+    @property
+    def selected_positions(self) -> list[Tensor] | None:
+        """For each sequence, the positions that a prompt filter chose, LongTensor `[k]`; None if nothing was filtered.
+
+        Positions count the tokens of each sequence from 0, padding left out; those of all filtered prompts, ascending.
+        """
+        selection = self.layers[self.pruned_layers[0]].selection if self.prompt_filter else None
+        return None if selection is None else [torch.tensor(each, dtype=torch.int64) for each in selection.positions]
+
     def _pruned(self, layer: int) -> PrunedLayer:
         if layer not in self.pruned_layers:
             raise CacheError(
@@ -257,7 +328,9 @@ class PrunedCache(Cache):
                 held, dense = _stock_bytes(layer), sum(tensor.nbytes for tensor in _stock_tensors(layer))
                 kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__
                 layers.append(LayerReport(index, kind, held, held, dense, None))
-        return CacheReport(str(self.policy), self.seen_tokens, tuple(layers))
+        return CacheReport(
+            str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer
+        )
 
     def __repr__(self) -> str:
         held = f"nbytes={self.nbytes:,} of {self.dense_nbytes:,}"
@@ -284,6 +357,7 @@ class PrunedCache(Cache):
     def reset(self) -> None:
         """Empty the cache; it may then be used with another batch size."""
         self._open, self._padding, self._stock_states = None, None, {}
+        self.expect(None, None)
         super().reset()
 
     def fork(self) -> PrunedCache:
@@ -294,6 +368,7 @@ class PrunedCache(Cache):
             layer.fork() if isinstance(layer, PrunedLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         other._padding = None
+        other.expect(None, None)
         return other
 
 

@@ -62,6 +62,9 @@ def generate(
     dtype: Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')] = "auto",
     device_map: Annotated[str | None, typer.Option(help='Where to load the model, e.g. "auto" or "cuda".')] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw which tokens were kept, as a picture file.")] = None,
+    show_selected: Annotated[
+        bool, typer.Option("--show-selected", help="Print the part of the prompt that gemfilter chose.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Generate from a prompt file with a pruned cache, and report what was kept."""
@@ -98,13 +101,34 @@ def generate(
     report = cache.report()
     if plot is not None:
         report.plot(plot)
+    chosen_text = _selected_text(tokenizer, inputs["input_ids"][0].tolist(), report.selected) if show_selected else None
     if as_json:
-        print(json.dumps({"text": answer, "prompt_tokens": inputs["input_ids"].shape[1], "cache": report.to_dict()}))
+        summary = {"text": answer, "prompt_tokens": inputs["input_ids"].shape[1], "cache": report.to_dict()}
+        print(json.dumps(summary | ({"selected_text": chosen_text} if show_selected else {})))
         return
     console = _console(False)
     console.print(answer, markup=False, highlight=False, soft_wrap=True)
     console.print()
     console.print(report)
+    if show_selected:
+        console.print()
+        if chosen_text is not None:
+            console.print(chosen_text, markup=False, highlight=False, soft_wrap=True)
+        elif cache.prompt_filter is None:
+            console.print(f"Nothing was selected: {chosen} filters no prompt; --policy gemfilter does.")
+        else:
+            console.print("Nothing was selected: the prompt fits into the budget.")
+
+
+def _selected_text(tokenizer: Any, ids: list[int], selected: list[Any] | None) -> str | None:
+    """The chosen tokens of one prompt as text, with " … " where tokens are left out."""
+    if selected is None:
+        return None
+    positions = selected[0].tolist()
+    starts = [place for place, at in enumerate(positions) if place == 0 or positions[place - 1] != at - 1]
+    runs = [positions[start:stop] for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True)]
+    text = " … ".join(tokenizer.decode([ids[at] for at in run], skip_special_tokens=True) for run in runs)
+    return (" … " if positions[0] > 0 else "") + text + (" … " if positions[-1] < len(ids) - 1 else "")
 
 
 def _read(path: Path) -> str:

@@ -22,6 +22,7 @@ from kvprune.errors import CacheError, KVPruneError
 from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
 from kvprune.queries import Queries, Remembered
+from kvprune.selection import FilteredStep, Selection
 from kvprune.table import MOST_HOLES, TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
@@ -101,6 +102,7 @@ class PrunedLayer(CacheLayerMixin):
         self.remembered: Remembered | None = None  # for policies with a query window
         self.record_past = False
         self.undecided: Undecided | None = None
+        self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
         self.last_eviction = 0  # `seen` when rows last went away: no crop can go behind it
         self.is_initialized = False
 
@@ -129,22 +131,25 @@ class PrunedLayer(CacheLayerMixin):
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring) -> Tensor:
+    def attend(
+        self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None = None
+    ) -> Tensor:
         """One step: the output of attention, `[B, L, Hq, Dv]`, and everything the policies do after it.
 
         Args:
             states: queries `[B, Hq, L, D]`. valid: bool `[B, L]`, False where the input is padding; None if none is.
             scoring: how the model makes probabilities of logits.
+            filtered: what a prompt filter left of this step, if there is one.
         """
         first = self.table is None
         try:
-            return self._attend(states, valid, scoring)
+            return self._attend(states, valid, scoring, filtered)
         except KVPruneError:
             if first:
                 self.reset()
             raise
 
-    def _attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring) -> Tensor:
+    def _attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None) -> Tensor:
         if self.undecided is not None:
             # The model went on without a crop: all was accepted, and several tokens were a prompt, not a draft.
             self.undecided.prefill |= len(self.undecided.queries) > 1
@@ -155,8 +160,8 @@ class PrunedLayer(CacheLayerMixin):
         if valid is not None:
             valid = valid.to(states.device)
         # A draft of several tokens that is being verified is generated text, not a prompt.
-        prefill = self.table is None or (states.shape[2] > 1 and not self.record_past)
-        table, queries = self._append(states, valid)
+        prefill = self.table is None or (states.shape[2] > 1 and not self.record_past) or filtered is not None
+        table, queries = self._append(states, valid, filtered)
         if prefill:
             self.prompt_tokens, self.generated = self.tokens, 0
         else:
@@ -173,25 +178,36 @@ class PrunedLayer(CacheLayerMixin):
             self._decide(table, plans)
         return output.transpose(1, 2).contiguous().to(device)
 
-    def _append(self, states: Tensor, valid: Tensor | None) -> tuple[TokenTable, Queries]:
+    def _append(
+        self, states: Tensor, valid: Tensor | None, filtered: FilteredStep | None
+    ) -> tuple[TokenTable, Queries]:
         """Make rows of the incoming keys and values."""
         keys, values = (tensor.to(states.device) for tensor in self.incoming)  # type: ignore[union-attr]
         self.incoming = None
         before = self.tokens or (0,) * keys.shape[0]
-        queries = Queries.of_step(states, per_sequence(before, states.device), valid, begins=self.table is None)
+        placed = None if filtered is None else filtered.positions.to(states.device)
+        first = per_sequence(before, states.device)
+        queries = Queries.of_step(states, first, valid, begins=self.table is None, placed=placed)
         if self.table is None:
-            scoped = list(zip(self._scopes, self.policies, strict=True))
-            columns = {scope + name: kind for scope, part in scoped for name, kind in part.columns().items()}
-            buffered = {scope + name: kind for scope, part in scoped for name, kind in part.buffer_columns().items()}
-            self.table = TokenTable(keys, values, queries.positions[:, None], columns, buffered, dense=valid is None)
+            self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
             self.is_initialized = True
-        elif len(queries) == 1 and valid is None:
+        elif len(queries) == 1 and valid is None and placed is None:
             self.table.append(keys, values, queries.first, room=self._room(self.table))
         else:
             self.table.append(keys, values, queries.positions[:, None], dense=valid is None)
-        self.tokens = tuple(a + b for a, b in zip(before, queries.tokens, strict=True))
-        self.seen += len(queries)
+        added = queries.tokens if filtered is None else filtered.tokens
+        self.tokens = tuple(a + b for a, b in zip(before, added, strict=True))
+        self.seen += len(queries) if filtered is None else filtered.columns
+        if filtered is not None:
+            self.last_eviction = self.seen  # what the filter dropped never was in the table
         return self.table, queries
+
+    def new_table(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
+        """A table of these rows, with the columns of this layer's policies."""
+        scoped = list(zip(self._scopes, self.policies, strict=True))
+        columns = {scope + name: kind for scope, part in scoped for name, kind in part.columns().items()}
+        buffered = {scope + name: kind for scope, part in scoped for name, kind in part.buffer_columns().items()}
+        return TokenTable(keys, values, positions, columns, buffered, dense=dense)
 
     def _room(self, table: TokenTable) -> int:
         """Slots to add when the table is full and tokens come one by one."""
@@ -332,6 +348,7 @@ class PrunedLayer(CacheLayerMixin):
             self.prompt_tokens = tuple(min(a, b) for a, b in zip(self.prompt_tokens, self.tokens, strict=True))
             self.generated = max(0, self.generated - max(dropped))
             self.remembered = None if self.undecided is None else self.remembered
+            self.selection = self.selection and self.selection.crop(remove)
         if self.undecided is not None:
             left = len(self.undecided.queries) - remove
             if left > 0:
@@ -380,6 +397,7 @@ class PrunedLayer(CacheLayerMixin):
             self.remembered = self.remembered.select_batch(indices)
         if self.undecided is not None:
             self.undecided.queries = self.undecided.queries.select_batch(indices)
+        self.selection = self.selection and self.selection.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
         """An independent copy: the table is copied; settings and queries, which are never written to, are shared."""
@@ -405,4 +423,6 @@ class PrunedLayer(CacheLayerMixin):
             held += [self.remembered.states, self.remembered.positions]
         if self.undecided is not None:
             held += self.undecided.queries.tensors()
+        if self.selection is not None and self.selection.columns is not None:
+            held.append(self.selection.columns)
         return sum(tensor.untyped_storage().nbytes() for tensor in held)

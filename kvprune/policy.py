@@ -133,6 +133,11 @@ class Policy:
         """Of a policy that packs rows: most rows that wait in full precision while tokens are generated."""
         return 0
 
+    @property
+    def filters_prompt(self) -> bool:
+        """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
+        return False
+
     def columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the table, zero for new rows."""
         return {}
@@ -183,6 +188,10 @@ class Chain(Policy):
             raise PolicyError(f"a chain is made of policies, as in A2SF(0.5) | TOVA(0.25), not of {self.links!r}.")
         _check_order(self.links)
 
+    @property
+    def filters_prompt(self) -> bool:
+        return self.links[0].filters_prompt
+
     def parts(self) -> tuple[Policy, ...]:
         return self.links
 
@@ -204,6 +213,12 @@ class Chain(Policy):
 
 def _check_order(links: tuple[Policy, ...]) -> None:
     """Raise PolicyError for an order of links that has no meaning."""
+    for link in links[1:]:
+        if link.filters_prompt:
+            raise PolicyError(
+                f"{link} shortens the prompt before any layer runs, so it must be the first link of a chain and its "
+                f"only filter: write {link} | ... and leave other filters out."
+            )
     packing = [index for index, link in enumerate(links) if link.codecs]
     if len(packing) > 1:
         first, second = (type(links[index]).__name__ for index in packing[:2])

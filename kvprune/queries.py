@@ -21,6 +21,7 @@ class Queries:
     states: `[B, Hq, L, D]`. first: position of each sequence's first token in this step, an int or LongTensor
     `[B, 1, 1]`. valid: bool `[B, L]`, False for padding; None if there is none. tokens: real tokens of each sequence.
     spans: where the real tokens of each sequence begin and end, if the whole sequence came in this step and has no gap.
+    placed: positions `[B, L]` of tokens that do not follow one another, -1 for padding; None where they do.
     """
 
     states: Tensor
@@ -28,13 +29,16 @@ class Queries:
     valid: Tensor | None
     tokens: tuple[int, ...]
     spans: list[tuple[int, int]] | None = None
+    placed: Tensor | None = None
 
     @classmethod
-    def of_step(cls, states: Tensor, first: int | Tensor, valid: Tensor | None, *, begins: bool) -> Queries:
+    def of_step(
+        cls, states: Tensor, first: int | Tensor, valid: Tensor | None, *, begins: bool, placed: Tensor | None = None
+    ) -> Queries:
         """begins: whether the sequences begin with this step."""
         if valid is None:
-            return cls(states, first, None, (states.shape[2],) * states.shape[0])
-        return cls(states, first, valid, tuple(valid.sum(1).tolist()), _spans(valid) if begins else None)
+            return cls(states, first, None, (states.shape[2],) * states.shape[0], placed=placed)
+        return cls(states, first, valid, tuple(valid.sum(1).tolist()), _spans(valid) if begins else None, placed)
 
     def __len__(self) -> int:
         return self.states.shape[2]
@@ -42,6 +46,8 @@ class Queries:
     @cached_property
     def positions(self) -> Tensor:
         """`[B or 1, L]` int64, -1 for padding."""
+        if self.placed is not None:
+            return self.placed
         first = self.first if isinstance(self.first, int) else self.first.view(-1, 1)
         if self.valid is None:
             return torch.arange(len(self), device=self.states.device)[None] + first

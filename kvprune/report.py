@@ -38,6 +38,10 @@ class CacheReport:
     policy: str
     seen_tokens: int
     layers: tuple[LayerReport, ...]
+    selected: list[Tensor] | None = None
+    """For each sequence, the positions that a prompt filter chose, LongTensor `[k]`; None if nothing was filtered."""
+    filter_layer: int | None = None
+    """The layer by which a prompt filter chooses; None if there is no such filter."""
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +69,8 @@ class CacheReport:
             "kv_nbytes": self.kv_nbytes,
             "dense_nbytes": self.dense_nbytes,
             "ratio": self.ratio,
+            "selected": None if self.selected is None else [positions.tolist() for positions in self.selected],
+            "filter_layer": self.filter_layer,
             "layers": [
                 {
                     "layer": layer.index,
@@ -82,7 +88,8 @@ class CacheReport:
         table = Table(
             title=f"{self.policy}\n"
             f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})",
-            caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots",
+            caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots"
+            + self._chosen(),
             title_justify="left",
             caption_justify="left",
         )
@@ -99,6 +106,12 @@ class CacheReport:
                 f"{layer.nbytes / layer.dense_nbytes:.1%}" if layer.dense_nbytes else "",
             )
         return table
+
+    def _chosen(self) -> str:
+        if self.selected is None:
+            return ""
+        counts = ", ".join(f"{len(positions):,}" for positions in self.selected)
+        return f"\nthe model ran on {counts} prompt tokens, chosen by layer {self.filter_layer}"
 
     def __str__(self) -> str:
         console = Console(width=110, file=io.StringIO())

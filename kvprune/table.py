@@ -221,6 +221,14 @@ class TokenTable:
         self.length += added
         self._most_rows += added
 
+    def followed_by(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
+        """A table to attend to, with these rows behind the others; this one stays as it is."""
+        other = copy.copy(self)
+        other._tensors = dict(self._tensors)
+        other._resize(self.length + keys.shape[2])
+        other.append(keys, values, positions, dense=dense)
+        return other
+
     def _resize(self, capacity: int) -> None:
         for name, tensor in self._tensors.items():
             first = self._first_slot(name)

@@ -5,6 +5,7 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 
 from kvprune.policies.a2sf import A2SF
 from kvprune.policies.full import Full
+from kvprune.policies.gemfilter import GemFilter
 from kvprune.policies.h2o import H2O
 from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
@@ -20,6 +21,7 @@ __all__ = [
     "KIVI",
     "TOVA",
     "Full",
+    "GemFilter",
     "Keyformer",
     "SnapKV",
     "StreamingLLM",
