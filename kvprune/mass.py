@@ -240,16 +240,22 @@ def attention_mass(
     kv_heads, keys_length = keys.shape[1:3]
     device = queries.device
     in_order |= query_positions is None
-    if query_positions is None and (row_weights.noise is not None or row_weights.rows is not None):
+    if query_positions is None and row_weights.noise is not None:
         query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
-        key_positions = torch.arange(keys_length, device=device).expand(batch, kv_heads, -1)
-    in_order &= row_weights.rows is None
+        key_positions = torch.arange(keys_length, device=device)[None, None]
+    if in_order and row_weights.rows is not None:
+        places = row_weights.rows.to(device).expand(batch, -1) + (keys_length - length)  # of the rows among the keys
+        last = places.amax(0).tolist()
     queries, weights, query_positions, noise = weighed_rows(queries, row_weights, query_positions)
 
     count = queries.shape[2]
     mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
-        if in_order:
+        hidden: Tensor | None
+        if in_order and row_weights.rows is not None:
+            seen = max(last[block]) + 1
+            hidden = torch.arange(seen, device=device) > places[:, None, None, block, None]
+        elif in_order:
             seen = keys_length - count + block.stop
             size = block.stop - block.start  # of the keys before these queries, none is hidden
             hidden = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1) if size > 1 else None

@@ -112,7 +112,9 @@ class ZipCache(Policy):
         most = min(int(torch.as_tensor(recent + random).max()), step.queries)
         rows = order.topk(most, dim=1).indices
         count = torch.minimum(torch.as_tensor(recent + random), torch.as_tensor(new)).to(rows.device)
-        return rows, (torch.arange(most, device=rows.device) < count).float().expand_as(rows)
+        weights = (torch.arange(most, device=rows.device) < count).float().expand_as(rows)
+        rows, ascending = rows.sort(dim=1)  # so that rows that are weighed together see about the same
+        return rows, weights.gather(1, ascending)
 
     def _generated_probes(self, step: Step) -> list[int]:
         """Rows of this step that probe."""
