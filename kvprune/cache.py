@@ -314,16 +314,16 @@ class PrunedCache(Cache):
         layers = []
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer) and layer.table is not None:
+                table, dense = layer.table, layer.seen * layer.table.kv_token_bytes
+                code_nbytes, half_nbytes = None, None
+                if table.packed:
+                    code_nbytes, half_nbytes = table.code_nbytes, dense * 2 // table.keys.itemsize
                 layers.append(
                     LayerReport(
-                        index,
-                        "pruned",
-                        layer.nbytes,
-                        layer.table.kv_nbytes,
-                        layer.seen * layer.table.kv_token_bytes,
-                        self.kept_positions(index),
+                        index, "pruned", layer.nbytes, table.kv_nbytes, dense, self.kept_positions(index),
+                        code_nbytes, half_nbytes,
                     )
-                )
+                )  # fmt: skip
             else:
                 held, dense = _stock_bytes(layer), sum(tensor.nbytes for tensor in _stock_tensors(layer))
                 kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__

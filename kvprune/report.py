@@ -24,6 +24,10 @@ class LayerReport:
     dense_nbytes: int
     positions: Tensor | None
     """Kept positions `[B, Hkv, rows]`, -1 for empty; None for a layer that is not pruned."""
+    code_nbytes: int | None = None
+    """The part of `kv_nbytes` that is codes, or keys and values in full precision; None where no row is packed."""
+    half_nbytes: int | None = None
+    """What `dense_nbytes` would be at 16 bits a number; None where no row is packed."""
 
     @property
     def rows(self) -> int | None:
@@ -61,6 +65,18 @@ class CacheReport:
         """Bytes held for every byte of a dense cache; 1.0 for an empty cache."""
         return self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
 
+    @property
+    def compression(self) -> tuple[float, float] | None:
+        """How many times smaller than a dense cache of 16 bits a number: all included, and in codes alone.
+
+        Of the layers with packed rows; None if there are none.
+        """
+        packed = [layer for layer in self.layers if layer.half_nbytes and layer.code_nbytes]
+        if not packed:
+            return None
+        half = sum(layer.half_nbytes or 0 for layer in packed)
+        return half / sum(layer.nbytes for layer in packed), half / sum(layer.code_nbytes or 0 for layer in packed)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "policy": self.policy,
@@ -69,6 +85,7 @@ class CacheReport:
             "kv_nbytes": self.kv_nbytes,
             "dense_nbytes": self.dense_nbytes,
             "ratio": self.ratio,
+            "compression": self.compression,
             "selected": None if self.selected is None else [positions.tolist() for positions in self.selected],
             "filter_layer": self.filter_layer,
             "layers": [
@@ -87,7 +104,7 @@ class CacheReport:
     def __rich__(self) -> Table:
         table = Table(
             title=f"{self.policy}\n"
-            f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})",
+            f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})" + self._packed(),
             caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots"
             + self._chosen(),
             title_justify="left",
@@ -106,6 +123,12 @@ class CacheReport:
                 f"{layer.nbytes / layer.dense_nbytes:.1%}" if layer.dense_nbytes else "",
             )
         return table
+
+    def _packed(self) -> str:
+        if self.compression is None:
+            return ""
+        included, alone = self.compression
+        return f"\n{included:.2f}x smaller than 16 bits a number, everything included ({alone:.2f}x in codes alone)"
 
     def _chosen(self) -> str:
         if self.selected is None:

@@ -147,7 +147,7 @@ def test_settings_cannot_be_changed_afterwards(policy):
 @pytest.mark.parametrize("decision", [{}, {"keep": torch.zeros(1, 1, 1), "evict": torch.zeros(1, 1, 1)}])
 def test_a_decision_is_one_of_two(decision):
     """A decision names the slots to keep or those to evict."""
-    with pytest.raises(PolicyError, match="either"):
+    with pytest.raises(PolicyError, match="one of"):
         Decision(**decision)
 
 

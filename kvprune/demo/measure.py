@@ -50,8 +50,9 @@ class Result:
     """What one policy did on a set of questions.
 
     recall: share of answer words, from the second on, predicted from the compressed cache. agreement: share of decoded
-    tokens on which it agrees with the full cache. Bytes are of one sequence, after decoding, measured; times are
-    medians over batches, prefill per prompt, decode per token of a sequence.
+    tokens on which it agrees with the full cache. Bytes are of one sequence, after decoding, measured; `half_nbytes`
+    is what a dense cache would hold at 16 bits a number. Times are medians over batches, prefill per prompt, decode per
+    token of a sequence.
     """
 
     policy: str
@@ -61,6 +62,7 @@ class Result:
     nbytes: int
     kv_nbytes: int
     dense_nbytes: int
+    half_nbytes: int
     prefill_seconds: float
     decode_ms: float
 
@@ -68,8 +70,13 @@ class Result:
     def ratio(self) -> float:
         return self.nbytes / self.dense_nbytes
 
+    @property
+    def half_ratio(self) -> float:
+        """Bytes held for every byte of a dense cache at 16 bits a number."""
+        return self.nbytes / self.half_nbytes
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio}
+        return {**asdict(self), "ratio": self.ratio, "half_ratio": self.half_ratio}
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,7 @@ def measure(
         nbytes=held // per_sequence,
         kv_nbytes=kv_held // per_sequence,
         dense_nbytes=dense_held // per_sequence,
+        half_nbytes=dense_held // per_sequence * 2 // model.dtype.itemsize,
         prefill_seconds=float(np.median(prefills)),
         decode_ms=1000 * float(np.median(decodes)),
     )
