@@ -159,7 +159,7 @@ class Demo:
         table = Table(
             title=f"{self.questions} questions, {self.tokens:,} tokens, {self.notes} notes",
             caption="recall: answer words predicted from the compressed cache, that is all but the first. agree: "
-            "decoded tokens as with the full cache. KV bytes: of one sequence, measured, everything included; ratio: to "
+            "decoded tokens as with the full cache. KV bytes: of a sequence, measured, everything included; ratio: to "
             "the full cache; of 16 bit: to one in half precision. prefill: seconds a prompt, in batches of "
             f"{BATCH_SIZE}; decode: time of a token against the full cache.",
             title_justify="left",
