@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvprune.budget import Budget
 from kvprune.errors import BudgetError, PolicyError
-from kvprune.eviction import check_count
+from kvprune.eviction import check_count, check_kernel
 from kvprune.selection import PromptFilter
 
 # Zero-based, as in the paper: of Llama-3.1-8B, Mistral-Nemo-12B and Phi-3.5-mini, by (type, layers, hidden size).
@@ -62,12 +62,7 @@ class GemFilter(PromptFilter):
         budget = self._budget  # parses, and raises for nonsense
         for name in ("keep_first", "keep_last"):
             check_count(name, getattr(self, name), least=0)
-        check_count("kernel_size", self.kernel_size, least=1)
-        if self.kernel_size % 2 == 0:
-            raise PolicyError(
-                f"kernel_size must be odd, so that a window has a middle: write {self.kernel_size + 1}, "
-                f"not {self.kernel_size}."
-            )
+        check_kernel(self.kernel_size)
         if self.layer is not None:
             check_count("layer", self.layer, least=0)
         if budget.kind == "tokens" and budget.amount < self._least:
@@ -116,9 +111,8 @@ class GemFilter(PromptFilter):
 def _dots(query: Tensor, keys: Tensor) -> Tensor:
     """Sum of the raw dot products of all heads, `[n]`, at least float32. query: `[Hq, D]`. keys: `[Hkv, n, D]`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = (
-        query.to(dtype).unflatten(0, (keys.shape[0], -1)).sum(1)
-    )  # heads that share keys add up before the product
+    # Heads that share keys add up before the product.
+    grouped = query.to(dtype).unflatten(0, (keys.shape[0], -1)).sum(1)
     z = torch.zeros(keys.shape[1], dtype=dtype, device=keys.device)
     for head, shared in zip(grouped, keys, strict=True):  # one by one: float32 keys of all heads would be the peak
         z += shared.to(dtype) @ head
