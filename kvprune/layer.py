@@ -292,13 +292,16 @@ class PrunedLayer(CacheLayerMixin):
             decision = plan.policy.decide(plan.table, plan.step)
             if decision is None:
                 continue
+            if decision.quantize is not None:
+                table.quantize(decision.quantize)
+                newest = table.length - table.packed_length if table.dense else 0
+                self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
+                continue
             if decision.keep is not None:
                 table.compact(decision.keep)
             elif decision.evict is not None:
                 table.evict(decision.evict)
                 table.shrink(plan.step.spare)
-            elif decision.quantize is not None:
-                table.quantize(decision.quantize)
             self.last_eviction = self.seen
         if plans[0].step.prefill:
             table.drop_empty()
