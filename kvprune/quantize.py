@@ -192,8 +192,9 @@ class PackedRows:
         codes, scale, zero_point = quantize(values.unflatten(3, (groups, channels)), codec.bits, 4)
         tensors["value_codes"] = pack(codes.flatten(3)[..., :value_dim].contiguous(), codec.bits)
         tensors["value_scale"], tensors["value_zero_point"] = scale.squeeze(4), zero_point.squeeze(4)
-        if missing:
-            tensors = {name: tensor if name in cls._OF_BLOCKS else tensor[:, :, :rows].contiguous()
+        if missing:  # of a single head, the slice is contiguous, and would keep what it is a slice of
+            tensors = {name: tensor if name in cls._OF_BLOCKS
+                       else tensor[:, :, :rows].clone(memory_format=torch.contiguous_format)
                        for name, tensor in tensors.items()}  # fmt: skip
         if blocks > 1:
             number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)[:rows]
