@@ -165,7 +165,7 @@ def test_a_seed_decides():
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), tau=temperatures, seed=seeds)
 def test_output_is_that_of_the_model_until_the_first_eviction(lengths, tau, seed):
-    """While nothing is evicted, and in the step that first evicts, logits are the stock model's for any seed and tau."""
+    """Until a step has evicted, logits are the stock model's, for any seed and temperature."""
     batch = left_padded([length + 3 for length in lengths], seed=seed)
     with torch.no_grad():
         expected = stock()(**batch).logits
