@@ -111,7 +111,8 @@ def test_bytes_of_a_hundred_codes(bits, size):
 def rounded_down(numbers):
     """The largest float16 that is not above."""
     half = numbers.astype(np.float16)
-    return np.where(half.astype(np.float32) > numbers, np.nextafter(half, np.float16(-np.inf)), half)
+    with np.errstate(over="ignore"):  # below the lowest, where it is not asked for
+        return np.where(half.astype(np.float32) > numbers, np.nextafter(half, np.float16(-np.inf)), half)
 
 
 def quantized(numbers, bits, axis):
@@ -140,13 +141,14 @@ def test_codes_and_parameters_are_those_of_the_formulas(shape, codec, kind, seed
                 assert (codes_of(packed, "key")[at][rows].numpy() == codes).all()
                 assert (packed.tensors["key_scale"][at][number].numpy() == scale).all()
                 assert (packed.tensors["key_zero_point"][at][number].numpy() == zero).all()
-                np.testing.assert_allclose(found_keys[at][rows], codes * scale + zero, rtol=1e-6)
+                np.testing.assert_allclose(found_keys[at][rows], codes * scale + zero, atol=1e-6 * np.abs(zero).max())
                 block = np.clip(values[at][rows].numpy(), -LARGEST, LARGEST)
                 channels = np.ones(value_dim, np.float32)
                 if codec.separable:
-                    channels = np.sqrt(np.abs(block).max(0)).astype(np.float16).astype(np.float32)
-                    channels[channels == 0] = 1
-                    assert (packed.tensors["channel_scale"][at][number].numpy() == channels).all()
+                    roots = np.sqrt(np.abs(block).max(0))
+                    channels = packed.tensors["channel_scale"][at][number].float().numpy()
+                    # Square roots differ in their last bit from one library to another, and so, rarely, in float16.
+                    np.testing.assert_allclose(channels, np.where(roots < 2**-25, 1, roots), rtol=1e-3, atol=2**-24)
                 size = codec.channels or value_dim
                 for group, first in enumerate(range(0, value_dim, size)):
                     some = slice(first, min(value_dim, first + size))
@@ -154,7 +156,8 @@ def test_codes_and_parameters_are_those_of_the_formulas(shape, codec, kind, seed
                     assert (codes_of(packed, "value")[at][rows, some].numpy() == codes).all()
                     assert (packed.tensors["value_scale"][at][rows, group].numpy() == scale[:, 0]).all()
                     expected = (codes * scale + zero) * channels[some]
-                    np.testing.assert_allclose(found_values[at][rows, some], expected, rtol=1e-6)
+                    rounding = 1e-6 * np.abs(zero * channels[some]).max()
+                    np.testing.assert_allclose(found_values[at][rows, some], expected, atol=rounding)
 
 
 def steps_of(packed: PackedRows) -> tuple[Tensor, Tensor]:
