@@ -236,4 +236,4 @@ class Spy(Policy):
     def observe(self, table: TokenTable, step: Step) -> None:
         if step.layer == 0:
             self.queries.append(step.queries)
-            self.peaks.append(table.length)
+            self.peaks.append(table.rows)
