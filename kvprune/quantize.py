@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ BITS = (2, 3, 4, 8)
 _LARGEST = 65504.0  # of float16
 # A block of decoded rows should stay in the cache of the processor.
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+
+def is_width(bits: object) -> bool:
+    """Whether codes can have so many bits."""
+    return isinstance(bits, Integral) and bits in BITS  # 4.0 is in, too
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Codec:
     separable: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if not is_width(self.bits):
             raise PolicyError(f"{self.bits!r} bits are not supported: choose 2, 3, 4 or 8.")
 
     def row_bytes(self, key_dim: int, value_dim: int) -> int:

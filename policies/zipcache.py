@@ -12,7 +12,7 @@ from kvprune.eviction import along_positions, check_count, check_kernel, check_n
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
 from kvprune.policy import Decision, Policy, Step, share
-from kvprune.quantize import BITS, Codec, in_order
+from kvprune.quantize import Codec, in_order, is_width
 from kvprune.table import EMPTY, TokenTable
 
 _UNSIGNED = 0xFFFFFFFF
@@ -64,7 +64,7 @@ class ZipCache(Policy):
         for name in ("salient", "probe_recent", "probe_random"):
             check_number(name, getattr(self, name), low=0, high=1)
         for name in ("high_bits", "low_bits"):
-            if getattr(self, name) not in BITS:
+            if not is_width(getattr(self, name)):
                 raise PolicyError(f"{name}={getattr(self, name)!r} is not supported: choose 2, 3, 4 or 8.")
         if self.high_bits < self.low_bits:
             raise PolicyError(
