@@ -72,10 +72,11 @@ def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
 
 
 def _value(text: str) -> Any:
-    """`"7"` -> 7, `"0.5"` -> 0.5, `"none"` -> None, anything else as it is."""
+    """`"7"` -> 7, `"0.5"` -> 0.5, `"none"` -> None, `"true"` -> True, `"false"` -> False, anything else as it is."""
     for read in (int, float):
         try:
             return read(text)
         except ValueError:
             continue
-    return None if text.lower() == "none" else text
+    words = {"none": None, "true": True, "false": False}
+    return words.get(text.lower(), text)

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from kvprune.errors import PolicyError
 from kvprune.eviction import Eviction, check_count, check_number
 from kvprune.mass import RowWeights
 from kvprune.noise import Gumbel
@@ -52,6 +53,8 @@ class Keyformer(Eviction):
         check_number("tau_end", self.tau_end, low=1e-3, high=1e9)
         check_number("noise", self.noise, low=0, high=1e6)
         check_count("generation_length", self.generation_length, least=1)
+        if not isinstance(self.frozen_keys, bool):
+            raise PolicyError(f"frozen_keys must be True or False, not {self.frozen_keys!r}.")
 
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}
