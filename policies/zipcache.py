@@ -132,7 +132,12 @@ class ZipCache(Policy):
         saliency, probes, positions = table["saliency"], table["probes"], table.positions[:, :, loose]
         saliency.add_(step.mass[:, :, loose])
         if not step.prefill:
-            probes.add_(len(self._generated_probes(step)))
+            rows = self._generated_probes(step)
+            if step.queries == 1:
+                probes.add_(len(rows))
+            else:  # tokens that were accepted together: none saw those that follow it
+                asked = step.query_positions[:, rows]
+                probes.add_((asked[:, None, None] >= positions[..., None]).sum(-1))
         elif self.normalizer == "official":
             probes.add_(step.tokens - positions)
         else:
