@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
+import reference
 import torch
 from families import assert_same_rows, build, feed, kept_everywhere, left_padded, sequence, shared, stock
 from hypothesis import given
@@ -10,7 +13,7 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import PrunedCache, Scoring, mass
+from kvprune import PrunedCache, Scoring, Step, mass
 from kvprune.layer import PrunedLayer
 from kvprune.policies import H2O, Keyformer
 
@@ -109,6 +112,34 @@ def test_the_temperature_stops_rising_at_its_end():
         rising = keyformer(ROOM, noise=0, tau_init=1, tau_end=3, generation_length=length)
         constant = keyformer(ROOM, noise=0, tau_init=expected, tau_end=expected)
         torch.testing.assert_close(last_row(rising), last_row(constant), atol=1e-5, rtol=1e-4)
+
+
+@given(drafts=st.lists(st.integers(1, 4), min_size=1, max_size=4), end=temperatures, seed=seeds)
+def test_tokens_that_are_accepted_together_have_a_temperature_each(drafts, end, seed):
+    """A draft that was accepted is generated text: each of its rows has the temperature of its own place."""
+    queries, keys = tokens(10 + sum(drafts), seed)
+    layer = PrunedLayer(keyformer(ROOM, tau_end=end, seed=seed), 0)
+    layer.activate_past_recording()
+    settings = {"tau_end": end, "generation_length": 8, "seed": seed}
+    alone = reference.Layer(reference.Keyformer(ROOM, sinks=2, recent=3, **settings), scale=1.0)
+    for states, new in zip(queries.split([10, *drafts], dim=2), keys.split([10, *drafts], dim=2), strict=True):
+        layer.update(new, new)
+        layer.attend(states, None, Scoring(1.0))
+        layer.crop(0)
+        alone.step(states[0], new[0], new[0], prefill=alone.tokens == 0)
+    expected = torch.tensor(alone.links[0].score).float()
+    torch.testing.assert_close(layer.table["score"][0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_temperatures_are_where_the_queries_are():
+    """Temperatures of several rows come as a tensor on the device of the step."""
+
+    @dataclass
+    class Rows:
+        positions: Tensor
+
+    step = Step(0, False, True, 3, 3, 20, (10,), 1, 0, 0, 8, Rows(torch.empty(1, 3, device="meta")))
+    assert keyformer().temperature(step).device.type == "meta"
 
 
 # -- what the noise depends on -----------------------------------------------------------------------------------------

@@ -375,6 +375,22 @@ def test_rows_that_are_appended_leave_the_others(shape, codec, sizes, seed):
         assert torch.equal(found, torch.cat(parts, dim=2))
 
 
+@pytest.mark.parametrize("more", [1, 60, 33_000])
+def test_rows_of_very_many_blocks(more):
+    """Block numbers outgrow a byte, and two, and rows still decode to what they did."""
+    parts = [draw((1, 1, count, 2, 2), seed=count) for count in (200, more)]
+    codec = Codec(8, tokens=1, separable=True)
+    packed, new = (PackedRows.encode(codec, *part) for part in parts)
+    expected = [torch.cat(both, dim=2) for both in zip(decoded(packed), decoded(new), strict=True)]
+    packed.append(new)
+    assert packed.blocks == 200 + more
+    assert all(torch.equal(found, then) for found, then in zip(decoded(packed), expected, strict=True))
+    last = torch.arange(150, 201)[None, None]
+    packed.keep(last, torch.zeros_like(last, dtype=torch.bool))
+    assert packed.tensors["block"].dtype == torch.uint8
+    assert all(torch.equal(found, then[:, :, 150:201]) for found, then in zip(decoded(packed), expected, strict=True))
+
+
 @thorough
 @given(shape=shapes, codec=codecs, seed=seeds, data=st.data())
 def test_rows_that_are_kept_decode_as_before(shape, codec, seed, data):

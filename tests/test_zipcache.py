@@ -16,7 +16,7 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import Policy, PrunedCache, Scoring, Step, TokenTable
+from kvprune import CacheError, Policy, PrunedCache, Scoring, Step, TokenTable
 from kvprune.layer import PrunedLayer
 from kvprune.policies import Full, ZipCache
 
@@ -228,6 +228,29 @@ def test_saliency_of_generated_tokens(prompt, buffer, recent, random, normalizer
                 assert abs(found[position] - expected) < 1e-5
 
 
+@given(prompt=st.integers(1, 10), drafts=st.lists(st.integers(1, 5), min_size=1, max_size=3), seed=seeds)
+def test_saliency_of_tokens_that_are_accepted_together(prompt, drafts, seed):
+    """Of several tokens in one step, a probe counts for those that it could see, and not for later ones."""
+    one, seen = watched(ZipCache(buffer=50, probe_random=1.0, seed=seed))
+    queries, keys, values = random_tokens(1, prompt + sum(drafts), seed=seed)
+    layer = PrunedLayer(one, 0)
+    layer.activate_past_recording()
+    for part in zip(*(tensor.split([prompt, *drafts], dim=2) for tensor in (queries, keys, values)), strict=True):
+        step(layer, part)
+        layer.crop(0)
+    last = seen[-1]
+    for head, found in enumerate(saliency(last)):
+        slot = {at: index for index, at in enumerate(last.positions[0, head].tolist())}
+        total = dict.fromkeys(found, 0.0)
+        for at in found:  # every query probes
+            visible = np.broadcast_to(last.positions[0, :, None].numpy() <= at, (2, 1, last.keys.shape[2]))
+            row = reference.probabilities(queries[0, :, at : at + 1], last.keys[0], visible, SCALE)
+            for key in found:
+                total[key] += reference.by_kv_head(row, 2)[head, 0, slot[key]]
+        for key, value in found.items():
+            assert abs(value - total[key] / (prompt + sum(drafts) - key)) < 1e-5
+
+
 # -- which tokens get how many bits ------------------------------------------------------------------------------------
 
 
@@ -372,6 +395,22 @@ def test_beams_and_forks_keep_codes(data, seed):
         step(fork, tuple(tensor[:, :, at : at + 1] for tensor in tokens))
     for row, source in enumerate(index):
         assert what_is_packed(layer, row) == what_is_packed(fork, source)
+
+
+@given(waiting=st.integers(1, 4), taken_back=st.integers(1, 6), seed=seeds)
+def test_tokens_that_wait_can_be_taken_back(waiting, taken_back, seed):
+    """crop() takes back tokens that wait in full precision, and refuses where some of them have been packed."""
+    tokens = random_tokens(1, 9 + waiting, seed=seed)
+    layer = fed(ZipCache(buffer=5), tokens, [9] + [1] * waiting)
+    before = what_is_packed(layer)
+    if taken_back > waiting:
+        with pytest.raises(CacheError, match="cannot come back"):
+            layer.crop(-taken_back)
+        taken_back = 0
+    else:
+        layer.crop(-taken_back)
+    assert packed_as(layer, 0) == [list(range(9, 9 + waiting - taken_back))] * 2
+    assert what_is_packed(layer) == before
 
 
 # -- the model's answers -----------------------------------------------------------------------------------------------
