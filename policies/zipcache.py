@@ -139,7 +139,8 @@ class ZipCache(Policy):
                 asked = step.query_positions[:, rows]
                 probes.add_((asked[:, None, None] >= positions[..., None]).sum(-1))
         elif self.normalizer == "official":
-            probes.add_(step.tokens - positions)
+            newest = step.query_positions.amax(1).view(-1, 1, 1)
+            probes.add_((newest + 1 - positions).clamp(max=step.new_tokens))
         else:
             probes.add_(self._could_see(positions, step))
 
