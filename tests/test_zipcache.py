@@ -177,18 +177,36 @@ def test_where_all_queries_probe_saliency_is_exact(length, group, seed):
         np.testing.assert_allclose([found[at] for at in range(length)], summed[head], atol=1e-5, rtol=1e-4)
 
 
-@given(length=lengths, seed=seeds)
-def test_the_official_normalizer(length, seed):
-    """As in the published code, a prompt's sum over the probes is divided by all queries that could see a token."""
-    policy = ZipCache(normalizer="official", seed=seed)
-    one, seen = watched(policy)
-    tokens = random_tokens(1, length, seed=seed)
-    fed(one, tokens, [length])
-    probes = prompt_probes(policy, length)
-    able = np.array([sum(q >= at for q in probes) for at in range(length)])
-    expected = mean_attention(tokens[0][0], tokens[1][0], probes, "mean") * able / np.arange(length, 0, -1)
-    for head, found in enumerate(saliency(seen[0])):
+@pytest.mark.parametrize("normalizer", ["probes", "official"])
+@pytest.mark.parametrize("length", [100, 128, 129, 200])
+def test_a_long_prompt_while_the_past_is_recorded(normalizer, length):
+    """A prompt whose newest queries wait for crop() is counted once: all queries probing, saliency is exact."""
+    one, seen = watched(ZipCache(probe_recent=1.0, normalizer=normalizer))
+    tokens = random_tokens(1, length)
+    layer = PrunedLayer(one, 0)
+    layer.activate_past_recording()
+    step(layer, tokens)
+    layer.crop(0)
+    expected = mean_attention(tokens[0][0], tokens[1][0], list(range(length)), "mean")
+    for head, found in enumerate(saliency(seen[-1])):
         np.testing.assert_allclose([found[at] for at in range(length)], expected[head], atol=1e-5, rtol=1e-4)
+
+
+@given(several=st.lists(lengths, min_size=1, max_size=2), seed=seeds)
+def test_the_official_normalizer(several, seed):
+    """As in the published code, a prompt's sum over the probes is divided by all queries that could see a token."""
+    policy, width = ZipCache(normalizer="official", seed=seed), max(several)
+    one, seen = watched(policy)
+    tokens = random_tokens(len(several), width, seed=seed)
+    valid = torch.arange(width) >= width - torch.tensor(several)[:, None]
+    step(PrunedLayer(one, 0), tokens, None if valid.all() else valid)
+    for row, length in enumerate(several):
+        probes = prompt_probes(policy, length)
+        able = np.array([sum(q >= at for q in probes) for at in range(length)])
+        queries, keys = (tensor[row, :, width - length :] for tensor in tokens[:2])
+        expected = mean_attention(queries, keys, probes, "mean") * able / np.arange(length, 0, -1)
+        for head, found in enumerate(saliency(seen[0], row)):
+            np.testing.assert_allclose([found[at] for at in range(length)], expected[head], atol=1e-5, rtol=1e-4)
 
 
 @given(
