@@ -245,6 +245,6 @@ def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
 def share(fraction: float, count: Any, least: int = 0) -> Any:
     """A fraction of a count, rounded up, at least `least` but never more than the count; ints or LongTensors."""
     if isinstance(count, Tensor):
-        part = torch.ceil(count * fraction - 1e-6).long().clamp(min=least)
+        part = torch.ceil(count.double() * fraction - 1e-6).long().clamp(min=least)  # float32 rounds 0.6 * 85 up to 52
         return torch.minimum(part, count)
     return min(count, max(least, math.ceil(count * fraction - 1e-6)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ BITS = (2, 3, 4, 8)
 _LARGEST = 65504.0  # of float16
 # A block of decoded rows should stay in the cache of the processor.
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+
+def is_width(bits: object) -> bool:
+    """Whether codes can have so many bits."""
+    return isinstance(bits, Integral) and bits in BITS  # 4.0 is in, too
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Codec:
     separable: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if not is_width(self.bits):
             raise PolicyError(f"{self.bits!r} bits are not supported: choose 2, 3, 4 or 8.")
 
     def row_bytes(self, key_dim: int, value_dim: int) -> int:
@@ -228,8 +234,9 @@ class PackedRows:
         codes, scale, zero_point = quantize(values.unflatten(3, (groups, channels)), codec.bits, 4)
         tensors["value_codes"] = pack(codes.flatten(3)[..., :value_dim].contiguous(), codec.bits)
         tensors["value_scale"], tensors["value_zero_point"] = scale.squeeze(4), zero_point.squeeze(4)
-        if missing:
-            tensors = {name: tensor if name in cls._OF_BLOCKS else tensor[:, :, :rows].contiguous()
+        if missing:  # of a single head, the slice is contiguous, and would keep what it is a slice of
+            tensors = {name: tensor if name in cls._OF_BLOCKS
+                       else tensor[:, :, :rows].clone(memory_format=torch.contiguous_format)
                        for name, tensor in tensors.items()}  # fmt: skip
         if blocks > 1:
             number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)[:rows]

@@ -64,7 +64,7 @@ class Keyformer(Eviction):
         if step.prefill:
             return float(self.tau_init)
         taus = [self._tau(step.generated - age) for age in reversed(range(step.queries))]
-        return taus[0] if len(taus) == 1 else torch.tensor(taus)
+        return taus[0] if len(taus) == 1 else torch.tensor(taus, device=step.query_positions.device)
 
     def _tau(self, generated: int) -> float:
         done = min(max(generated, 0) / self.generation_length, 1.0)

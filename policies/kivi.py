@@ -9,7 +9,7 @@ import torch
 from kvprune.errors import PolicyError
 from kvprune.eviction import check_count
 from kvprune.policy import Decision, Policy, Step
-from kvprune.quantize import BITS, Codec, in_order
+from kvprune.quantize import Codec, in_order, is_width
 from kvprune.table import EMPTY, TokenTable
 
 
@@ -33,7 +33,7 @@ class KIVI(Policy):
     residual: int = 128
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if not is_width(self.bits):
             raise PolicyError(f"bits={self.bits!r} is not supported: choose 2, 3, 4 or 8.")
         check_count("group_size", self.group_size, least=1)
         check_count("residual", self.residual, least=0)

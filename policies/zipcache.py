@@ -12,7 +12,7 @@ from kvprune.eviction import along_positions, check_count, check_kernel, check_n
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
 from kvprune.policy import Decision, Policy, Step, share
-from kvprune.quantize import BITS, Codec, in_order
+from kvprune.quantize import Codec, in_order, is_width
 from kvprune.table import EMPTY, TokenTable
 
 _UNSIGNED = 0xFFFFFFFF
@@ -64,7 +64,7 @@ class ZipCache(Policy):
         for name in ("salient", "probe_recent", "probe_random"):
             check_number(name, getattr(self, name), low=0, high=1)
         for name in ("high_bits", "low_bits"):
-            if getattr(self, name) not in BITS:
+            if not is_width(getattr(self, name)):
                 raise PolicyError(f"{name}={getattr(self, name)!r} is not supported: choose 2, 3, 4 or 8.")
         if self.high_bits < self.low_bits:
             raise PolicyError(
@@ -134,9 +134,15 @@ class ZipCache(Policy):
         saliency, probes, positions = table["saliency"], table["probes"], table.positions[:, :, loose]
         saliency.add_(step.mass[:, :, loose])
         if not step.prefill:
-            probes.add_(len(self._generated_probes(step)))
+            rows = self._generated_probes(step)
+            if step.queries == 1:
+                probes.add_(len(rows))
+            else:  # tokens that were accepted together: none saw those that follow it
+                asked = step.query_positions[:, rows]
+                probes.add_((asked[:, None, None] >= positions[..., None]).sum(-1))
         elif self.normalizer == "official":
-            probes.add_(step.tokens - positions)
+            newest = step.query_positions.amax(1).view(-1, 1, 1)
+            probes.add_((newest + 1 - positions).clamp(max=step.new_tokens))
         else:
             probes.add_(self._could_see(positions, step))
 

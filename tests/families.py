@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -182,13 +183,34 @@ def kept_everywhere(cache: PrunedCache, row: int = 0) -> list[list[list[int]]]:
 
 
 def rows(cache: PrunedCache, layer: int, row: int = 0) -> dict[str, Tensor]:
-    """The rows of one sequence, `[Hkv, rows, ...]`, with all their columns, in the order of their positions."""
+    """The rows of one sequence, `[Hkv, rows, ...]`, with all their columns, in the order of their positions.
+
+    Of a table with packed rows, keys and values are what they decode to, and `bits` says with how many; 0 for rows in
+    full precision, which alone have columns of the buffer.
+    """
     table = cache.layers[layer].table
+    tensors = table.tensors() if not table.packed else decoded(table)
     positions = table.positions[row]
     count = int((positions[0] >= 0).sum())
     order = positions.argsort(dim=-1)[:, table.length - count :]
     heads = torch.arange(table.kv_heads)[:, None]
-    return {name: tensor[row][heads, order] for name, tensor in table.tensors().items()}
+    return {name: tensor[row][heads, order] for name, tensor in tensors.items()}
+
+
+def decoded(table: TokenTable) -> dict[str, Tensor]:
+    """Every column of a table, `[B, Hkv, length, ...]`, with packed rows decoded."""
+    first, loose = table.packed_length, slice(0, table.length - table.packed_length)
+    tiers = [(tier.keys(slice(0, len(tier))), tier.values(slice(0, len(tier)))) for tier in table.packed]
+    keys, values = zip(*tiers, (table.keys.float(), table.values.float()), strict=True)
+    bits = [torch.full((len(tier),), tier.codec.bits) for tier in table.packed] + [torch.zeros(loose.stop)]
+    columns = {"keys": torch.cat(keys, dim=2), "values": torch.cat(values, dim=2), "positions": table.positions}
+    columns["bits"] = torch.cat(bits).expand_as(table.positions)
+    for name, tensor in table.tensors().items():
+        if name.startswith("column."):
+            columns[name] = tensor[:, :, : table.length]
+        elif name.startswith("buffer."):
+            columns[name] = F.pad(tensor[:, :, loose], (first, 0))
+    return columns
 
 
 def assert_same_rows(
@@ -214,4 +236,4 @@ class Spy(Policy):
     def observe(self, table: TokenTable, step: Step) -> None:
         if step.layer == 0:
             self.queries.append(step.queries)
-            self.peaks.append(table.length)
+            self.peaks.append(table.rows)

@@ -15,10 +15,11 @@ from fractions import Fraction
 import numpy as np
 
 
-def probabilities(queries, keys, visible, scale, softcap=None, sinks=None):
+def probabilities(queries, keys, visible, scale, softcap=None, sinks=None, noise=None, temperatures=None):
     """Attention probabilities `[Hq, L, S]`; a row that sees nothing is zero.
 
     queries: `[Hq, L, D]`. keys: `[Hkv, S, D]`. visible: bool `[Hkv, L, S]`. sinks: `[Hq]`, one more logit per head.
+    noise: `[Hq, L, S]`, is added to the logits. temperatures: `[L]`, divide what that makes.
     """
     queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
     group = len(queries) // len(keys)
@@ -29,6 +30,10 @@ def probabilities(queries, keys, visible, scale, softcap=None, sinks=None):
             logits = keys[head // group, seen] @ query * scale
             if softcap is not None:
                 logits = softcap * np.tanh(logits / softcap)
+            if noise is not None:
+                logits = logits + noise[head, row, seen]
+            if temperatures is not None:
+                logits = logits / temperatures[row]
             if sinks is not None:
                 logits = np.append(logits, float(sinks[head]))
             if len(logits):
@@ -57,6 +62,46 @@ def mass(probabilities, weights, kv_heads, group="mean"):
 def share(part, whole):
     """`part` of `whole` tokens, rounded up; the part is the number that a person wrote, not its binary neighbour."""
     return math.ceil(Fraction(str(part)) * whole)
+
+
+# -- noise by counter --------------------------------------------------------------------------------------------------
+
+
+def murmur(word):
+    """The finalizer of MurmurHash3 on 32 bits."""
+    word ^= word >> 16
+    word = word * 0x85EBCA6B % 2**32
+    word ^= word >> 13
+    word = word * 0xC2B2AE35 % 2**32
+    return word ^ word >> 16
+
+
+def hash_of(seed, *counters):
+    """A hash of a seed of 64 bits and counters, one after the other; an int below 2**32."""
+    word = 0
+    for counter in (seed % 2**32, seed >> 32, *counters):
+        word = murmur((word * 0x9E3779B9 + counter + 1) % 2**32)
+    return word
+
+
+def uniform(word):
+    """The middle of one of 2**23 equal parts of (0, 1); the word is read as a signed number, the lowest comes first."""
+    signed = word - 2**32 if word >= 2**31 else word
+    return ((signed >> 9) + 2**22 + 0.5) / 2**23
+
+
+def gumbel(seed, layer, heads, queries, keys):
+    """Noise `[heads, L, S]` for queries and keys at these positions."""
+    noise = np.zeros((heads, len(queries), len(keys)))
+    columns = [murmur(position % 2**32 ^ 0x7FEB352D) for position in keys]
+    for head in range(heads):
+        for index, position in enumerate(queries):
+            row = hash_of(seed, layer, head, position)
+            noise[head, index] = [-math.log(-math.log(uniform(murmur(row ^ column)))) for column in columns]
+    return noise
+
+
+# -- layers and policies -----------------------------------------------------------------------------------------------
 
 
 class Layer:
@@ -109,7 +154,7 @@ class Layer:
             link.decide(self)
         return output
 
-    def look(self, positions: Iterable[int]):
+    def look(self, positions: Iterable[int], noise=None, temperatures=None):
         """Probabilities `[Hq, L, T]` of the queries at these positions, over rows kept now that are not after them."""
         positions = list(positions)
         visible = np.zeros((len(self.kept), len(positions), self.tokens), bool)
@@ -117,7 +162,7 @@ class Layer:
             for row, position in enumerate(positions):
                 visible[head, row, [key for key in kept if key <= position]] = True
         return probabilities(
-            self.queries[:, positions], self.keys, visible, self.scale, softcap=self.softcap, sinks=self.sinks
+            self.queries[:, positions], self.keys, visible, self.scale, self.softcap, self.sinks, noise, temperatures
         )
 
 
@@ -207,6 +252,40 @@ class H2O(Ranking):
     def observe(self, layer: Layer, new: range) -> None:
         self.grow(layer)
         self.score += self.look(layer, new).sum(1)
+
+
+class Keyformer(Ranking):
+    """F <- F + softmax((x + noise) / tau), query by query; tau rises with every token that is generated.
+
+    frozen_keys: tokens that were in the recent window of the prompt, or came later, are dropped when they leave it.
+    """
+
+    def __init__(
+        self, budget, *, sinks=0, recent=0.3, tau_init=1.0, tau_end=2.0, generation_length=128, noise=1.0, seed=0,
+        frozen_keys=False, **settings,
+    ) -> None:  # fmt: skip
+        super().__init__(budget, sinks=sinks, recent=recent, **settings)
+        self.tau_init, self.tau_end, self.generation_length = tau_init, tau_end, generation_length
+        self.noise, self.seed, self.frozen_keys = noise, seed, frozen_keys
+
+    def temperature(self, generated: int) -> float:
+        return self.tau_init + (self.tau_end - self.tau_init) * min(1, generated / self.generation_length)
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.grow(layer)
+        before = layer.generated - len(new)  # generated tokens before this step
+        generated = [0 if layer.prefill else before + row + 1 for row in range(len(new))]
+        noise = self.noise * gumbel(self.seed, 0, len(layer.queries), new, range(layer.tokens))
+        seen = layer.look(new, noise, [self.temperature(count) for count in generated])
+        self.score += by_kv_head(seen, len(layer.kept), self.group).sum(1)
+
+    def decide(self, layer: Layer) -> None:
+        held = self.score
+        if self.frozen_keys and not layer.prefill:
+            first = layer.prompt_tokens - self.recent_tokens(self.capacity(layer.prompt_tokens))
+            self.score = np.where(np.arange(layer.tokens) >= first, -np.inf, held)
+        super().decide(layer)
+        self.score = held
 
 
 class SnapKV(Ranking):

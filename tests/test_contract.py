@@ -11,6 +11,7 @@ from families import (
     Spy,
     assert_same_rows,
     build,
+    decoded,
     feed,
     generate,
     kept,
@@ -28,23 +29,34 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvprune import CacheError, Policy, PrunedCache
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
 BUDGET = 16
 FULL_BUDGET = {"full": Full(), "a2sf": A2SF(ROOM), "snapkv": SnapKV(ROOM, window=4, interval=1)}
 EVICTING = {
     "a2sf": A2SF(BUDGET, sinks=2, recent=3),
+    "keyformer": Keyformer(BUDGET, sinks=2, recent=3, generation_length=8),
     "snapkv": SnapKV(BUDGET, window=4, kernel_size=3, interval=1),
     "tova": TOVA(BUDGET),
     "streaming": StreamingLLM(BUDGET),
     "chain": H2O(2 * BUDGET, sinks=2, recent=3) | A2SF(BUDGET, sinks=2, recent=3),
+}
+# Where caches are compared that the same tokens reached by other ways, keys differ by rounding, and so, once in a long
+# while, a code: these take part where bits agree, or where sizes and positions are counted.
+PACKING = {
+    "a2sf-zipcache": A2SF(BUDGET, sinks=2, recent=3) | ZipCache(buffer=4),
+    "keyformer-kivi": Keyformer(BUDGET, sinks=2, recent=3) | KIVI(group_size=4, residual=2),
 }
 
 full_budget = pytest.mark.parametrize("policy", FULL_BUDGET.values(), ids=FULL_BUDGET)
 evicting = pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING)
 ALL = {**{f"all of it, {name}": policy for name, policy in FULL_BUDGET.items()}, **EVICTING}
 all_policies = pytest.mark.parametrize("policy", ALL.values(), ids=ALL)
+evicting_and_packing = pytest.mark.parametrize(
+    "policy", [*EVICTING.values(), *PACKING.values()], ids=[*EVICTING, *PACKING]
+)
+all_and_packing = pytest.mark.parametrize("policy", [*ALL.values(), *PACKING.values()], ids=[*ALL, *PACKING])
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=3)
 seeds = st.integers(0, 2**16)
@@ -64,11 +76,11 @@ def as_batch(ids: Tensor) -> dict[str, Tensor]:
 
 
 def copied_rows(cache: PrunedCache) -> dict[tuple[int, str], Tensor]:
-    """Everything the tables hold, to compare with later."""
+    """Everything the tables hold, packed rows decoded, to compare with later."""
     return {
-        (layer, name): tensor[:, :, : cache.layers[layer].table.length].clone()
-        for layer in cache.pruned_layers
-        for name, tensor in cache.layers[layer].table.tensors().items()
+        (layer, name): tensor[:, :, : table.length].clone()
+        for layer, table in ((layer, cache.layers[layer].table) for layer in cache.pruned_layers)
+        for name, tensor in (decoded(table) if table.packed else table.tensors()).items()
     }
 
 
@@ -89,7 +101,7 @@ def test_prefill_chunk_size_changes_nothing_at_full_budget(policy, chunk, length
     assert torch.equal(ids, generate(stock(), batch, 6))
 
 
-@evicting
+@evicting_and_packing
 @given(chunk=st.integers(2, 20), length=st.integers(20, 60))
 def test_prefill_chunk_size_bounds_the_cache(policy, chunk, length):
     """Between two chunks the cache holds no more than its budget, and after the prompt and a few tokens just that."""
@@ -117,7 +129,7 @@ def test_turns_at_full_budget_equal_one_stock_run(policy, lengths, new, seed):
         assert torch.equal(ids, generate(stock(), batch, 5))
 
 
-@evicting
+@evicting_and_packing
 @given(length=st.integers(20, 40), new=st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_turns_compress_again_at_the_right_positions(policy, length, new):
     """A later turn feeds only its new tokens, ends at the budget again, and keeps counting positions."""
@@ -135,7 +147,7 @@ def test_turns_compress_again_at_the_right_positions(policy, length, new):
             assert all(len(head) == BUDGET and head[-1] == cache.seen_tokens - 1 for head in layer)
 
 
-@evicting
+@evicting_and_packing
 def test_generate_feeds_what_a_manual_loop_feeds(policy):
     """Two turns of generate() leave the rows that direct calls with the same tokens leave."""
     cache, manual = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
@@ -172,7 +184,7 @@ def test_direct_calls_without_position_ids_equal_the_stock_model(policy, sizes, 
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@evicting
+@evicting_and_packing
 @given(sizes=sizes)
 def test_direct_calls_without_position_ids_use_logical_positions(policy, sizes):
     """After evictions too, a call without positions is the call with the positions of the whole sequence."""
@@ -201,7 +213,7 @@ def test_prompt_lookup_at_full_budget_equals_greedy(policy, length, draft):
     assert cache.seen_tokens == length + 14
 
 
-@evicting
+@evicting_and_packing
 @given(length=st.integers(20, 40), draft=st.integers(1, 6))
 def test_prompt_lookup_with_evictions_is_bounded_and_ends_at_the_budget(policy, length, draft):
     """Prompt-lookup decoding never holds more than budget and draft, and leaves exactly the budget."""
@@ -226,7 +238,7 @@ def test_a_turn_after_prompt_lookup_is_a_prompt_again():
     assert all(len(head) == 33 + 1 for layer in kept_everywhere(cache) for head in layer)
 
 
-@all_policies
+@all_and_packing
 @pytest.mark.parametrize("assistant_seed", [0, 1], ids=["assistant that is right", "assistant that is wrong"])
 def test_assisted_decoding(policy, assistant_seed):
     """An assistant model, whether its drafts are accepted or not, leaves the ids or at least the sizes in order."""
@@ -278,7 +290,7 @@ def test_rejected_drafts_leave_no_trace_while_the_past_is_recorded(policy, accep
         assert_same_rows(drafting, straight, row, row, atol=1e-5, rtol=1e-4)
 
 
-@evicting
+@evicting_and_packing
 def test_decisions_wait_for_crop_while_the_past_is_recorded(policy):
     """While the past is recorded, nothing is evicted in a step; crop(0), or else the next step, ends it."""
     batch = left_padded([40])
@@ -311,7 +323,7 @@ def test_every_accepted_token_counts_towards_the_interval(accepted, interval):
         assert [len(head) for head in kept(cache, 0)] == [size] * 2
 
 
-@evicting
+@evicting_and_packing
 @given(remove=st.integers(1, 45))
 def test_crop_refuses_what_was_evicted(policy, remove):
     """Rows that are gone cannot come back: crop raises CacheError, and the cache is as it was."""
@@ -361,7 +373,7 @@ def test_crop_of_an_empty_cache_by_zero_is_nothing():
 # -- reset -----------------------------------------------------------------------------------------------------------
 
 
-@all_policies
+@all_and_packing
 @given(first=lengths, second=lengths)
 def test_reset_makes_a_new_cache_of_it(policy, first, second):
     """After reset() a cache does with any other batch what a new one does."""
@@ -377,7 +389,7 @@ def test_reset_makes_a_new_cache_of_it(policy, first, second):
         assert_same_rows(cache, new, row, row)
 
 
-@evicting
+@evicting_and_packing
 def test_reset_ends_the_recording_of_the_past(policy):
     """After reset() of a cache that recorded the past, evictions wait for nothing."""
     cache, new = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
@@ -425,7 +437,7 @@ def test_selecting_sequences_moves_every_column(policy, indices, by):
         assert_same_rows(cache, before, row, source, atol=1e-4, rtol=1e-4)
 
 
-@evicting
+@evicting_and_packing
 @pytest.mark.parametrize("mask", [[True, False, True], [False, True, False], [True, True, True]])
 def test_selecting_sequences_by_a_boolean_mask(policy, mask):
     """batch_select_indices takes a boolean mask as well as indices."""
@@ -439,7 +451,7 @@ def test_selecting_sequences_by_a_boolean_mask(policy, mask):
         assert_same_rows(cache, before, row, source)
 
 
-@evicting
+@evicting_and_packing
 @given(repeats=st.integers(1, 4))
 def test_batch_repeat_interleave_repeats_every_column(policy, repeats):
     """batch_repeat_interleave puts every sequence, with all its columns, so many times side by side."""
@@ -490,7 +502,7 @@ def test_returning_a_sequence_twice_equals_returning_it_once(policy, lengths):
 # -- fork --------------------------------------------------------------------------------------------------------------
 
 
-@all_policies
+@all_and_packing
 @pytest.mark.parametrize("family", ["llama", "qwen3-hybrid"])
 @pytest.mark.parametrize("recording", [False, True], ids=["", "recording"])
 def test_forks_are_independent(policy, family, recording):
@@ -586,7 +598,7 @@ def tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from tensors_in(vars(thing), seen)
 
 
-@all_policies
+@all_and_packing
 @pytest.mark.parametrize("recording", [False, True], ids=["", "recording"])
 @given(lengths=lengths, decoded=st.integers(0, 5))
 def test_nbytes_is_the_sum_of_the_storages(policy, recording, lengths, decoded):

@@ -29,9 +29,9 @@ from kvprune import (
     Step,
     UnsupportedModelError,
 )
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache, parse
 
-EVICTING = [A2SF, H2O, SnapKV, TOVA, StreamingLLM]
+EVICTING = [A2SF, H2O, Keyformer, SnapKV, TOVA, StreamingLLM]
 POLICY = A2SF(12, sinks=2, recent=3)
 
 evicting = pytest.mark.parametrize("policy", EVICTING, ids=lambda policy: policy.__name__)
@@ -63,7 +63,9 @@ def test_budgets_that_hold_less_than_is_always_kept(policy, sinks, recent):
     assert policy(least, sinks=sinks, recent=recent).budget == least
 
 
-@pytest.mark.parametrize(("policy", "least"), [(A2SF, 36), (H2O, 36), (SnapKV, 36), (TOVA, 1), (StreamingLLM, 5)])
+@pytest.mark.parametrize(
+    ("policy", "least"), [(A2SF, 36), (H2O, 36), (Keyformer, 1), (SnapKV, 36), (TOVA, 1), (StreamingLLM, 5)]
+)
 def test_the_least_budget_of_the_defaults(policy, least):
     """With default settings, sinks and recent window set the least number of tokens."""
     assert policy(least).budget == least
@@ -126,12 +128,63 @@ def test_groups_that_are_none(policy, group):
         *[(lambda value=value: A2SF(0.5, epsilon=value), "epsilon") for value in (-1e-4, 2, None, True)],
         *[(lambda value=value: SnapKV(0.5, window=value), "window") for value in (0, -1, 1.5, True, None)],
         *[(lambda value=value: SnapKV(0.5, pooling=value), "pooling") for value in ("sum", None)],
+        *[(lambda value=value: Keyformer(0.5, tau_init=value), "tau_init") for value in (0, -1.0, math.nan, "1", True)],
+        *[(lambda value=value: Keyformer(0.5, tau_end=value), "tau_end") for value in (0, math.inf, None)],
+        *[(lambda value=value: Keyformer(0.5, noise=value), "noise") for value in (-0.1, math.nan, "1", False)],
+        *[
+            (lambda value=value: Keyformer(generation_length=value), "generation_length")
+            for value in (0, -1, 1.5, None)
+        ],
+        *[
+            (lambda value=value: Keyformer(0.5, frozen_keys=value), "frozen_keys")
+            for value in ("yes", "false", 1, None)
+        ],
     ],
 )
 def test_settings_of_one_policy(make, named):
     """Each policy checks its own settings, and names the one that is wrong."""
     with pytest.raises(PolicyError, match=named):
         make()
+
+
+@pytest.mark.parametrize("make", [ZipCache, KIVI], ids=lambda policy: policy.__name__)
+@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 4.0, True, None, "4", [4]], ids=repr)
+def test_bits_that_are_none(make, bits):
+    """Codes have 2, 3, 4 or 8 bits; the message shows what was given instead."""
+    for name in ("high_bits", "low_bits") if make is ZipCache else ("bits",):
+        with pytest.raises(PolicyError, match=rf"{name}={re.escape(repr(bits))}.*choose 2, 3, 4 or 8"):
+            make(**{name: bits})
+
+
+WRONG_SHARES = [-0.1, 1.5, math.nan, math.inf, "0.5", True, None]
+PACKING = [
+    *[(ZipCache, name, value, "from 0 to 1") for name in ("salient", "probe_recent", "probe_random")
+      for value in WRONG_SHARES],
+    *[(ZipCache, name, value, "at least 1") for name in ("buffer", "group_size") for value in (0, -1, 1.5, "8", True)],
+    *[(ZipCache, "kernel_size", value, "at least 1") for value in (0, -1, 1.5, None)],
+    *[(ZipCache, "kernel_size", value, f"write {value + 1}") for value in (2, 4)],
+    *[(ZipCache, "normalizer", value, '"probes" or "official"') for value in ("sum", "", None, 1)],
+    *[(ZipCache, "group", value, '"mean" or "max"') for value in ("sum", "", None, 1)],
+    *[(ZipCache, "seed", value, "at least 0") for value in (-1, 1.5, None)],
+    *[(KIVI, "group_size", value, "at least 1") for value in (0, -1, 1.5, "8", None)],
+    *[(KIVI, "residual", value, "at least 0") for value in (-1, 1.5, "8", None)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "name", "value", "instead"), PACKING)
+def test_settings_of_policies_that_pack(policy, name, value, instead):
+    """Every setting is checked when a policy is made; the message names it, shows the value and says what it takes."""
+    with pytest.raises(PolicyError, match=rf"{name}.*{instead}") as error:
+        policy(**{name: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(("high", "low"), [(2, 4), (3, 8), (4, 8), (2, 3)])
+def test_low_bits_above_the_high_ones(high, low):
+    """Salient tokens get the high bits: the other way round is refused, and as many for all is fine."""
+    with pytest.raises(PolicyError, match=f"high_bits={high} is below low_bits={low}.*exchange them"):
+        ZipCache(high_bits=high, low_bits=low)
+    assert ZipCache(high_bits=low, low_bits=low).low_bits == low
 
 
 @evicting
@@ -144,9 +197,17 @@ def test_settings_cannot_be_changed_afterwards(policy):
     assert hash(made) == hash(policy(0.5))
 
 
-@pytest.mark.parametrize("decision", [{}, {"keep": torch.zeros(1, 1, 1), "evict": torch.zeros(1, 1, 1)}])
-def test_a_decision_is_one_of_two(decision):
-    """A decision names the slots to keep or those to evict."""
+@pytest.mark.parametrize(
+    "decision",
+    [
+        {},
+        {"keep": torch.zeros(1, 1, 1), "evict": torch.zeros(1, 1, 1)},
+        {"keep": torch.zeros(1, 1, 1), "quantize": ()},
+        {"evict": torch.zeros(1, 1, 1), "quantize": ()},
+    ],
+)
+def test_a_decision_is_one_of_three(decision):
+    """A decision names the slots to keep, those to evict, or those to quantize."""
     with pytest.raises(PolicyError, match="one of"):
         Decision(**decision)
 
@@ -182,6 +243,47 @@ def test_what_is_no_policy(policy):
 def test_a_chain_is_made_of_policies(links):
     with pytest.raises(PolicyError, match="chain"):
         Chain(links)
+
+
+TWO_PACK = "{} and {} cannot both quantize the cache.*Keep one of them"
+LATE = r"{0} \| {1} would quantize tokens that {1} is about to drop.*write {1}\(\.\.\.\) \| {0}\(\.\.\.\)"
+REFUSED = [
+    (lambda: ZipCache() | KIVI(), TWO_PACK.format("ZipCache", "KIVI")),
+    (lambda: KIVI() | ZipCache(), TWO_PACK.format("KIVI", "ZipCache")),
+    (lambda: A2SF(0.5) | (ZipCache() | Full() | ZipCache(0.4)), TWO_PACK.format("ZipCache", "ZipCache")),
+    (lambda: ZipCache() | A2SF(0.5), LATE.format("ZipCache", "A2SF")),
+    (lambda: KIVI() | Full() | H2O(0.5), LATE.format("KIVI", "H2O")),
+    (lambda: (A2SF(0.5) | KIVI()) | (Full() | TOVA(0.2)), LATE.format("KIVI", "TOVA")),
+    (lambda: Chain((ZipCache(), Keyformer(0.5))), LATE.format("ZipCache", "Keyformer")),
+    (lambda: parse("zipcache | kivi"), TWO_PACK.format("ZipCache", "KIVI")),
+    (lambda: parse("zipcache:salient=0.4 | a2sf:budget=0.5"), LATE.format("ZipCache", "A2SF")),
+    (lambda: parse("h2o:budget=0.5 | kivi:bits=4 | snapkv:budget=0.2"), LATE.format("KIVI", "SnapKV")),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED)
+def test_orders_without_meaning(make, reason):
+    """Tokens are dropped before others are packed, and packed once: any other order is refused, and says why."""
+    with pytest.raises(PolicyError, match=reason):
+        make()
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        A2SF(0.5) | ZipCache(),
+        Keyformer(0.5) | KIVI(4),
+        A2SF(0.5) | SnapKV(0.3, window=8) | ZipCache(),
+        KIVI() | Full(),
+        Full() | ZipCache() | Full(),
+    ],
+    ids=str,
+)
+def test_orders_with_a_meaning(chain):
+    """Links that drop come first; those that keep everything may stand anywhere."""
+    assert chain.codecs
+    assert chain.evicts == any(link.evicts for link in chain.links)
+    assert chain.buffer == sum(link.buffer for link in chain.links)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import PrunedCache
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
 NEW = 12
@@ -18,14 +18,21 @@ FULL_BUDGET = {
     "full": Full(),
     "a2sf": A2SF(ROOM),
     "h2o": H2O(ROOM),
+    "keyformer": Keyformer(ROOM),
     "snapkv": SnapKV(ROOM, window=8, interval=1),
     "tova": TOVA(ROOM),
     "streaming": StreamingLLM(ROOM),
 }
 EVICTING = {
     "a2sf": A2SF(24, sinks=2, recent=8),
+    "keyformer": Keyformer(24, sinks=2, recent=8),
     "snapkv": SnapKV(24, window=8, interval=1),
     "tova": TOVA(24),
+}
+PACKING = {
+    "zipcache": ZipCache(buffer=5),
+    "kivi": KIVI(group_size=4, residual=8),
+    "a2sf-zipcache": A2SF(24, sinks=2, recent=8) | ZipCache(buffer=5),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing to prune")
 
@@ -124,6 +131,27 @@ def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy,
         kept = (cache.kept_positions(layer) >= 0).sum(-1)
         # The first prompt and the 19 tokens that were fed back after it are 29: more than the budget, too.
         assert kept.tolist() == [[policy.budget] * kept.shape[1]] * 3 * num_beams
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", PACKING)
+def test_packed_rows_run_with_exact_sizes_and_finite_logits(family, name, num_beams):
+    """The same with rows that are packed; those of the newest tokens wait in full precision."""
+    batch = left_padded([10, 50, 37], seed=2)
+    cache = PrunedCache(family.model, PACKING[name])
+    out = generate(
+        family.model, batch, 20, past_key_values=cache, num_beams=num_beams, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert all(logits.isfinite().all() for logits in out.logits)
+    assert cache.seen_tokens == 69
+    for layer in cache.pruned_layers:
+        table = cache.layers[layer].table
+        kept = (cache.kept_positions(layer) >= 0).sum(-1)
+        sizes = [24] * 3 if name == "a2sf-zipcache" else [29, 69, 56]
+        assert kept.tolist() == [[size] * kept.shape[1] for size in sizes for _ in range(num_beams)]
+        assert 0 < table.length - table.packed_length <= PACKING[name].buffer
+        assert table.kv_nbytes < table.length * table.kv_token_bytes
 
 
 def test_hybrid_models_are_pruned_where_attention_is_full(family):

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import Eviction, Policy, Step, TokenTable
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
 
@@ -46,6 +46,9 @@ class Setup:
     sinks: int
     recent: Callable[[int], int] = lambda capacity: 1
     interval: int = 1
+    evicts: bool = True
+    holes: int = 0
+    """Slots that packed rows, which cannot be overwritten, may leave empty, and room for the next tokens."""
 
     @property
     def least(self) -> int:
@@ -54,12 +57,15 @@ class Setup:
 
     def capacity(self, budget: int | float, tokens: int) -> int:
         """Rows that a prompt of so many tokens leaves at most. Fractions are of twentieths, and round up."""
+        if not self.evicts:
+            return ROOM
         return budget if isinstance(budget, int) else max(self.least, -(-round(budget * 20) * tokens // 20))
 
 
 SETUPS = {
     "a2sf": Setup(lambda b: A2SF(b, sinks=2, recent=3, forgetting_factor=0.9), 2, lambda capacity: 3),
     "h2o": Setup(lambda b: H2O(b, sinks=2, recent=3), 2, lambda capacity: 3),
+    "keyformer": Setup(lambda b: Keyformer(b, sinks=2, recent=3, generation_length=8), 2, lambda capacity: 3),
     "snapkv": Setup(lambda b: SnapKV(b, sinks=2, window=4, kernel_size=3, interval=1), 2, lambda capacity: 4),
     "tova": Setup(lambda b: TOVA(b), 0),
     "streaming": Setup(lambda b: StreamingLLM(b, sinks=3), 3),
@@ -78,14 +84,25 @@ SETUPS = {
         lambda capacity: 4,
     ),
 }
+# These change what rows hold, so what is said about exact keys, values and logits is not said of them.
+PACKING = {
+    "zipcache": Setup(lambda b: ZipCache(buffer=4), ROOM, evicts=False),
+    "kivi": Setup(lambda b: KIVI(group_size=4, residual=4), ROOM, evicts=False),
+    "a2sf-zipcache": Setup(lambda b: A2SF(b, sinks=2, recent=3) | ZipCache(buffer=4), 2, lambda capacity: 3, holes=40),
+    "keyformer-kivi": Setup(
+        lambda b: Keyformer(b, sinks=2, recent=3) | KIVI(group_size=4, residual=2), 2, lambda capacity: 3, holes=40
+    ),
+}
 
 
 def each(*names: str) -> pytest.MarkDecorator:
     """Run a test with each of these setups."""
-    return pytest.mark.parametrize("setup", [SETUPS[name] for name in names], ids=names)
+    return pytest.mark.parametrize("setup", [{**SETUPS, **PACKING}[name] for name in names], ids=names)
 
 
-setups = each(*SETUPS)
+exact_setups = each(*SETUPS)
+setups = each(*SETUPS, *PACKING)
+evicting_setups = each(*SETUPS, "a2sf-zipcache", "keyformer-kivi")
 
 prompt_lengths = st.integers(1, 40)
 batches = st.lists(prompt_lengths, min_size=1, max_size=3)
@@ -170,6 +187,13 @@ def test_chunks_give_the_scores_of_one_piece(setup, chunks, shorter, seed):
     assert_chunks_do_not_matter(setup.make(ROOM), chunks, shorter, seed)
 
 
+@each("keyformer")
+@given(chunks=st.lists(st.integers(2, 15), min_size=1, max_size=5), shorter=st.integers(0, 30), seed=seeds)
+def test_chunks_of_several_tokens_give_the_scores_of_one_piece(setup, chunks, shorter, seed):
+    """The same, where a chunk of a single token would pass for a generated one, at another temperature."""
+    assert_chunks_do_not_matter(setup.make(ROOM), chunks, shorter, seed)
+
+
 @pytest.mark.parametrize("policy", [A2SF(ROOM, group="max"), H2O(ROOM, group="max")], ids=["a2sf", "h2o"])
 @given(chunks=st.lists(st.integers(1, 15), min_size=1, max_size=5), seed=seeds)
 def test_chunks_give_the_scores_of_one_piece_by_the_most_attentive_head(policy, chunks, seed):
@@ -239,14 +263,14 @@ def assert_sinks_and_recent(setup: Setup, pruned: PrunedCache, row: int, tokens:
     assert all(always <= set(head) for layer in kept_everywhere(pruned, row) for head in layer)
 
 
-@setups
+@evicting_setups
 @given(length=prompt_lengths, budget=token_budgets)
 def test_size_is_bounded_for_any_length(setup, length, budget):
-    """However long a model generates, the table has at most room for two intervals beside the budget."""
+    """However long a model generates, the table has beside the budget room for two intervals and a few holes."""
     pruned = PrunedCache(model(), setup.make(budget))
     generate(model(), left_padded([length]), 80, past_key_values=pruned)
     for layer in pruned.pruned_layers:
-        assert pruned.layers[layer].table.capacity < max(budget, length) + 2 * setup.interval
+        assert pruned.layers[layer].table.capacity < max(budget, length) + 2 * setup.interval + setup.holes
         if length + 79 - setup.interval >= budget:
             assert budget <= pruned.kept_positions(layer).shape[2] < budget + setup.interval
 
@@ -254,6 +278,7 @@ def test_size_is_bounded_for_any_length(setup, length, budget):
 BYTES = {
     "a2sf": lambda b: A2SF(b, sinks=2, recent=3),
     "interval": lambda b: A2SF(b, sinks=2, recent=3, interval=4),
+    "keyformer": lambda b: Keyformer(b, sinks=2, recent=3),
     "snapkv": lambda b: SnapKV(b, sinks=2, window=4, interval=1),
     "tova": lambda b: TOVA(b),
     "chain": lambda b: H2O(b, sinks=2, recent=3) | StreamingLLM(b),
@@ -284,7 +309,7 @@ def test_generated_tokens_have_the_positions_that_follow(setup, lengths, budget)
 # -- attention -----------------------------------------------------------------------------------------------------
 
 
-@setups
+@exact_setups
 @given(length=st.integers(10, 40), budget=budgets, new=st.integers(1, 4), seed=seeds)
 def test_attention_is_exact_over_the_kept_rows(setup, length, budget, new, seed):
     """After an eviction, logits are those of a stock model whose mask hides just the evicted keys of each head."""
@@ -303,7 +328,7 @@ def test_attention_is_exact_over_the_kept_rows(setup, length, budget, new, seed)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
-@setups
+@exact_setups
 @given(length=prompt_lengths, budget=budgets, seed=seeds)
 def test_rows_hold_the_keys_and_values_of_their_positions(setup, length, budget, seed):
     """However rows were moved and overwritten, each has the key and the value that the stock cache has there."""
@@ -339,7 +364,7 @@ def poisoned(policy: Eviction, value: float, positions: list[int]) -> Eviction:
     return Poisoned(**{field.name: getattr(policy, field.name) for field in fields(policy)})
 
 
-@each("a2sf", "h2o", "snapkv", "tova", "streaming", "pooled")
+@each("a2sf", "h2o", "keyformer", "snapkv", "tova", "streaming", "pooled")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @given(lengths=batches, budget=budgets, positions=st.lists(st.integers(0, 45), max_size=45), seed=seeds)
 def test_no_number_in_a_score_evicts_what_is_always_kept(setup, value, lengths, budget, positions, seed):

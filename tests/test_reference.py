@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvprune import Policy, Scoring
 from kvprune.layer import PrunedLayer
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, TOVA, Keyformer, SnapKV, StreamingLLM
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}
 ROOM = 10_000
@@ -55,6 +55,7 @@ class Pair:
 TWINS = {
     "a2sf": Twins(A2SF, reference.A2SF, exact=(("epsilon", 0.0),)),
     "h2o": Twins(H2O, reference.H2O),
+    "keyformer": Twins(Keyformer, reference.Keyformer),
     "snapkv": Twins(SnapKV, reference.SnapKV),
     "tova": Twins(TOVA, reference.TOVA),
     "streaming": Twins(StreamingLLM, reference.StreamingLLM),
@@ -141,6 +142,7 @@ def snapkv(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+temperatures = st.sampled_from([0.5, 1.0, 2.5])
 SETTINGS = {
     "a2sf": eviction(
         forgetting_factor=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.3, 0.99)),
@@ -149,6 +151,17 @@ SETTINGS = {
         group=groups,
     ),
     "h2o": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals), group=groups),
+    "keyformer": eviction(
+        tau_init=temperatures,
+        tau_end=temperatures,
+        generation_length=st.integers(1, 10),
+        noise=st.sampled_from([0, 1]),
+        seed=st.integers(0, 2**40),
+        frozen_keys=st.booleans(),
+        kernel_size=kernels,
+        interval=st.one_of(st.none(), intervals),
+        group=groups,
+    ),
     "snapkv": snapkv(),
     "tova": eviction(interval=intervals, kernel_size=kernels, group=groups),
     "streaming": st.integers(0, 4).flatmap(

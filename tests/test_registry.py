@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies, registry
-from kvprune.policies import A2SF, H2O, TOVA, Full, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 BUILT_IN = {
     "a2sf": A2SF,
     "full": Full,
     "h2o": H2O,
+    "keyformer": Keyformer,
+    "kivi": KIVI,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
+    "zipcache": ZipCache,
 }
 each_policy = pytest.mark.parametrize("name", BUILT_IN)
 
@@ -118,6 +121,12 @@ def test_bad_settings_are_the_policys_own_errors():
         ("a2sf:forgetting_factor=1e-1", A2SF(forgetting_factor=0.1)),
         ("a2sf:budget=0.5 | streaming_llm:sinks=2", A2SF(0.5) | StreamingLLM(sinks=2)),
         ("h2o|tova|full", H2O() | TOVA() | Full()),
+        ("keyformer:noise=0,tau_end=1", Keyformer(noise=0, tau_end=1)),
+        ("keyformer:frozen_keys=true", Keyformer(frozen_keys=True)),
+        ("keyformer:frozen_keys=False", Keyformer()),
+        ("a2sf | zipcache:salient=0.4,high_bits=8", A2SF() | ZipCache(0.4, high_bits=8)),
+        ("zipcache:normalizer=official,group_size=none", ZipCache(normalizer="official")),
+        ("kivi:bits=4,residual=0", KIVI(4, residual=0)),
     ],
 )
 def test_text_is_read(text, policy):
@@ -131,6 +140,7 @@ def test_text_is_read(text, policy):
         *("", "|", "a2sf|", "| a2sf", "a2sf || h2o", "nothing", "a2sf:", "a2sf:budget", "a2sf:budget=", "a2sf:=0.5"),
         *("a2sf:budget=0.5,", "a2sf:gamma=0.9", "a2sf:sinks=x", "a2sf:budget=x", "a2sf budget=0.5", "full:budget=1"),
         *("a2sf:budget=nan", "a2sf:recent=inf", "a2sf:kernel_size=2", "a2sf:budget=0.5;sinks=2", "a2sf:budget=0x10"),
+        *("a2sf:sinks=true", "keyformer:frozen_keys=yes", "keyformer:frozen_keys=1", "kivi:bits=4.0", "kivi:bits=5"),
     ],
 )
 def test_text_that_cannot_be_read(text):
@@ -158,7 +168,7 @@ def test_defaults_go_where_they_fit():
 def test_a_policy_prints_as_it_is_made(name):
     """str() shows the class, the first setting, and those that are not at their defaults."""
     assert str(policies.get(name)).startswith(BUILT_IN[name].__name__ + "(")
-    if name != "full":
+    if issubclass(BUILT_IN[name], Eviction):
         assert str(policies.get(name, budget=64, sinks=0, recent=1)).startswith(f"{BUILT_IN[name].__name__}(budget=64")
 
 
@@ -214,7 +224,22 @@ def test_policies_of_other_packages_are_found_by_entry_point():
 def test_the_core_imports_no_policy():
     """Policies and integrations import the core; the core imports neither."""
     core = Path(kvprune.__file__).parent
-    for name in ("policy", "eviction", "table", "mass", "layer", "cache", "attention", "budget", "registry", "report"):
+    for name in (
+        "policy",
+        "eviction",
+        "table",
+        "mass",
+        "layer",
+        "cache",
+        "attention",
+        "budget",
+        "registry",
+        "report",
+        "noise",
+        "quantize",
+        "packed",
+        "queries",
+    ):
         for node in ast.walk(ast.parse((core / f"{name}.py").read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
