@@ -248,3 +248,14 @@ def share(fraction: float, count: Any, least: int = 0) -> Any:
         part = torch.ceil(count.double() * fraction - 1e-6).long().clamp(min=least)  # float32 rounds 0.6 * 85 up to 52
         return torch.minimum(part, count)
     return min(count, max(least, math.ceil(count * fraction - 1e-6)))
+
+
+def in_order(slots: Tensor, positions: Tensor, first: int = 0) -> Tensor:
+    """Slots `[B, Hkv, R]` in the order of their positions, -1 last, all of them moved up by `first`.
+
+    positions: of the rows that the slots count, `[B, Hkv, rows]`.
+    """
+    last = torch.iinfo(torch.int32).max
+    order = positions.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, last).argsort(dim=-1)
+    slots = slots.gather(2, order)
+    return torch.where(slots < 0, slots, slots + first)

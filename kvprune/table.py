@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import CacheError
-from kvprune.quantize import Codec, PackedRows
+from kvprune.packed_rows import PackedRows
+from kvprune.quantize import Codec
 
 EMPTY = -1
 # Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.

@@ -8,8 +8,8 @@ import torch
 
 from kvprune.errors import PolicyError
 from kvprune.eviction import check_count
-from kvprune.policy import Decision, Policy, Step
-from kvprune.quantize import Codec, in_order, is_width
+from kvprune.policy import Decision, Policy, Step, in_order
+from kvprune.quantize import Codec, is_width
 from kvprune.table import EMPTY, TokenTable
 
 

@@ -11,8 +11,8 @@ from kvprune.errors import PolicyError
 from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool, ranked
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
-from kvprune.policy import Decision, Policy, Step, share
-from kvprune.quantize import Codec, in_order, is_width
+from kvprune.policy import Decision, Policy, Step, in_order, share
+from kvprune.quantize import Codec, is_width
 from kvprune.table import EMPTY, TokenTable
 
 _UNSIGNED = 0xFFFFFFFF

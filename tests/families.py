@@ -200,7 +200,7 @@ def rows(cache: PrunedCache, layer: int, row: int = 0) -> dict[str, Tensor]:
 def decoded(table: TokenTable) -> dict[str, Tensor]:
     """Every column of a table, `[B, Hkv, length, ...]`, with packed rows decoded."""
     first, loose = table.packed_length, slice(0, table.length - table.packed_length)
-    tiers = [(tier.keys(slice(0, len(tier))), tier.values(slice(0, len(tier)))) for tier in table.packed]
+    tiers = [tier.decoded() for tier in table.packed]
     keys, values = zip(*tiers, (table.keys.float(), table.values.float()), strict=True)
     bits = [torch.full((len(tier),), tier.codec.bits) for tier in table.packed] + [torch.zeros(loose.stop)]
     columns = {"keys": torch.cat(keys, dim=2), "values": torch.cat(values, dim=2), "positions": table.positions}

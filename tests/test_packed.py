@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import RowWeights, Scoring, TokenTable, attention_mass, mass, packed, quantize
+from kvprune import RowWeights, Scoring, TokenTable, attention_mass, mass, packed, packed_rows
 from kvprune.attention import positional_attention
 from kvprune.noise import Gumbel
 from kvprune.quantize import Codec
@@ -39,7 +39,7 @@ class Case:
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows."""
-        tiers = [(tier.keys(slice(0, len(tier))), tier.values(slice(0, len(tier)))) for tier in self.table.packed]
+        tiers = [tier.decoded() for tier in self.table.packed]
         tiers.append((self.table.keys.float(), self.table.values.float()))
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*tiers, strict=True))
         return keys, values
@@ -154,7 +154,7 @@ def cases(draw: st.DrawFn, *, most_queries: int = 6, padding: bool = True, sinks
 def small_blocks(size: int):
     """Blocks of so many bytes, of decoded rows and of logits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(quantize._BLOCK_BYTES, "cpu", size)
+        patch.setitem(packed_rows._BLOCK_BYTES, "cpu", size)
         patch.setitem(mass._BLOCK_BYTES, "cpu", size)
         yield
 

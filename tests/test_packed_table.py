@@ -19,7 +19,8 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from kvprune import TokenTable, table
-from kvprune.quantize import Codec, PackedRows
+from kvprune.packed_rows import PackedRows
+from kvprune.quantize import Codec
 
 HEAD_DIM, VALUE_DIM = 5, 3
 CODECS = [Codec(2), Codec(4, separable=True), Codec(3, tokens=4, channels=2), Codec(8, tokens=2, separable=True)]
@@ -43,7 +44,7 @@ Head = dict[int, Row]
 
 def read(table: TokenTable) -> list[list[Head]]:
     """All rows of a table, decoded."""
-    tiers = [(tier.keys(slice(0, len(tier))), tier.values(slice(0, len(tier)))) for tier in table.packed]
+    tiers = [tier.decoded() for tier in table.packed]
     tiers.append((table.keys, table.values))
     keys, values = (torch.cat(parts, dim=2).tolist() for parts in zip(*tiers, strict=True))
     codecs = [tier.codec for tier in table.packed for _ in range(len(tier))]
@@ -74,7 +75,7 @@ def packed(rows: Head, codec: Codec) -> Head:
     keys = torch.tensor([row.key for row in held])[None, None]
     values = torch.tensor([row.value for row in held])[None, None]
     alone = PackedRows.encode(codec, keys, values)
-    decoded = alone.keys(slice(0, len(held))), alone.values(slice(0, len(held)))
+    decoded = alone.decoded()
     return {
         position: replace(row, key=tuple(key), value=tuple(value), codec=codec, saliency=0.0)
         for position, row, key, value in zip(

@@ -12,8 +12,9 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import PolicyError, quantize
-from kvprune.quantize import BITS, Codec, PackedRows, pack, packed_bytes, unpack
+from kvprune import PolicyError, packed_rows
+from kvprune.packed_rows import PackedRows
+from kvprune.quantize import BITS, Codec, pack, packed_bytes, unpack
 
 thorough = profile(max_examples=6 * profile.default.max_examples)
 
@@ -65,11 +66,6 @@ def draw(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> tuple[T
 def codes_of(packed: PackedRows, name: str) -> Tensor:
     dim = packed.key_dim if name == "key" else packed.value_dim
     return unpack(packed.tensors[f"{name}_codes"], packed.codec.bits, dim)
-
-
-def decoded(packed: PackedRows) -> tuple[Tensor, Tensor]:
-    everything = slice(0, len(packed))
-    return packed.keys(everything), packed.values(everything)
 
 
 def blocks_of(codec: Codec, rows: int) -> list[slice]:
@@ -130,7 +126,7 @@ def test_codes_and_parameters_are_those_of_the_formulas(shape, codec, kind, seed
     """Bit for bit: channels of keys over blocks of tokens, values by token over groups of channels."""
     keys, values = draw(shape, kind, seed)
     packed = PackedRows.encode(codec, keys, values)
-    found_keys, found_values = decoded(packed)
+    found_keys, found_values = packed.decoded()
     value_dim = shape[4]
     for sequence in range(shape[0]):
         for head in range(shape[1]):
@@ -176,7 +172,7 @@ def test_no_element_is_off_by_more_than_half_a_step(shape, codec, kind, seed):
     """|x - x^| is at most scale / 2 for keys and values, c_j * scale / 2 for channel-separable values."""
     originals = draw(shape, kind, seed)
     packed = PackedRows.encode(codec, *originals)
-    for original, found, step in zip(originals, decoded(packed), steps_of(packed), strict=True):
+    for original, found, step in zip(originals, packed.decoded(), steps_of(packed), strict=True):
         assert found.isfinite().all()
         within = original.clamp(-LARGEST, LARGEST)
         # Arithmetic is float32; a channel scale is rounded to float16 before it divides, so it costs nothing.
@@ -204,7 +200,7 @@ def test_more_bits_are_no_worse(separable, kind, seed):
     before = None
     for bits in BITS:
         packed = PackedRows.encode(Codec(bits, separable=separable), *originals)
-        errors = [(a - b).abs().mean().item() for a, b in zip(originals, decoded(packed), strict=True)]
+        errors = [(a - b).abs().mean().item() for a, b in zip(originals, packed.decoded(), strict=True)]
         if before is not None:
             assert all(now < then for now, then in zip(errors, before, strict=True))
         before = errors
@@ -216,7 +212,7 @@ def test_dividing_channels_helps_where_one_is_an_outlier():
     errors = {}
     for separable in (False, True):
         packed = PackedRows.encode(Codec(4, separable=separable), keys, values)
-        errors[separable] = (values - decoded(packed)[1])[..., 1:].abs().mean()
+        errors[separable] = (values - packed.decoded()[1])[..., 1:].abs().mean()
     assert errors[True] < errors[False] / 2
 
 
@@ -226,7 +222,7 @@ def test_what_does_not_vary_is_kept_but_for_float16(kind, shape, codec, seed):
     """Numbers that share a value come back as that value, to the precision of float16."""
     keys, values = draw(shape, kind, seed)
     packed = PackedRows.encode(codec, keys, values)
-    found_keys, found_values = decoded(packed)
+    found_keys, found_values = packed.decoded()
     if kind != "constant rows":
         torch.testing.assert_close(found_keys, keys, atol=1e-6, rtol=2e-3)
     if kind != "constant channels" and not codec.separable:
@@ -246,7 +242,7 @@ def test_numbers_that_are_none_stay_finite(shape, codec, seed, data):
             tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = value
         replaced.append(tensor.nan_to_num(nan=0.0, posinf=LARGEST, neginf=-LARGEST))
     packed, same = PackedRows.encode(codec, *originals), PackedRows.encode(codec, *replaced)
-    assert all(tensor.isfinite().all() for tensor in (*decoded(packed), *packed.tensors.values()))
+    assert all(tensor.isfinite().all() for tensor in (*packed.decoded(), *packed.tensors.values()))
     for name, tensor in same.tensors.items():
         assert torch.equal(packed.tensors[name], tensor)
 
@@ -326,7 +322,7 @@ def test_empty_rows_influence_nothing(shape, codec, seed, garbage):
     for name, tensor in packed.tensors.items():
         rows = slice(None) if name in ("key_scale", "key_zero_point", "channel_scale") else ~empty
         assert torch.equal(other.tensors[name][rows], tensor[rows])
-    assert all(tensor.isfinite().all() for tensor in decoded(other))
+    assert all(tensor.isfinite().all() for tensor in other.decoded())
 
 
 @thorough
@@ -339,7 +335,7 @@ def test_empty_rows_are_as_if_they_were_not_there(shape, codec, seed):
     filled[0] = True
     packed = PackedRows.encode(codec, keys, values, ~filled[None, None])
     alone = PackedRows.encode(codec, keys[:, :, filled], values[:, :, filled])
-    for mine, theirs in zip(decoded(packed), decoded(alone), strict=True):
+    for mine, theirs in zip(packed.decoded(), alone.decoded(), strict=True):
         assert torch.equal(mine[:, :, filled], theirs)
 
 
@@ -349,11 +345,11 @@ def test_values_by_token_do_not_depend_on_who_is_packed_with_them(shape, codec, 
     codec = replace(codec, separable=False)
     keys, values = draw(shape, seed=seed)
     first = torch.tensor(data.draw(st.lists(st.booleans(), min_size=shape[2], max_size=shape[2])))
-    together = decoded(PackedRows.encode(codec, keys, values))[1]
+    together = PackedRows.encode(codec, keys, values).decoded()[1]
     for some in (first, ~first):
         if some.any():
             apart = PackedRows.encode(codec, keys[:, :, some], values[:, :, some])
-            assert torch.equal(decoded(apart)[1], together[:, :, some])
+            assert torch.equal(apart.decoded()[1], together[:, :, some])
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -366,12 +362,12 @@ def test_rows_that_are_appended_leave_the_others(shape, codec, sizes, seed):
     packed, expected = None, []
     for number, size in enumerate(sizes):
         new = PackedRows.encode(codec, *draw((*shape[:2], size, *shape[3:]), seed=seed + number))
-        expected.append(decoded(new))
+        expected.append(new.decoded())
         if packed is None:
             packed = new
         else:
             packed.append(new)
-    for found, parts in zip(decoded(packed), zip(*expected, strict=True), strict=True):
+    for found, parts in zip(packed.decoded(), zip(*expected, strict=True), strict=True):
         assert torch.equal(found, torch.cat(parts, dim=2))
 
 
@@ -381,14 +377,14 @@ def test_rows_of_very_many_blocks(more):
     parts = [draw((1, 1, count, 2, 2), seed=count) for count in (200, more)]
     codec = Codec(8, tokens=1, separable=True)
     packed, new = (PackedRows.encode(codec, *part) for part in parts)
-    expected = [torch.cat(both, dim=2) for both in zip(decoded(packed), decoded(new), strict=True)]
+    expected = [torch.cat(both, dim=2) for both in zip(packed.decoded(), new.decoded(), strict=True)]
     packed.append(new)
     assert packed.blocks == 200 + more
-    assert all(torch.equal(found, then) for found, then in zip(decoded(packed), expected, strict=True))
+    assert all(torch.equal(found, then) for found, then in zip(packed.decoded(), expected, strict=True))
     last = torch.arange(150, 201)[None, None]
     packed.keep(last, torch.zeros_like(last, dtype=torch.bool))
     assert packed.tensors["block"].dtype == torch.uint8
-    assert all(torch.equal(found, then[:, :, 150:201]) for found, then in zip(decoded(packed), expected, strict=True))
+    assert all(torch.equal(found, then[:, :, 150:201]) for found, then in zip(packed.decoded(), expected, strict=True))
 
 
 @thorough
@@ -398,7 +394,7 @@ def test_rows_that_are_kept_decode_as_before(shape, codec, seed, data):
     batch, heads, count = shape[:3]
     packed = PackedRows.encode(codec, *draw(shape, seed=seed))
     packed.append(PackedRows.encode(codec, *draw(shape, seed=seed + 1)))
-    before = decoded(packed)
+    before = packed.decoded()
     stay = data.draw(st.integers(1, 2 * count))
     random = torch.Generator().manual_seed(seed)
     rows = torch.stack([torch.randperm(2 * count, generator=random)[:stay] for _ in range(batch * heads)])
@@ -407,7 +403,7 @@ def test_rows_that_are_kept_decode_as_before(shape, codec, seed, data):
     empty[0, 0, 0] = False
     blocks = set(packed.tensors["block"].gather(2, rows)[~empty].tolist())
     packed.keep(rows, empty)
-    for found, then in zip(decoded(packed), before, strict=True):
+    for found, then in zip(packed.decoded(), before, strict=True):
         assert torch.equal(found[~empty], then.gather(2, rows[..., None].expand(-1, -1, -1, then.shape[3]))[~empty])
     assert packed.blocks == len(blocks)
 
@@ -433,28 +429,45 @@ def test_bytes_are_those_that_a_codec_foretells(shape, codec, appended, seed):
 def test_sequences_are_selected_and_copied(shape, codec, seed, data):
     """Selected sequences, repeated or not, and clones decode as before and share nothing."""
     packed = PackedRows.encode(codec, *draw(shape, seed=seed))
-    before = decoded(packed)
+    before = packed.decoded()
     index = data.draw(st.lists(st.integers(0, shape[0] - 1), min_size=1, max_size=4))
     selected, clone = packed.select_batch(torch.tensor(index)), packed.clone()
     for tensor in packed.tensors.values():
         tensor.zero_()
-    assert all(torch.equal(found, then[index]) for found, then in zip(decoded(selected), before, strict=True))
-    assert all(torch.equal(found, then) for found, then in zip(decoded(clone), before, strict=True))
+    assert all(torch.equal(found, then[index]) for found, then in zip(selected.decoded(), before, strict=True))
+    assert all(torch.equal(found, then) for found, then in zip(clone.decoded(), before, strict=True))
+
+
+def some_of(packed: PackedRows, share: float, random: torch.Generator) -> Tensor:
+    """Rows to keep, in order, as many of every head."""
+    count = max(1, round(share * len(packed)))
+    order = torch.rand(packed.tensors["key_codes"].shape[:3], generator=random).argsort(-1)
+    return order[:, :, :count].sort(-1).values
 
 
 @thorough
-@given(shape=shapes, codec=codecs, block_bytes=st.integers(1, 400), seed=seeds)
-def test_products_with_rows_are_those_with_what_they_decode_to(shape, codec, block_bytes, seed):
-    """q.k and weighted sums of values, decoded a few rows at a time, are those of the decoded rows."""
-    packed = PackedRows.encode(codec, *draw(shape, seed=seed))
-    keys, values = decoded(packed)
+@given(
+    shape=shapes, more=st.lists(st.integers(1, 9), max_size=3), share=st.one_of(st.none(), st.floats(0, 1)),
+    codec=codecs, block_bytes=st.integers(1, 4000), seed=seeds,
+)  # fmt: skip
+def test_products_with_rows_are_those_with_what_they_decode_to(shape, more, share, codec, block_bytes, seed):
+    """Rows decoded a few at a time, q.k and weighted sums are those of all rows decoded by their block numbers."""
     random = torch.Generator().manual_seed(seed)
+    packed = PackedRows.encode(codec, *draw(shape, seed=seed))
+    for number, size in enumerate(more):
+        packed.append(PackedRows.encode(codec, *draw((*shape[:2], size, *shape[3:]), seed=seed + 1 + number)))
+    if share is not None:
+        kept = some_of(packed, share, random)
+        packed.keep(kept, torch.zeros(kept.shape, dtype=torch.bool))
+    keys, values = packed.decoded()
     queries = torch.randn(*shape[:2], 3, shape[3], generator=random)
-    weights = torch.rand(*shape[:3], generator=random)[:, :, None]
+    weights = torch.rand(*shape[:2], 3, len(packed), generator=random)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(quantize._BLOCK_BYTES, "cpu", block_bytes)
-        stretches = list(packed.slices())
-        assert [row for rows in stretches for row in range(rows.start, rows.stop)] == list(range(shape[2]))
+        patch.setitem(packed_rows._BLOCK_BYTES, "cpu", block_bytes)
+        rows = [range(one.rows.start, one.rows.stop) for one in packed.stretches()]
+        assert [row for some in rows for row in some] == list(range(len(packed)))
+        assert torch.equal(torch.cat([packed.keys(one) for one in packed.stretches()], dim=2), keys)
+        assert torch.equal(torch.cat([packed.values(one) for one in packed.stretches()], dim=2), values)
         products, sums = packed.dot_keys(queries), packed.sum_values(weights)
     torch.testing.assert_close(products, queries @ keys.transpose(2, 3), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(sums, weights @ values, atol=1e-4, rtol=1e-5)
