@@ -103,7 +103,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         low, high = packed.split([packed_bytes(count, 2), packed_bytes(count, 1)], dim=-1)
         return unpack(low, 2, count) | unpack(high, 1, count) << 2
     word, steps = _SPREAD[bits]
-    codes = packed.to(word)
+    codes = packed.to(word, memory_format=torch.contiguous_format)
     for shift, mask in steps:
         codes |= codes << shift
         codes &= mask
