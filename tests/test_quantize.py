@@ -158,12 +158,14 @@ def test_codes_and_parameters_are_those_of_the_formulas(shape, codec, kind, seed
 
 def steps_of(packed: PackedRows) -> tuple[Tensor, Tensor]:
     """The distance of two neighbouring codes, for each element of keys and values, from what is stored."""
-    everything = slice(0, len(packed))
-    keys = packed._of_rows("key_scale", everything).float()
-    values = packed._of_channels("value_scale", everything).float()
+    rows = packed.tensors["value_codes"].shape[:3]
+    block = packed.tensors.get("block", torch.zeros(rows, dtype=torch.uint8)).long()[..., None]
+    keys = packed.tensors["key_scale"].float().take_along_dim(block, dim=2)
+    values = packed.tensors["value_scale"].float().repeat_interleave(packed.codec.channels or packed.value_dim, dim=3)
+    values = values[..., : packed.value_dim]
     if packed.codec.separable:
-        values = values * packed._of_rows("channel_scale", everything)
-    return keys.expand(*values.shape[:3], -1), values.expand(*values.shape[:3], packed.value_dim)
+        values = values * packed.tensors["channel_scale"].float().take_along_dim(block, dim=2)
+    return keys, values
 
 
 @thorough
