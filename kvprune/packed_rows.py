@@ -73,7 +73,8 @@ class PackedRows:
             empty = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
 
         def in_blocks(rows: Tensor, filling: float) -> Tensor:
-            return F.pad(rows, (0, 0, 0, missing), value=filling).unflatten(2, (blocks, tokens))
+            rows = F.pad(rows, (0, 0, 0, missing), value=filling) if missing else rows
+            return rows.unflatten(2, (blocks, tokens))
 
         keys, values = in_blocks(_finite(keys), 0.0), in_blocks(_finite(values), 0.0)
         nothing = None if empty is None else in_blocks(empty[..., None], True)
@@ -85,10 +86,8 @@ class PackedRows:
             "key_zero_point": zero_point.squeeze(3),
         }
         if codec.separable:
-            largest = (values.abs() if nothing is None else values.abs().masked_fill(nothing, 0.0)).amax(
-                3, keepdim=True
-            )
-            channel_scale = largest.sqrt_().half()
+            sizes = values.abs() if nothing is None else values.abs().masked_fill_(nothing, 0.0)
+            channel_scale = sizes.amax(3, keepdim=True).sqrt_().half()
             channel_scale[channel_scale == 0] = 1.0
             values = values / channel_scale.float()
             tensors["channel_scale"] = channel_scale.squeeze(3)
@@ -157,6 +156,8 @@ class PackedRows:
 
         Parameters of blocks that no row belongs to any more are freed.
         """
+        if rows.shape[2] == len(self) and bool((rows == torch.arange(len(self), device=rows.device)).all()):
+            return
         for name, tensor in self.tensors.items():
             if name not in self._OF_BLOCKS:
                 index = rows if tensor.ndim == 3 else rows[..., None].expand(-1, -1, -1, tensor.shape[3])
