@@ -10,18 +10,14 @@ count: 60 % of the tokens at 4 bits and the rest at 2 are 3.2 bits, 5.0x.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from output import save, table
 from rich.console import Console
-from rich.table import Table
 
 from kvprune import Scoring
-from kvprune.demo.show import machine
 from kvprune.layer import PrunedLayer
 from kvprune.registry import parse
 
@@ -61,17 +57,15 @@ def main() -> None:
         for policy in arguments.policies
     ]
     names = [name for name in rows[0] if name not in ("policy", "tokens", "head_dim")]
-    table = Table(title=f"times smaller than 16 bits a number, {arguments.tokens:,} tokens", title_justify="left")
-    table.add_column("policy", no_wrap=True)
-    for heading in ("head dim", *(name.replace("_", " ") for name in names)):
-        table.add_column(heading, justify="right")
+    shown = table(
+        f"times smaller than 16 bits a number, {arguments.tokens:,} tokens",
+        "and in codes alone",
+        "policy", "head dim", *(name.replace("_", " ").removesuffix(" alone") for name in names),
+    )  # fmt: skip
     for row in rows:
-        table.add_row(row["policy"], str(row["head_dim"]), *(f"{row[name]:.2f}x" for name in names))
-    Console().print(table)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        command = "python bench/compression.py " + shlex.join(sys.argv[1:])
-        arguments.out.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        shown.add_row(row["policy"], str(row["head_dim"]), *(f"{row[name]:.2f}x" for name in names))
+    Console().print(shown)
+    save(arguments.out, rows=rows)
 
 
 if __name__ == "__main__":

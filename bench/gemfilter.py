@@ -11,8 +11,6 @@ layers, so 0.41 is the least that the time can be.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from output import save
 from rich.console import Console
 from rich.table import Table
 from speed import STOCK, resident
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvprune import PrunedCache
-from kvprune.demo.show import machine
 from kvprune.policies import GemFilter
 
 CONTENDERS = (STOCK, "GemFilter")
@@ -126,11 +124,7 @@ def main() -> None:
             f"{row['nbytes_ratio']:.3f}", f"{row['peak_ratio']:.2f}x" if "peak_ratio" in row else "",
         )  # fmt: skip
     Console().print(table)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        command = "python bench/gemfilter.py " + " ".join(sys.argv[1:])
-        summary = {"command": command, "machine": machine(), "cores": os.cpu_count(), "rows": rows}
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+    save(arguments.out, rows=rows)
 
 
 if __name__ == "__main__":

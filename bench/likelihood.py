@@ -13,12 +13,8 @@ Budgets are fractions of the prompt. Bytes are measured at the end, where the fu
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,16 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.box import SIMPLE_HEAD
+from output import save, table
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 
-import kvprune
 from kvprune import PrunedCache
-from kvprune.demo.show import machine
 from kvprune.policy import Policy
 from kvprune.registry import parse
 
@@ -174,26 +167,20 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def show(results: list[Result], title: str, console: Console) -> None:
-    table = Table(
-        title=title,
-        caption="NLL, KL: nats per token; ± standard error over sequences. top-1: share of tokens on which the first "
+    shown = table(
+        title,
+        "NLL, KL: nats per token; ± standard error over sequences. top-1: share of tokens on which the first "
         "choice is that of the full cache. ratio: bytes of a sequence at its end, measured, everything included, to "
         "those of a dense cache of the model's type; 16 bits: to those of a dense cache in 16 bits.",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("policy", overflow="fold")
-    for heading in ("NLL", "change", "KL", "top-1", "ratio", "16 bits"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        "policy", "NLL", "change", "KL", "top-1", "ratio", "16 bits",
+    )  # fmt: skip
     for result in results:
         error = "" if result.nll_error is None else f" ± {result.nll_error:.4f}"
-        table.add_row(
+        shown.add_row(
             result.policy, f"{result.nll:.4f}", f"{result.nll_change:+.4f}{error}", f"{result.kl:.4f}",
             f"{result.agreement:.1%}", f"{result.ratio:.1%}", f"{result.half_ratio:.1%}",
         )  # fmt: skip
-    console.print(table)
+    console.print(shown)
 
 
 def main() -> None:
@@ -238,22 +225,10 @@ def main() -> None:
         )
     fed = LENGTH - 1 - arguments.prompt
     show(results, f"{len(sequences)} sequences, {arguments.prompt} tokens prefilled, {fed} fed one by one", console)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        summary = {
-            "command": "python bench/likelihood.py " + shlex.join(sys.argv[1:]),
-            "machine": machine(),
-            "cores": os.cpu_count(),
-            "versions": {"python": sys.version.split()[0], "kvprune": kvprune.__version__},
-            "model": arguments.model.name,
-            "text": arguments.text.name,
-            "length": LENGTH,
-            "prompt": arguments.prompt,
-            "sequences": len(sequences),
-            "batch": arguments.batch,
-            "rows": [result.to_dict() for result in results],
-        }
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+    save(
+        arguments.out, model=arguments.model.name, text=arguments.text.name, length=LENGTH, prompt=arguments.prompt,
+        sequences=len(sequences), batch=arguments.batch, rows=[result.to_dict() for result in results],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,25 +9,25 @@ the compressed cache. The demo shows a few policies side by side; this measures 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import shlex
-import sys
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
+from output import save, table
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from kvprune.demo import load
 from kvprune.demo.measure import Questions, Result, measure, reference
-from kvprune.demo.show import FULL, machine
+from kvprune.demo.show import FULL
 from kvprune.registry import parse
 
 BUDGETS = (0.25, 0.1, 0.05)
-EVICTING = ("h2o", "keyformer", "h2o:kernel_size=7", "keyformer:kernel_size=7")
+# Keyformer, and H2O with the sinks and the window of Keyformer as well as with its own.
+EVICTING = tuple(
+    f"{name}{pooled}"
+    for pooled in ("", ",kernel_size=7")
+    for name in ("h2o:sinks=4", "h2o:sinks=0,recent=0.3", "keyformer:sinks=0")
+)
 # The embedded model has three layers; the question has three words.
 FILTERS = tuple(f"gemfilter:budget=0.25,layer={layer}{keep}" for layer in range(3) for keep in ("", ",keep_last=3"))
 PACKING = (
@@ -39,7 +39,7 @@ CHAINS = tuple(
     for settings in ("", ":kernel_size=7", ":kernel_size=7,group_size=64")
 )
 POLICIES = (
-    *(f"{name}{',' if ':' in name else ':'}budget={budget}" for budget in BUDGETS for name in EVICTING),
+    *(f"{name},budget={budget}" for budget in BUDGETS for name in EVICTING),
     *FILTERS,
     *PACKING,
     *CHAINS,
@@ -52,24 +52,18 @@ def standard_error(share: float, words: int) -> float:
 
 
 def show(results: list[Result], title: str, words: int, console: Console) -> None:
-    table = Table(
-        title=title,
-        caption=f"recall: share of {words} words, ± standard error. ratio: bytes of a sequence at its end, measured, "
+    shown = table(
+        title,
+        f"recall: share of {words} words, ± standard error. ratio: bytes of a sequence at its end, measured, "
         "everything included, to those of a dense cache in float32, the model's type; 16 bits: to one in 16 bits.",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("policy", overflow="fold")
-    for heading in ("recall", "agree", "ratio", "16 bits"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        "policy", "recall", "agree", "ratio", "16 bits",
+    )  # fmt: skip
     for result in results:
-        table.add_row(
+        shown.add_row(
             result.policy, f"{result.recall:.1%} ± {standard_error(result.recall, words):.1%}",
             f"{result.agreement:.1%}", f"{result.ratio:.1%}", f"{result.half_ratio:.1%}",
         )  # fmt: skip
-    console.print(table)
+    console.print(shown)
 
 
 def main() -> None:
@@ -101,20 +95,10 @@ def main() -> None:
             )  # fmt: skip
     words = questions.answers[:, 1:].numel()
     show(results, f"{arguments.questions} questions, {arguments.tokens:,} tokens", words, console)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        summary = {
-            "command": "python bench/recall.py " + shlex.join(sys.argv[1:]),
-            "machine": machine(),
-            "cores": os.cpu_count(),
-            "tokens": arguments.tokens,
-            "notes": arguments.notes,
-            "questions": arguments.questions,
-            "seed": arguments.seed,
-            "words": words,
-            "rows": [result.to_dict() for result in results],
-        }
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+    save(
+        arguments.out, tokens=arguments.tokens, notes=arguments.notes, questions=arguments.questions,
+        seed=arguments.seed, words=words, rows=[result.to_dict() for result in results],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

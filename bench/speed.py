@@ -10,8 +10,6 @@ of the ratio to the stock cache in the same round. Peak memory is that of a fres
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from output import save
 from rich.console import Console
 from rich.table import Table
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvprune import PrunedCache
-from kvprune.demo.show import machine
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import Policy
 
@@ -183,11 +181,7 @@ def main() -> None:
                 row["peak_ratio"] = row["peak_bytes"] / stock_peak
         rows += found
     show(rows, console)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        command = "python bench/speed.py " + " ".join(sys.argv[1:])
-        summary = {"command": command, "machine": machine(), "cores": os.cpu_count(), "rows": rows}
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+    save(arguments.out, rows=rows)
 
 
 if __name__ == "__main__":

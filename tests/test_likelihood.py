@@ -1,26 +1,16 @@
 """`bench/likelihood.py`: the full cache costs nothing, and its likelihood is that of one plain forward pass."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import families
+import likelihood
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kvprune.policies import Full, StreamingLLM
 
-SCRIPT = Path(__file__).parent.parent / "bench" / "likelihood.py"
 PROMPT = 16
-
-
-@pytest.fixture(scope="module")
-def likelihood():
-    spec = importlib.util.spec_from_file_location("likelihood", SCRIPT)
-    module = sys.modules["likelihood"] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +19,14 @@ def sequences():
 
 
 @pytest.fixture(scope="module")
-def results(likelihood, sequences):
+def results(sequences):
     """In two batches, the second smaller."""
     policies = {"full": Full(), "streaming": StreamingLLM(8)}
     found = likelihood.measure(families.shared(), sequences, policies, prompt=PROMPT, batch_size=2)
     return {result.policy: result for result in found}
 
 
-def test_the_full_policy_changes_nothing(likelihood, results):
+def test_the_full_policy_changes_nothing(results):
     stock, full = results[likelihood.FULL], results["full"]
     assert (stock.nll_change, stock.kl, stock.agreement, stock.ratio) == (0, 0, 1, 1)
     assert full.nll_change == pytest.approx(0, abs=1e-5)
@@ -45,7 +35,7 @@ def test_the_full_policy_changes_nothing(likelihood, results):
     assert full.dense_nbytes == stock.dense_nbytes == 2 * full.half_nbytes
 
 
-def test_the_likelihood_is_that_of_a_plain_forward(likelihood, results, sequences):
+def test_the_likelihood_is_that_of_a_plain_forward(results, sequences):
     """Of the tokens after the first that is fed: the prediction at the end of the prompt does not count."""
     with torch.no_grad():
         logits = families.stock()(sequences).logits[:, PROMPT:-1]
@@ -54,14 +44,14 @@ def test_the_likelihood_is_that_of_a_plain_forward(likelihood, results, sequence
     assert results["full"].nll == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_pruned_cache_shows(results, likelihood):
+def test_a_pruned_cache_shows(results):
     pruned = results["streaming"]
     assert pruned.nll - results[likelihood.FULL].nll == pytest.approx(pruned.nll_change)
     assert pruned.kl > 0.01
     assert pruned.ratio < 0.5
 
 
-def test_documents_follow_one_another(likelihood):
+def test_documents_follow_one_another():
     def tokenizer(text, **_):
         return {"input_ids": [1, *map(int, text)]}
 
@@ -69,7 +59,7 @@ def test_documents_follow_one_another(likelihood):
     assert likelihood.cut(["23", "4"], tokenizer, 2, length=3).tolist() == [[1, 2, 3]]
 
 
-def test_without_data_it_says_so(likelihood, monkeypatch, capsys, tmp_path):
+def test_without_data_it_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["likelihood.py", "--model", str(tmp_path / "absent")])
     with pytest.raises(SystemExit) as stopped:
         likelihood.main()
