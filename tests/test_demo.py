@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kvprune import KVPruneError, PrunedCache
 from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions, measure, reference
-from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, RecallGenerator, decode
+from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, QUESTION_LENGTH, RecallGenerator, decode
 from kvprune.demo.words import BOS, EOS, TOKEN_ID, VOCABULARY
-from kvprune.policies import A2SF, H2O, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 
 @given(length=st.integers(60, 600), notes=st.integers(1, 9), seed=st.integers(0, 10))
@@ -93,6 +93,34 @@ def test_query_aware_policies_keep_the_answers(recall, policy):
 def test_others_visibly_do_not(recall, policy):
     """The task tells methods apart: neither early nor late tokens are what the question asks for."""
     assert recall(policy).recall <= 0.7 * recall(None).recall
+
+
+@pytest.mark.parametrize(
+    "policy", [ZipCache(group_size=32), KIVI(4), A2SF(0.5, kernel_size=7) | ZipCache(kernel_size=7)], ids=str
+)
+def test_quantized_caches_keep_the_answers(recall, policy):
+    """At less than half the bytes of a 16-bit cache, at least 95 % of the full cache's recall."""
+    result = recall(policy)
+    assert result.recall >= 0.95 * recall(None).recall
+    assert result.half_ratio < 0.5
+
+
+def test_bits_decide_what_is_recalled(recall):
+    """Two bits for everything, and one range per key channel, cost answers; eight bits cost none."""
+    assert recall(ZipCache(salient=0.0)).recall < recall(ZipCache(salient=1.0, high_bits=8)).recall
+    assert recall(ZipCache(salient=1.0, high_bits=8)).recall >= recall(None).recall
+
+
+def test_keyformer_recalls_what_h2o_does(recall):
+    """With the same sinks and window, both keep what was attended to most in all."""
+    assert recall(Keyformer(0.25)).recall == pytest.approx(recall(H2O(0.25, sinks=0, recent=0.3)).recall, abs=0.1)
+
+
+def test_the_layer_that_finds_things_filters_best(recall):
+    """By the last layer of three GemFilter keeps most answers, by the first few."""
+    last, first = (recall(GemFilter(0.25, layer=layer, keep_last=QUESTION_LENGTH)).recall for layer in (2, 0))
+    assert last >= 0.6 * recall(None).recall
+    assert last >= 2 * first
 
 
 def test_a_quarter_is_a_quarter(model, questions):
