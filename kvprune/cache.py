@@ -344,6 +344,7 @@ class PrunedCache(Cache):
         Raises CacheError, before anything has changed, where rows were evicted since.
         """
         self._check_closed()
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
                 layer.check_crop(tokens_to_remove)
