@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +230,13 @@ def plot_quality(results: list[Result], path: Path, tokens: int, notes: int) -> 
     axes = figure.add_subplot()
     full = results[0]
     labels = dict.fromkeys(result.policy for result in results[1:])
-    for marker, label in zip("osD^vP*Xhd<>p8", labels, strict=False):
+    colors = [f"C{number}" for number in range(10)] + ["navy", "crimson"]
+    for marker, color, label in zip(cycle("osD^vP*Xhd<>"), cycle(colors), labels, strict=False):
         points = sorted((100 * r.ratio, 100 * r.recall) for r in results if r.policy == label)
-        axes.plot(*zip(*points, strict=True), marker=marker, label=label)
+        axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=label)
     axes.axhline(100 * full.recall, color="black", linestyle="--", linewidth=1, label=f"full cache ({full.recall:.0%})")
     axes.set(
-        xlabel="KV bytes, % of the dense cache (measured)",
+        xlabel="KV bytes, % of the dense float32 cache (measured)",
         ylabel="recall, % of answer words",
         title=f"recall against bytes: {tokens:,} tokens, {notes} notes, question at the end",
         ylim=(-3, 103),
