@@ -45,10 +45,13 @@ def contenders(budget: float) -> dict[str, Policy]:
 
 
 def packers() -> dict[str, tuple[str, Policy]]:
-    """The policies that quantize, by label, and what stands in the column of budgets. Both links of the chain pool."""
+    """The policies that quantize, by label, and what stands in the column of budgets.
+
+    "by 32": 32 tokens share the range of a key channel. Both links of the chain pool.
+    """
     return {
         "ZipCache": ("4/2 bit", ZipCache()),
-        "ZipCache, grouped": ("4/2 bit", ZipCache(group_size=32)),
+        "ZipCache by 32": ("4/2 bit", ZipCache(group_size=32)),
         "KIVI": ("2 bit", KIVI()),
         "A2SF | ZipCache": ("50%, 4/2", A2SF(0.5, kernel_size=7) | ZipCache(kernel_size=7)),
     }
