@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 # A first example may build a model, which says nothing about the data it was given.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=5, derandomize=True, **_COMMON)
-settings.register_profile("ci", max_examples=25, derandomize=True, print_blob=True, **_COMMON)
+settings.register_profile("ci", max_examples=12, derandomize=True, print_blob=True, **_COMMON)
 settings.register_profile("explore", max_examples=100, print_blob=True, **_COMMON)  # new examples in every run
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI", "").lower() in ("1", "true") else "dev")
