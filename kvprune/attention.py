@@ -150,6 +150,7 @@ def single_query_attention(
     empty: bool `[B, Hkv, S]`, None if no slot is empty. Returns the output `[B, Hq, 1, Dv]` and, where they were asked
     for, the probabilities `[B, Hkv, G, S]` float32.
     """
+    output = None
     if scoring.plain and (not with_probabilities or queries.dtype != torch.float32):
         # The queries of a group become rows of their KV head: no key is repeated, and one mask serves them all.
         folded = grouped(queries, keys.shape[1]).unflatten(0, keys.shape[:2])
@@ -157,12 +158,9 @@ def single_query_attention(
         output = fused_attention(folded, keys, values, scoring.scale, visible).flatten(1, 2).unsqueeze(2)
         if not with_probabilities:
             return output, None
-        output_known = True
-    else:
-        output_known = False
     hidden = None if empty is None else empty[:, :, None, None]
     probabilities = row_probabilities(queries, keys, scoring, hidden)
-    if not output_known:
+    if output is None:
         output = _weighted_values(probabilities, values)
     return output, probabilities.squeeze(3)
 

@@ -6,7 +6,10 @@ import math
 import numbers
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from kvprune.errors import BudgetError
 
@@ -79,8 +82,7 @@ class Budget:
         Raises BudgetError where the bytes do not suffice for `floor` tokens.
         """
         if self.kind == "fraction":
-            # 0.1 * 30 is 3.0000000000000004 in binary: shave rounding dust off before rounding up
-            return max(floor, math.ceil(self.amount * prompt_tokens - 1e-9))
+            return max(floor, share(self.amount, prompt_tokens))
         if self.kind == "tokens":
             return int(self.amount)
         tokens = (int(self.amount) - other_bytes) // token_bytes - spare
@@ -91,3 +93,14 @@ class Budget:
                 f"{floor} (sinks and recent) that are always kept: give at least {need:,} bytes."
             )
         return tokens
+
+
+def share(fraction: float, count: Any, least: int = 0) -> Any:
+    """A fraction of a count, rounded up, at least `least` but never more than the count; ints or LongTensors.
+
+    0.1 * 30 is 3.0000000000000004 in binary: the dust is shaved off before rounding up.
+    """
+    if isinstance(count, Tensor):
+        part = torch.ceil(count.double() * fraction - 1e-9).long().clamp(min=least)
+        return torch.minimum(part, count)
+    return min(count, max(least, math.ceil(count * fraction - 1e-9)))

@@ -216,11 +216,12 @@ class PrunedCache(Cache):
 
     def _check_whole(self, batch_size: int) -> None:
         """Before a forward pass: all layers have seen the same, and the batch is the one they hold."""
-        self._stock_states = {
-            index: dict(vars(layer))
-            for index, layer in enumerate(self.layers)
-            if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
-        }
+        if self.is_hybrid:
+            self._stock_states = {
+                index: dict(vars(layer))
+                for index, layer in enumerate(self.layers)
+                if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
+            }
         lengths = {
             layer.get_seq_length() + (0 if isinstance(layer, PrunedLayer) else self._skipped)
             for layer in self.layers
@@ -239,7 +240,7 @@ class PrunedCache(Cache):
                     f"{batch_size}. Make a new PrunedCache, or call reset() to start over."
                 )
 
-    def bypassed(self) -> CacheError | UnsupportedModelError:
+    def bypassed(self) -> KVPruneError:
         """The error to raise where another attention than kvprune's was given a layer's keys."""
         return self.misused(
             f"the attention of layer {self._open} did not go through kvprune. Either another model was called, or "
@@ -247,9 +248,7 @@ class PrunedCache(Cache):
             "forward pass was interrupted"
         )
 
-    def misused(
-        self, reason: str, error: type[CacheError] | type[UnsupportedModelError] = CacheError
-    ) -> CacheError | UnsupportedModelError:
+    def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
         """The error to raise for a forward pass that this cache cannot serve; the keys it brought are dropped."""
         if self._open is not None:
             self.layers[self._open].incoming = None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.budget import Budget
+from kvprune.budget import Budget, share
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.mass import GROUPS
 from kvprune.policy import Decision, Policy, Step, per_sequence
@@ -97,7 +97,8 @@ class Eviction(Policy):
         """Size of the recent window, in tokens, under a budget of `capacity` tokens."""
         if isinstance(self.recent, numbers.Integral):
             return int(self.recent)
-        return math.ceil(self.recent * capacity - 1e-9)
+        tokens: int = share(self.recent, capacity)
+        return tokens
 
     def capacity(self, step: Step) -> tuple[int, ...]:
         """Tokens kept per KV head, for each sequence of the batch."""

@@ -20,7 +20,7 @@ from kvprune.table import TokenTable, owned
 
 if TYPE_CHECKING:
     from kvprune.cache import PrunedCache
-    from kvprune.errors import CacheError, UnsupportedModelError
+    from kvprune.errors import KVPruneError
 
 
 class _Chosen(Exception):  # noqa: N818 - it ends a forward pass, and is no error
@@ -125,10 +125,10 @@ class FilterPass(Cache):
 
     # -- what the attention asks for where something is wrong --------------------------------------------------------
 
-    def bypassed(self) -> CacheError | UnsupportedModelError:
+    def bypassed(self) -> KVPruneError:
         return self._cache.bypassed()
 
-    def misused(self, reason: str) -> CacheError | UnsupportedModelError:
+    def misused(self, reason: str) -> KVPruneError:
         return self._cache.misused(reason)
 
 

@@ -33,12 +33,15 @@ _ROOM_SHARE, _LEAST_ROOM = 64, 8
 
 @dataclass
 class Plan:
-    """One policy's part in a step: what it is told, and which attention rows it wants weighed."""
+    """One policy's part in a step: what it works on, and what it is told."""
 
     policy: Policy
     table: TokenTable
     step: Step
-    weights: RowWeights | None
+
+    @property
+    def weights(self) -> RowWeights | None:
+        return self.step.weights
 
     def weighs_like(self, other: Plan) -> bool:
         """Whether the attention mass of one serves the other."""
@@ -86,6 +89,7 @@ class PrunedLayer(CacheLayerMixin):
         # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
         self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
         self._interval = max((part.interval or 0 for part in self.policies), default=0)
+        self._codecs, self._evicts, self._buffer = policy.codecs, policy.evicts, policy.buffer
         self.index = index
         self.pruned_layers = pruned_layers
         self.stock_tokens = stock_tokens
@@ -238,19 +242,19 @@ class PrunedLayer(CacheLayerMixin):
                 other_bytes=other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens,
                 spare=2 * self._interval - 1 if self._interval else 0,
                 generated=self.generated,
-                rows=queries,
+                source=queries,
             )
-            plans.append(Plan(part, table.scoped(scope), step, part.row_weights(step)))
+            step.weights = part.row_weights(step)
+            plans.append(Plan(part, table.scoped(scope), step))
         return plans
 
     def _costs(self, table: TokenTable) -> tuple[int, int]:
         """Bytes of one row of this layer, and of what is no row that a budget rules."""
-        codecs = [codec for part in self.policies for codec in part.codecs]
-        if not codecs:
+        if not (self._codecs and self._evicts):  # then nobody asks what a packed row costs
             return table.token_bytes, 0
-        waiting = sum(part.buffer for part in self.policies) + _LEAST_ROOM
-        packed = max(table.packed_row_bytes(codec) for codec in codecs)  # any row may be one of many bits
-        parameters = sum(table.block_bytes(codec) for codec in codecs)
+        waiting = self._buffer + _LEAST_ROOM
+        packed = max(table.packed_row_bytes(codec) for codec in self._codecs)  # any row may be one of many bits
+        parameters = sum(table.block_bytes(codec) for codec in self._codecs)
         return packed, waiting * table.token_bytes + parameters + MOST_HOLES * packed
 
     def _observe(

@@ -77,6 +77,13 @@ class RowWeights:
             )
         return cls(rows.shape[-1], 1.0, rows.long(), weights.float())
 
+    def chosen(self, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which of so many rows are weighed, indices `[R]` or `[B, R]`, and how much, float32 of the same shape."""
+        if self.rows is not None:
+            return self.rows.to(device), self.weights.to(device)  # type: ignore[union-attr]
+        used = min(self.last, queries)
+        return torch.arange(queries - used, queries, device=device), self.suffix(device)[self.last - used :]
+
     def noisy(self, noise: Gumbel) -> RowWeights:
         """The same rows of a noisy, tempered softmax (Keyformer)."""
         return replace(self, noise=noise)

@@ -12,9 +12,8 @@ and `observe`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +21,10 @@ from torch import Tensor
 from kvprune.errors import PolicyError
 from kvprune.mass import RowWeights
 from kvprune.quantize import Codec
-from kvprune.table import TokenTable
+from kvprune.table import EMPTY, TokenTable
+
+if TYPE_CHECKING:
+    from kvprune.queries import Queries
 
 
 @dataclass
@@ -55,8 +57,10 @@ class Step:
     """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
     generated: int = 0
     """Tokens generated since the last prefill step, those of this step included."""
-    rows: Any = None
-    """Whose `positions` are `query_positions`."""
+    source: Queries | None = None
+    """The queries themselves."""
+    weights: RowWeights | None = None
+    """The attention rows that the policy asked for."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
 
@@ -70,8 +74,23 @@ class Step:
     @property
     def query_positions(self) -> Tensor:
         """Position of every attention row of this step in its sequence, `[B or 1, queries]` int64, -1 for padding."""
-        positions: Tensor = self.rows.positions
-        return positions
+        if self.source is None:
+            raise PolicyError("this step has no queries: a layer makes the steps that have.")
+        return self.source.positions
+
+    def witnesses(self, positions: Tensor) -> Tensor:
+        """How many of the rows weighed into `mass` could see each of these positions, int64 of their shape.
+
+        positions: `[B, Hkv, rows]`. Rows of weight zero and padding count nothing.
+        """
+        if self.weights is None:
+            raise PolicyError("this step weighs no attention rows: return them from row_weights().")
+        rows, weights = self.weights.chosen(self.queries, positions.device)
+        batch = len(positions)
+        asked = self.query_positions.expand(batch, -1).gather(1, rows.expand(batch, -1))
+        asked = asked.masked_fill(weights.expand(batch, -1) == 0, EMPTY).sort().values
+        earlier = torch.searchsorted(asked, positions.long().flatten(1).contiguous())
+        return (asked.shape[1] - earlier).view_as(positions)
 
 
 @dataclass(frozen=True)
@@ -161,7 +180,7 @@ class Policy:
         """Run this policy, then the other, at every step."""
         if not isinstance(other, Policy):
             return NotImplemented
-        return Chain(tuple(self.parts()) + tuple(other.parts()))
+        return Chain((self, other))
 
     def parts(self) -> tuple[Policy, ...]:
         """The policies to run one after the other: itself, or the links of a chain."""
@@ -186,14 +205,16 @@ class Chain(Policy):
     def __post_init__(self) -> None:
         if not self.links or not all(isinstance(link, Policy) for link in self.links):
             raise PolicyError(f"a chain is made of policies, as in A2SF(0.5) | TOVA(0.25), not of {self.links!r}.")
-        _check_order(self.links)
+        flat = tuple(part for link in self.links for part in link.parts())  # a link may be a chain itself
+        _check_order(flat)
+        object.__setattr__(self, "links", flat)
+
+    def parts(self) -> tuple[Policy, ...]:
+        return self.links
 
     @property
     def filters_prompt(self) -> bool:
         return self.links[0].filters_prompt
-
-    def parts(self) -> tuple[Policy, ...]:
-        return self.links
 
     @property
     def evicts(self) -> bool:
@@ -240,14 +261,6 @@ def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
     if counts.count(counts[0]) == len(counts):
         return counts[0]
     return torch.tensor(counts, device=device).view(-1, 1, 1)
-
-
-def share(fraction: float, count: Any, least: int = 0) -> Any:
-    """A fraction of a count, rounded up, at least `least` but never more than the count; ints or LongTensors."""
-    if isinstance(count, Tensor):
-        part = torch.ceil(count.double() * fraction - 1e-6).long().clamp(min=least)  # float32 rounds 0.6 * 85 up to 52
-        return torch.minimum(part, count)
-    return min(count, max(least, math.ceil(count * fraction - 1e-6)))
 
 
 def in_order(slots: Tensor, positions: Tensor, first: int = 0) -> Tensor:

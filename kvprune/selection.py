@@ -8,6 +8,7 @@ those of the whole prompt; only the position embeddings count the chosen tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,34 +19,34 @@ from kvprune.policy import Policy
 
 
 @dataclass(frozen=True)
-class PromptFilter(Policy):
+class PromptFilter(Policy, ABC):
     """Base of the policies that choose tokens of a prompt before the model runs on them."""
 
     @property
     def filters_prompt(self) -> bool:
         return True
 
+    @abstractmethod
     def filter_layer(self, config: Any, pruned: tuple[int, ...]) -> int:
         """The layer whose queries and keys choose, one of `pruned`; config is that of the text decoder.
 
         Raises PolicyError for a layer that was asked for and is not pruned.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def capacity(self, tokens: int, *, token_bytes: int | None = None, other_bytes: int = 0) -> int | None:
         """How many of a sequence's new tokens to choose; None if it takes bytes to tell and none are given.
 
         token_bytes: that one token of every sequence costs in the whole cache. other_bytes: that the cache holds, or
         will hold, beside the chosen tokens. Raises BudgetError for a budget that cannot hold what is always chosen.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self, query: Tensor, keys: Tensor, count: int) -> Tensor:
         """The `count` tokens of one sequence that the model runs on, LongTensor `[count]`, ascending.
 
         query: of its newest token, `[Hq, D]`. keys: `[Hkv, n, D]`. Both with rotary positions, count < n.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from kvprune.budget import share
 from kvprune.errors import PolicyError
 from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool, ranked
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
-from kvprune.policy import Decision, Policy, Step, in_order, share
+from kvprune.policy import Decision, Policy, Step, in_order
 from kvprune.quantize import Codec, is_width
 from kvprune.table import EMPTY, TokenTable
 
@@ -99,7 +100,10 @@ class ZipCache(Policy):
         rows = self._generated_probes(step)
         if not rows:
             return None
-        return RowWeights.last_window(1) if rows == [step.queries - 1] else _rows(rows, step)
+        if rows == [step.queries - 1]:
+            return RowWeights.last_window(1)
+        index = torch.tensor(rows, device=step.query_positions.device)
+        return RowWeights.explicit(index, torch.ones_like(index, dtype=torch.float32))
 
     def _prompt_probes(self, step: Step) -> tuple[Tensor, Tensor]:
         """Probes of each sequence: rows `[B or 1, R]`, and 1.0 for each, or 0.0 where a sequence has fewer."""
@@ -133,28 +137,11 @@ class ZipCache(Policy):
         loose = slice(table.packed_length, table.length)
         saliency, probes, positions = table["saliency"], table["probes"], table.positions[:, :, loose]
         saliency.add_(step.mass[:, :, loose])
-        if not step.prefill:
-            rows = self._generated_probes(step)
-            if step.queries == 1:
-                probes.add_(len(rows))
-            else:  # tokens that were accepted together: none saw those that follow it
-                asked = step.query_positions[:, rows]
-                probes.add_((asked[:, None, None] >= positions[..., None]).sum(-1))
-        elif self.normalizer == "official":
+        if step.prefill and self.normalizer == "official":
             newest = step.query_positions.amax(1).view(-1, 1, 1)
             probes.add_((newest + 1 - positions).clamp(max=step.new_tokens))
         else:
-            probes.add_(self._could_see(positions, step))
-
-    def _could_see(self, positions: Tensor, step: Step) -> Tensor:
-        """How many of a prompt's probes could see each row, `[B, Hkv, rows]`."""
-        rows, weights = self._prompt_probes(step)
-        probes = (
-            step.query_positions.expand(len(rows), -1).gather(1, rows).masked_fill(weights == 0, EMPTY).sort().values
-        )
-        keys = positions.long().flatten(1)
-        earlier = torch.searchsorted(probes.expand(len(keys), -1).contiguous(), keys)
-        return (probes.shape[1] - earlier).view_as(positions)
+            probes.add_(step.witnesses(positions))
 
     # -- precision ---------------------------------------------------------------------------------------------------
 
@@ -181,11 +168,6 @@ class ZipCache(Policy):
 def _flat(count: int | Tensor) -> int | Tensor:
     """Counts `[B, 1, 1]` as `[B, 1]`."""
     return count if isinstance(count, int) else count[:, 0]
-
-
-def _rows(rows: list[int], step: Step) -> RowWeights:
-    index = torch.tensor([rows], device=step.query_positions.device)
-    return RowWeights.explicit(index, torch.ones_like(index, dtype=torch.float32))
 
 
 def _between(order: Tensor, start: int | Tensor, stop: int | Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvprune import CacheError, Policy, PrunedCache
+from kvprune import CacheError, Chain, Policy, PrunedCache
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
@@ -661,3 +661,16 @@ def test_half_precision_is_finite(policy, dtype):
     assert {held["keys"].dtype, held["values"].dtype} == {dtype}
     assert all(held[name].dtype == torch.float32 for name in held if name.startswith("column."))
     assert all(tensor.isfinite().all() for tensor in held.values())
+
+
+# -- chains --------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_of_chains_is_one_chain():
+    """However links were put together, each of them runs."""
+    first, second, third = H2O(24, sinks=2, recent=3), A2SF(20, sinks=2, recent=3), TOVA(BUDGET)
+    nested = Chain((Chain((first, second)), third))
+    assert nested == first | second | third == first | (second | third)
+    cache = PrunedCache(shared(), nested)
+    generate(shared(), left_padded([40]), 5, past_key_values=cache)
+    assert all(len(head) == BUDGET for layer in kept_everywhere(cache) for head in layer)

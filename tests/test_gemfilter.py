@@ -622,6 +622,9 @@ def test_a_second_turn_looks_at_packed_rows_too():
 def test_a_filter_comes_first_and_alone():
     assert (GemFilter(8) | A2SF(0.5)).filters_prompt
     assert not (A2SF(0.5) | SnapKV(0.25)).filters_prompt
+    model = double().pruned
+    assert PrunedCache(model, GemFilter(8) | A2SF(0.5)).prompt_filter == GemFilter(8)
+    assert PrunedCache(model, A2SF(0.5) | SnapKV(0.25)).prompt_filter is None
     for chain in (lambda: A2SF(0.5) | GemFilter(8), lambda: GemFilter(16) | GemFilter(8)):
         with pytest.raises(PolicyError, match="must be the first link of a chain and its only filter"):
             chain()
