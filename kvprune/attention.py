@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,28 @@ def fused_attention(
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=group > 1
     )
+
+
+@cache
+def _tells_lse(group: int) -> bool:
+    """Whether the flash attention that PyTorch runs on a CPU can be called for its log-sum-exp, too."""
+    try:
+        one = torch.zeros(1, 1, 1, 16)
+        queries = one.expand(1, group, 1, 16)
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, one, one, 0.0, False)
+    except (AttributeError, RuntimeError):  # of no promised interface, and not for groups in every version
+        return False
+    return True
+
+
+def whole_attention(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
+    """Every query sees the keys up to its own: output, and log-sum-exp of the logits `[B, Hq, L]` where it is told."""
+    same_dims = queries.shape[3] == values.shape[3]
+    if scoring.plain and queries.device.type == "cpu" and same_dims and _tells_lse(queries.shape[1] // keys.shape[1]):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, True, scale=scoring.scale
+        )
+    return causal_attention(queries, keys, values, scoring), None
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:

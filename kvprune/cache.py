@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from kvprune.attention import PREFIX, PendingKeys, register
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
+from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import Policy
@@ -37,15 +38,20 @@ class PrunedCache(Cache):
             cache to the attention the model was loaded with.
         policy: a Policy, a chain made with `|`, or a name such as "a2sf".
         device: where the cache lives and is attended to, None for the model's own device(s).
+        kernels: what computes on the cache: "torch", "cpu" for compiled loops, or "auto" for the fastest there is.
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
             not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids.
         PolicyError: something that is no policy, a name that is not known, or a layer that this model does not have.
+            Kernels that do not run on the cache's device raise it with the first tokens.
     """
 
-    def __init__(self, model: Any, policy: Policy | str, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, model: Any, policy: Policy | str, *, device: torch.device | str | None = None, kernels: str = "auto"
+    ) -> None:
         policy = _policy(policy)
+        check_name(kernels)
         config = _checked_config(model)
         layers: list[Any] = DynamicCache(config=config).layers
         if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
@@ -67,6 +73,7 @@ class PrunedCache(Cache):
                 pruned_layers=len(pruned),
                 stock_tokens=stock_tokens,
                 device=_device(device),
+                kernels=kernels,
             )
         super().__init__(layers=layers)
         self.policy = policy
@@ -327,8 +334,10 @@ class PrunedCache(Cache):
                 held, dense = _stock_bytes(layer), sum(tensor.nbytes for tensor in _stock_tensors(layer))
                 kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__
                 layers.append(LayerReport(index, kind, held, held, dense, None))
+        tables = (self.layers[index].table for index in self.pruned_layers)
+        kernels = ", ".join(sorted({table.kernels.name for table in tables if table is not None})) or None
         return CacheReport(
-            str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer
+            str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer, kernels
         )
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvprune.budget import Budget, share
 from kvprune.errors import BudgetError, PolicyError
+from kvprune.kernels import ranked
 from kvprune.mass import GROUPS
 from kvprune.policy import Decision, Policy, Step, per_sequence
 from kvprune.table import EMPTY, TokenTable
@@ -150,10 +151,11 @@ class Eviction(Policy):
 
     def _evict(self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int) -> Decision:
         """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots."""
+        if table.dense and excess == 1:
+            scores, window = self.scores(table, step), self._window(table, step, capacity)
+            return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window))
         retention = self._retention(table, step, capacity, self.scores(table, step).expand_as(table.positions))
         if table.dense:
-            if excess == 1:
-                return Decision(evict=retention.argmin(dim=-1, keepdim=True))
             return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)
         empty = table.positions < 0
         surplus = (~empty).sum(-1, keepdim=True) - per_sequence(capacity, empty.device)
@@ -170,9 +172,13 @@ class Eviction(Policy):
             scores.masked_fill(recent, -math.inf), table.positions, max_pool(self.kernel_size), fill=-math.inf
         )
 
-    def _is_recent(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
+    def _window(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> int | Tensor:
+        """The position where the recent window begins: an int, or LongTensor `[B, 1, 1]`."""
         recent = tuple(self.recent_tokens(tokens) for tokens in capacity)
-        return table.positions >= step.tokens - per_sequence(recent, table.positions.device)
+        return step.tokens - per_sequence(recent, table.positions.device)
+
+    def _is_recent(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
+        return table.positions >= self._window(table, step, capacity)
 
     def _retention(self, table: TokenTable, step: Step, capacity: tuple[int, ...], scores: Tensor) -> Tensor:
         """What rows are kept by, int64 `[B, Hkv, rows]`."""
@@ -183,17 +189,6 @@ class Eviction(Policy):
             kept |= positions < self.sinks
         retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
         return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
-
-
-def ranked(scores: Tensor, positions: Tensor) -> Tensor:
-    """An int64 for every row that orders rows by score, ties by recency, exactly.
-
-    The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and position
-    pack into one integer. NaN ranks below every number. scores, positions: `[B, Hkv, rows]`, positions int32.
-    """
-    bits = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(torch.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    return torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
 
 
 def check_count(name: str, value: int, *, least: int) -> None:

@@ -109,7 +109,7 @@ class FilterPass(Cache):
         rows = keys, values, queries.positions[:, None]
         dense = valid is None
         seen = TokenTable(*rows, {}, dense=dense) if table is None else table.followed_by(*rows, dense=dense)
-        output, _ = queries.attend(seen, scoring, with_probabilities=False)
+        output = queries.attend(seen, scoring).output
         return output.transpose(1, 2).contiguous().to(device)
 
     def _choose(self, query: Tensor, keys: Tensor) -> list[Tensor]:

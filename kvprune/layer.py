@@ -19,9 +19,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.attention import CacheLength
 from kvprune.errors import CacheError, KVPruneError
+from kvprune.kernels import choose
 from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
-from kvprune.queries import Queries, Remembered
+from kvprune.queries import Attended, Queries, Remembered
 from kvprune.selection import FilteredStep, Selection
 from kvprune.table import MOST_HOLES, TokenTable
 
@@ -78,11 +79,12 @@ class PrunedLayer(CacheLayerMixin):
         pruned_layers: int = 1,
         stock_tokens: int = 0,
         device: torch.device | None = None,
+        kernels: str = "auto",
     ) -> None:
         """Args:
         index: of the layer in the model. pruned_layers: how many layers share a budget in bytes.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
-        device: where the table lives and is attended to; None for the model's.
+        device: where the table lives and is attended to; None for the model's. kernels: their name, see `kernels`.
         """
         super().__init__()
         self.policies = policy.parts()
@@ -94,6 +96,7 @@ class PrunedLayer(CacheLayerMixin):
         self.pruned_layers = pruned_layers
         self.stock_tokens = stock_tokens
         self.home = device
+        self.kernels = kernels
         self.reset()
 
     def reset(self) -> None:
@@ -172,13 +175,14 @@ class PrunedLayer(CacheLayerMixin):
             self.generated += max(queries.tokens)
 
         if self.record_past:
-            output, _ = queries.attend(table, scoring, with_probabilities=False)
+            output = queries.attend(table, scoring).output
             self._defer(table, queries, prefill, scoring)
         else:
             plans = self._plans(table, queries, prefill)
-            wanted = any(plan.weights is not None and plan.weights.noise is None for plan in plans)
-            output, probabilities = queries.attend(table, scoring, with_probabilities=wanted)
-            self._observe(table, plans, queries, scoring, probabilities)
+            wanted = any(plan.weights is not None for plan in plans)
+            attended = queries.attend(table, scoring, with_probabilities=wanted)
+            output = attended.output
+            self._observe(table, plans, queries, scoring, attended)
             self._decide(table, plans)
         return output.transpose(1, 2).contiguous().to(device)
 
@@ -211,7 +215,9 @@ class PrunedLayer(CacheLayerMixin):
         scoped = list(zip(self._scopes, self.policies, strict=True))
         columns = {scope + name: kind for scope, part in scoped for name, kind in part.columns().items()}
         buffered = {scope + name: kind for scope, part in scoped for name, kind in part.buffer_columns().items()}
-        return TokenTable(keys, values, positions, columns, buffered, dense=dense)
+        return TokenTable(
+            keys, values, positions, columns, buffered, dense=dense, kernels=choose(self.kernels, keys.device)
+        )
 
     def _room(self, table: TokenTable) -> int:
         """Slots to add when the table is full and tokens come one by one."""
@@ -263,7 +269,7 @@ class PrunedLayer(CacheLayerMixin):
         plans: list[Plan],
         queries: Queries,
         scoring: Scoring,
-        probabilities: Tensor | None = None,
+        attended: Attended | None = None,
     ) -> None:
         """Let the policies update their columns; links of a chain that weigh alike share the mass."""
         done: list[Plan] = []
@@ -278,7 +284,7 @@ class PrunedLayer(CacheLayerMixin):
                         scoring,
                         plan.weights,
                         plan.policy.group,
-                        probabilities=probabilities,
+                        attended=attended,
                         earlier=self.remembered if plan.policy.query_window > 1 else None,
                     )
                 )

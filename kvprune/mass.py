@@ -12,16 +12,17 @@ Shapes: `B` batch, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `L` queries
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyError
 from kvprune.noise import Gumbel
+
+if TYPE_CHECKING:
+    from kvprune.kernels import Kernels
 
 GROUPS = ("mean", "max")
 # A block of probabilities should stay in the cache of the processor: 32 rows of 8 heads over 4,096 keys are 4 MiB.
@@ -145,7 +146,6 @@ def row_probabilities(
     keys: Tensor,
     scoring: Scoring,
     hidden: Tensor | None = None,
-    perturb: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Attention probabilities of a few query rows, `[B, Hkv, G, L, S]` float32, whatever the dtype of the model.
 
@@ -153,8 +153,15 @@ def row_probabilities(
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
         hidden: bool, broadcastable to `[B, Hkv, 1, L, S']`, True where one of the last S' keys must not be seen. A row
             that sees nothing is NaN, unless the model has attention sinks.
-        perturb: changes the logits in place before the softmax.
     """
+    logits = row_logits(queries, keys, scoring)
+    if hidden is not None:
+        logits[..., keys.shape[2] - hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
+    return scoring.softmax(logits)
+
+
+def row_logits(queries: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
+    """Capped logits `[B, Hkv, G, L, S]` float32 of queries `[B, Hq, L, D]` with all keys `[B, Hkv, S, D]`."""
     batch, kv_heads, length, dim = keys.shape
     rows = queries.shape[2]
     flat_keys = keys.reshape(batch * kv_heads, length, dim).transpose(1, 2)
@@ -165,12 +172,7 @@ def row_probabilities(
         logits = torch.bmm(flat_queries, flat_keys, out_dtype=torch.float32).mul_(scoring.scale)
     else:
         logits = torch.bmm(flat_queries.float() * scoring.scale, flat_keys.float())
-    logits = scoring.capped(logits.view(batch, kv_heads, -1, rows, length))
-    if perturb is not None:
-        logits = perturb(logits)
-    if hidden is not None:
-        logits[..., length - hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
-    return scoring.softmax(logits)
+    return scoring.capped(logits.view(batch, kv_heads, -1, rows, length))
 
 
 def row_blocks(rows: int, row_elements: int, device: torch.device, block_bytes: int | None = None) -> list[slice]:
@@ -224,7 +226,9 @@ def attention_mass(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     in_order: bool = False,
+    lse: Tensor | None = None,
     block_bytes: int | None = None,
+    kernels: Kernels | None = None,
 ) -> Tensor:
     """Weighted attention mass of every key, `[B, Hkv, S]` float32.
 
@@ -239,8 +243,13 @@ def attention_mass(
         group: how the probabilities of the query heads of a KV head are reduced, "mean" or "max", row by row.
         query_positions: `[B, L]`. key_positions: `[B, Hkv, S]`; both or neither.
         in_order: that the queries are the newest keys in order even though positions are given, and no slot is empty.
+        lse: log-sum-exp of the logits of every query, `[B, Hq, L]` float32, if it is known: saves a pass where it can.
         block_bytes: size of a block of probabilities; the result depends on it by float32 rounding alone.
+        kernels: what computes it; PyTorch by default.
     """
+    from kvprune.kernels import TORCH
+
+    kernels = kernels or TORCH
     if group not in GROUPS:
         raise PolicyError(f'group must be "mean" or "max", not {group!r}.')
     batch, query_heads, length, _ = queries.shape
@@ -253,9 +262,20 @@ def attention_mass(
     if in_order and row_weights.rows is not None:
         places = row_weights.rows.to(device).expand(batch, -1) + (keys_length - length)  # of the rows among the keys
         last = places.amax(0).tolist()
-    queries, weights, query_positions, noise = weighed_rows(queries, row_weights, query_positions)
+    asked = row_weights
+    queries, weights, query_positions, noise = weighed_rows(queries, asked, query_positions)
 
     count = queries.shape[2]
+    if lse is not None:
+        lse = lse[:, :, length - count :] if asked.rows is None else lse.gather(2, _per_head(asked.rows, lse))
+        if in_order and group == "mean" and scoring.plain:
+            if asked.rows is None:
+                places = torch.arange(keys_length - count, keys_length, device=device)[None]
+            found = kernels.mass_from_lse(
+                queries, keys, weights, scoring, places, lse, noise, query_positions, key_positions
+            )
+            if found is not None:
+                return found
     mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
         hidden: Tensor | None
@@ -269,21 +289,25 @@ def attention_mass(
         else:
             seen = keys_length
             hidden = hidden_keys(query_positions[:, block], key_positions)  # type: ignore[arg-type]
-        perturb = (
-            None
-            if noise is None
-            else partial(
-                noise.part(block).perturb,
-                query_positions=query_positions[:, block],
-                key_positions=key_positions[:, :, :seen],  # type: ignore[index]
-            )
-        )
-        probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden, perturb)
-        if not in_order:
-            probabilities = probabilities.nan_to_num_(0.0)  # rows that see nothing
+        if noise is not None:
+            weighed, totals = kernels.noisy_weights(
+                row_logits(queries[:, :, block], keys[:, :, :seen], scoring), noise.part(block), scoring,
+                query_positions[:, block], key_positions[:, :, :seen],  # type: ignore[index]
+                None if lse is None else lse[:, :, block].unflatten(1, (kv_heads, -1)),
+            )  # fmt: skip
+            probabilities = weighed.div_(totals[..., None])
+        else:
+            probabilities = row_probabilities(queries[:, :, block], keys[:, :, :seen], scoring, hidden)
+            if not in_order:
+                probabilities = probabilities.nan_to_num_(0.0)  # rows that see nothing
         if group == "max":
             probabilities = probabilities.amax(2, keepdim=True)
         heads = probabilities.shape[2]
-        row = (weights[:, None, None, block] / heads).expand(-1, kv_heads, heads, -1).reshape(batch, kv_heads, 1, -1)
-        mass[..., :seen] += torch.matmul(row, probabilities.flatten(2, 3))
+        row = (weights[:, None, None, block] / heads).expand(-1, kv_heads, heads, -1)
+        mass[..., :seen] += torch.matmul(row.reshape(batch, kv_heads, 1, -1), probabilities.flatten(2, 3))
     return mass.squeeze(2)
+
+
+def _per_head(rows: Tensor, per_head: Tensor) -> Tensor:
+    """Rows `[R]` or `[B, R]` as an index into the last dimension of `[B, Hq, L]`."""
+    return rows.to(per_head.device).expand(len(per_head), -1)[:, None].expand(-1, per_head.shape[1], -1)

@@ -78,16 +78,28 @@ class Gumbel:
             return self
         return Gumbel(self.seed, self.layer, self.temperature[rows], self.scale)
 
+    @property
+    def word(self) -> int:
+        """A hash of seed and layer, below 2**32: where those of heads and positions begin."""
+        return hash_word(self.seed, self.layer)
+
+    def row_words(self, positions: Tensor, kv_heads: int, group: int) -> Tensor:
+        """A hash of every query head and position `[B or 1, L]`: `[B or 1, Hkv, G, L]` int32."""
+        heads = torch.arange(kv_heads * group, device=positions.device).view(1, kv_heads, group, 1)
+        return hashed(self.seed, self.layer, heads, positions[:, None, None, :])
+
+    def column_words(self, positions: Tensor) -> Tensor:
+        """A hash of every key position, of their shape, int32."""
+        return mix(positions.int() ^ _COLUMN)
+
     def perturb(self, logits: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Perturb in place logits `[B, Hkv, G, L, S]` float32; -inf stays -inf.
 
         query_positions: `[B or 1, L]`. key_positions: `[B or 1, Hkv or 1, S]`.
         """
         if self.scale:
-            kv_heads, group = logits.shape[1:3]
-            heads = torch.arange(kv_heads * group, device=logits.device).view(1, kv_heads, group, 1, 1)
-            rows = hashed(self.seed, self.layer, heads, query_positions[:, None, None, :, None])
-            columns = mix(key_positions[:, :, None, None, :].int() ^ _COLUMN)
+            rows = self.row_words(query_positions, *logits.shape[1:3])[..., None]
+            columns = self.column_words(key_positions)[:, :, None, None, :]
             # -log(-log(u)), with the outer minus in the subtraction.
             noise = uniform(mix(rows ^ columns)).log_().neg_().log_()
             logits.sub_(noise, alpha=self.scale)

@@ -10,13 +10,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvprune.mass import RowWeights, Scoring, grouped, hidden_keys, row_blocks, weighed_rows
 from kvprune.noise import Gumbel
-from kvprune.table import TokenTable
+
+if TYPE_CHECKING:
+    from kvprune.table import TokenTable
 
 
 def single_query(states: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,22 @@ import torch
 from torch import Tensor
 
 from kvprune import packed
-from kvprune.attention import causal_attention, positional_attention, single_query_attention
+from kvprune.attention import causal_attention, positional_attention, whole_attention
 from kvprune.mass import RowWeights, Scoring, attention_mass
 from kvprune.table import EMPTY, TokenTable
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What queries found: the output of attention `[B, Hq, L, Dv]`, and what was left over in finding it.
+
+    probabilities: of a single query, `[B, Hkv, G, rows]` float32. lse: log-sum-exp of every query's logits,
+    `[B, Hq, L]` float32; not every attention says it.
+    """
+
+    output: Tensor
+    probabilities: Tensor | None = None
+    lse: Tensor | None = None
 
 
 @dataclass
@@ -76,24 +89,33 @@ class Queries:
 
     # -- over a table whose newest rows are their own ----------------------------------------------------------------
 
-    def attend(self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool) -> tuple[Tensor, Tensor | None]:
-        """Attention output `[B, Hq, L, Dv]`; of a single query, if wanted, also probabilities `[B, Hkv, G, rows]`."""
+    def attend(self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool = False) -> Attended:
+        """Attention over all rows; with_probabilities: of a single query, those are wanted too."""
         states, keys, values = self.states, table.keys, table.values
-        if table.packed and len(self) == 1 and self.valid is None:
-            return packed.single_query(states, table, scoring)
-        if table.packed:
-            return packed.attention(states, self.positions, table, scoring), None
         if len(self) == 1 and self.valid is None:
+            if table.packed:
+                return Attended(*table.kernels.packed_single_query(states, table, scoring))
             empty = None if table.dense else table.positions < 0
-            return single_query_attention(states, keys, values, scoring, empty, with_probabilities)
+            return Attended(*table.kernels.single_query(states, keys, values, scoring, empty, with_probabilities))
+        if table.packed:
+            return Attended(packed.attention(states, self.positions, table, scoring))
+        if table.dense and len(self) == table.length:
+            output, lse = whole_attention(states, keys, values, scoring)
+            return Attended(output, lse=lse)
         if table.dense:
-            return causal_attention(states, keys, values, scoring), None
+            return Attended(causal_attention(states, keys, values, scoring))
         if self.spans is None:
-            return positional_attention(states, keys, values, scoring, self.positions, table.positions), None
+            return Attended(positional_attention(states, keys, values, scoring, self.positions, table.positions))
         output = states.new_zeros(*states.shape[:3], values.shape[3])
+        lse = torch.zeros(states.shape[:3], device=states.device)
+        told = True
         for one in self._sequences():  # one by one, so that no mask of L x L is ever made
-            output[one] = causal_attention(states[one], keys[one], values[one], scoring)
-        return output, None
+            output[one], found = whole_attention(states[one], keys[one], values[one], scoring)
+            if found is None:
+                told = False
+            else:
+                lse[one] = found
+        return Attended(output, lse=lse if told else None)
 
     def weigh(
         self,
@@ -102,43 +124,49 @@ class Queries:
         weights: RowWeights,
         group: str,
         *,
-        probabilities: Tensor | None = None,
+        attended: Attended | None = None,
         earlier: Remembered | None = None,
     ) -> Tensor:
         """Attention mass of every row of the table, `[B, Hkv, rows]` float32.
 
-        probabilities: of a single query, as `attend` returned them. earlier: queries of earlier steps to weigh as well.
+        attended: what `attend` found of these queries. earlier: queries of earlier steps to weigh as well.
         """
+        probabilities, lse = (attended.probabilities, attended.lse) if attended else (None, None)
         if earlier is not None and (weights.last > len(self) or self.valid is not None):
             states, positions = earlier.followed_by(self)
             if table.packed:
                 return packed.attention_mass(states, positions, table, weights, scoring, group)
             return attention_mass(
                 states, table.keys, weights, scoring,
-                group=group, query_positions=positions, key_positions=table.positions,
+                group=group, query_positions=positions, key_positions=table.positions, kernels=table.kernels,
             )  # fmt: skip
-        if probabilities is not None and weights.rows is None and weights.noise is None:
-            return probabilities.mean(2) if group == "mean" else probabilities.amax(2)
+        if probabilities is not None and weights.rows is None:
+            if weights.noise is None:
+                return table.kernels.query_mass(probabilities, group)
+            if scoring.sinks is None:
+                return table.kernels.query_mass(probabilities, group, weights.noise, self.positions, table.positions)
         if table.packed:
             return packed.attention_mass(self.states, self.positions, table, weights, scoring, group)
         if table.dense and weights.noise is None:
-            return attention_mass(self.states, table.keys, weights, scoring, group=group)
+            return attention_mass(
+                self.states, table.keys, weights, scoring, group=group, lse=lse, kernels=table.kernels
+            )
         if table.dense:
             return attention_mass(
-                self.states, table.keys, weights, scoring,
-                group=group, query_positions=self.positions, key_positions=table.positions, in_order=True,
+                self.states, table.keys, weights, scoring, group=group, query_positions=self.positions,
+                key_positions=table.positions, in_order=True, lse=lse, kernels=table.kernels,
             )  # fmt: skip
         if self.spans is None or weights.rows is not None:
             return attention_mass(
                 self.states, table.keys, weights, scoring,
-                group=group, query_positions=self.positions, key_positions=table.positions,
+                group=group, query_positions=self.positions, key_positions=table.positions, kernels=table.kernels,
             )  # fmt: skip
         mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
         for one in self._sequences():
             mass[one] = attention_mass(
                 self.states[one], table.keys[one], weights, scoring,
                 group=group, query_positions=self.positions[one[0], one[2]], key_positions=table.positions[one],
-                in_order=True,
+                in_order=True, lse=None if lse is None else lse[one], kernels=table.kernels,
             )  # fmt: skip
         return mass
 

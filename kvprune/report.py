@@ -46,6 +46,8 @@ class CacheReport:
     """For each sequence, the positions that a prompt filter chose, LongTensor `[k]`; None if nothing was filtered."""
     filter_layer: int | None = None
     """The layer by which a prompt filter chooses; None if there is no such filter."""
+    kernels: str | None = None
+    """What computes on the cache; None before its first tokens."""
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +90,7 @@ class CacheReport:
             "compression": self.compression,
             "selected": None if self.selected is None else [positions.tolist() for positions in self.selected],
             "filter_layer": self.filter_layer,
+            "kernels": self.kernels,
             "layers": [
                 {
                     "layer": layer.index,
@@ -106,7 +109,8 @@ class CacheReport:
             title=f"{self.policy}\n"
             f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})" + self._packed(),
             caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots"
-            + self._chosen(),
+            + self._chosen()
+            + ("" if self.kernels is None else f"\nkernels: {self.kernels}"),
             title_justify="left",
             caption_justify="left",
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import CacheError
+from kvprune.kernels import TORCH, Columns, Kernels
 from kvprune.packed_rows import PackedRows
 from kvprune.quantize import Codec
 
@@ -55,12 +56,15 @@ class TokenTable:
         buffer_columns: Mapping[str, torch.dtype] | None = None,
         *,
         dense: bool = True,
+        kernels: Kernels = TORCH,
     ) -> None:
         """Take the rows of the first step as they are; `compact` or `own` gives them storage of their own.
 
         keys: `[B, Hkv, L, D]`. values: `[B, Hkv, L, Dv]`. positions: `[B, Hkv, L]`, or broadcastable to it.
-        buffer_columns: those that rows lose when they are packed. dense: that no position is -1.
+        buffer_columns: those that rows lose when they are packed. dense: that no position is -1. kernels: what moves
+        rows, and attends to them.
         """
+        self.kernels = kernels
         self.dense = dense
         """Whether no slot in use is empty."""
         self.one_policy = True
@@ -69,6 +73,7 @@ class TokenTable:
         self.packed_length = 0
         """Slots whose keys and values are codes: the first ones."""
         self._borrowed = True
+        self._made_columns: Columns | None = None
         shape = keys.shape[:3]
         self.length = keys.shape[2]
         self._most_rows = self.length
@@ -84,12 +89,19 @@ class TokenTable:
                 self._tensors[f"{prefix}.{name}"] = torch.zeros(shape, dtype=dtype, device=keys.device)
         self._shape_changed()
 
+    @property
+    def _columns(self) -> Columns:
+        """All tensors, while each has storage of its own: made anew whenever one of them is."""
+        if self._made_columns is None:
+            self._made_columns = Columns(self._tensors.values())
+        return self._made_columns
+
     def _shape_changed(self) -> None:
-        batch, heads, capacity, device = self.batch_size, self.kv_heads, self.capacity, self._tensors["keys"].device
+        self._made_columns = None
+        batch, heads, device = self.batch_size, self.kv_heads, self._tensors["keys"].device
         sequences = torch.arange(batch, device=device)[:, None, None]
         each_head = torch.arange(heads, device=device)[:, None]
-        # To index slots with, and where each head's first slot is in the flattened table, [B, Hkv, 1].
-        self._index = sequences, each_head, (sequences * heads + each_head) * capacity
+        self._index = sequences, each_head  # to index slots with
         row_bytes = {
             name: tensor.itemsize * math.prod(tensor.shape[3:]) * batch * heads
             for name, tensor in self._tensors.items()
@@ -211,14 +223,17 @@ class TokenTable:
             self._resize(self.length + max(added, room))
         new = slice(self.length, self.length + added)
         unpacked = slice(new.start - self.packed_length, new.stop - self.packed_length)
-        self._tensors["keys"][:, :, unpacked] = keys
-        self._tensors["values"][:, :, unpacked] = values
-        self._tensors["positions"][:, :, new] = positions
-        for name, tensor in self._tensors.items():
-            if name.startswith("column."):
-                tensor[:, :, new] = 0
-            elif name.startswith("buffer."):
-                tensor[:, :, unpacked] = 0
+        if added == 1 and not self.packed and not isinstance(positions, Tensor):
+            self.kernels.append_row(self._columns, self.length, keys, values, positions)
+        else:
+            self._tensors["keys"][:, :, unpacked] = keys
+            self._tensors["values"][:, :, unpacked] = values
+            self._tensors["positions"][:, :, new] = positions
+            for name, tensor in self._tensors.items():
+                if name.startswith("column."):
+                    tensor[:, :, new] = 0
+                elif name.startswith("buffer."):
+                    tensor[:, :, unpacked] = 0
         self.length += added
         self._most_rows += added
 
@@ -251,7 +266,7 @@ class TokenTable:
             self._close_up(kept.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length])
             return
         empty = slots < 0
-        index = (*self._index[:2], slots.clamp(min=0))
+        index = (*self._index, slots.clamp(min=0))
         for name, tensor in self._tensors.items():
             self._tensors[name] = tensor[index]
         self._tensors["positions"].masked_fill_(empty, EMPTY)
@@ -287,12 +302,7 @@ class TokenTable:
         self.own()
         rest = self.length - count
         if count == 1:
-            target = (slots + self._index[2]).view(-1)
-            for tensor in self._tensors.values():
-                rows = tensor.view(-1, *tensor.shape[3:])
-                newest = tensor[:, :, rest].flatten(0, 1)
-                # With a single head this is a slice of the very memory that is written to, which torch refuses.
-                rows.index_copy_(0, target, newest.clone() if len(newest) == 1 else newest)
+            self.kernels.move_rows(self._columns, slots, rest)
         else:
             slots = slots.sort(dim=-1).values
             # Survivors among the last k rows, first; they go to the victims before them, which are the first ones too.
@@ -300,7 +310,7 @@ class TokenTable:
             victim = (slots[:, :, :, None] == tail).any(dim=2)
             source = tail[victim.to(torch.int8).argsort(dim=-1, stable=True)]
             for tensor in self._tensors.values():
-                tensor[(*self._index[:2], slots)] = tensor[(*self._index[:2], source)]
+                tensor[(*self._index, slots)] = tensor[(*self._index, source)]
         self.length = rest
 
     def drop_newest(self, count: int) -> None:
@@ -329,6 +339,7 @@ class TokenTable:
         self._borrowed = False
         for name, tensor in self._tensors.items():
             self._tensors[name] = owned(tensor)
+        self._made_columns = None
 
     # -- rows lose precision ---------------------------------------------------------------------------------------
 
@@ -346,7 +357,7 @@ class TokenTable:
                 continue
             empty = slots < 0
             left.scatter_(2, torch.where(empty, self.length, slots), False)
-            row = (*self._index[:2], (slots - self.packed_length).clamp(min=0))
+            row = (*self._index, (slots - self.packed_length).clamp(min=0))
             new = PackedRows.encode(
                 codec, self._tensors["keys"][row], self._tensors["values"][row], empty if bool(empty.any()) else None
             )
@@ -413,7 +424,7 @@ class TokenTable:
         for name, tensor in self._tensors.items():
             first = self._first_slot(name)
             index = slots if name == "positions" or name.startswith("column.") else slots[:, :, packed_length:]
-            self._tensors[name] = tensor[(*self._index[:2], (index - first).clamp(min=0))]
+            self._tensors[name] = tensor[(*self._index, (index - first).clamp(min=0))]
         self._tensors["positions"].masked_fill_(empty, EMPTY)
         held = self._tensors["positions"] >= 0
         self.dense = bool(held.all())
@@ -435,6 +446,7 @@ class TokenTable:
         """An independent copy."""
         other = copy.copy(self)
         other._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        other._made_columns = None
         other.packed = [tier.clone() for tier in self.packed]
         return other
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvprune.budget import share
 from kvprune.errors import PolicyError
-from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool, ranked
+from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool
+from kvprune.kernels import ranked
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
 from kvprune.policy import Decision, Policy, Step, in_order

@@ -1,0 +1,334 @@
+"""The compiled loops for a CPU against their twins in PyTorch, and what happens where there are none."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import build, generate, kept_everywhere, left_padded, shared
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvprune import PolicyError, PrunedCache, Scoring
+from kvprune.kernels import TORCH, Columns, choose, cpu
+from kvprune.kernels.cpu import CPU
+from kvprune.layer import PrunedLayer
+from kvprune.mass import RowWeights, attention_mass
+from kvprune.noise import Gumbel
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policy import Policy
+from kvprune.quantize import Codec
+from kvprune.table import TokenTable
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="kvprune was installed without a C compiler")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {"atol": 2e-6, "rtol": 1e-4}
+
+batches, heads, groups = st.integers(1, 3), st.integers(1, 3), st.sampled_from((1, 2, 3, 4, 7))
+lengths = st.one_of(st.integers(1, 40), st.sampled_from((64, 255, 256, 257, 700)))
+seeds = st.integers(0, 2**16)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids="{} threads".format)
+def threads(request):
+    """Threads that the loops run on; the work is so little that only one would wake up."""
+    before, alone = torch.get_num_threads(), cpu._ALONE
+    torch.set_num_threads(request.param)
+    cpu._ALONE = 0
+    yield request.param
+    torch.set_num_threads(before)
+    cpu._ALONE = alone
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def in_spare_room(rows: Tensor, room: int) -> Tensor:
+    """The same rows at the beginning of a longer table."""
+    longer = torch.full((*rows.shape[:2], rows.shape[2] + room, rows.shape[3]), math.nan, dtype=rows.dtype)
+    longer[:, :, : rows.shape[2]] = rows
+    return longer[:, :, : rows.shape[2]]
+
+
+# -- one query per sequence --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    batch=batches, kv_heads=heads, group=groups, length=lengths, dim=st.sampled_from((16, 32, 48, 80, 128)),
+    value_dim=st.sampled_from((16, 48)), room=st.integers(0, 3), holes=st.booleans(), sinks=st.booleans(), seed=seeds,
+)  # fmt: skip
+def test_single_query(
+    threads, dtype, batch, kv_heads, group, length, dim, value_dim, room, holes, sinks, seed
+):  # fmt: skip
+    """Output and probabilities are those of PyTorch."""
+    queries = random(batch, kv_heads * group, 1, dim, seed=seed, dtype=dtype)
+    keys = in_spare_room(random(batch, kv_heads, length, dim, seed=seed + 1, dtype=dtype), room)
+    values = in_spare_room(random(batch, kv_heads, length, value_dim, seed=seed + 2, dtype=dtype), room)
+    empty = None
+    if holes:
+        empty = random(batch, kv_heads, length, seed=seed + 3) > 0.5
+        empty[:, :, 0] = False
+    scoring = Scoring(dim**-0.5, sinks=random(kv_heads * group, seed=seed + 4) if sinks else None)
+    output, probabilities = CPU.single_query(queries, keys, values, scoring, empty, True)
+    wide = (queries.float(), keys.float(), values.float())
+    expected, of_pytorch = TORCH.single_query(*wide, scoring, empty, True)
+    torch.testing.assert_close(probabilities, of_pytorch, **ROUNDING)
+    tolerance = ROUNDING if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(output, expected.to(dtype), **tolerance)
+    assert output.dtype == dtype
+
+
+def test_the_largest_and_smallest_numbers_of_half_precision():
+    """Denormal and largest numbers of float16 are read as what they are."""
+    keys = torch.zeros(1, 1, 4, 16, dtype=torch.float16)
+    keys[0, 0, :, 0] = torch.tensor([65504.0, 6e-8, -6.1e-5, 2.0**-14], dtype=torch.float16)
+    queries = torch.zeros(1, 1, 1, 16)
+    queries[..., 0] = 1.0
+    scale = 1e-4
+    _, found = CPU.single_query(queries.half(), keys, keys, Scoring(scale), None, True)
+    expected = torch.softmax(keys[0, 0, :, 0].float() * scale, 0)
+    torch.testing.assert_close(found.flatten(), expected, atol=1e-12, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(24, 24), (32, 20)], ids=str)
+def test_head_dims_that_are_no_whole_vectors_are_left_to_pytorch(dims):
+    """Odd head dims work like any other."""
+    queries, keys, values = (
+        random(1, 4, 1, dims[0], seed=0),
+        random(1, 2, 9, dims[0], seed=1),
+        random(1, 2, 9, dims[1], seed=2),
+    )
+    found, expected = (
+        kernels.single_query(queries, keys, values, Scoring(0.2), None, True) for kernels in (CPU, TORCH)
+    )
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@given(
+    bits=st.sampled_from((2, 3, 4, 8)), low_bits=st.sampled_from((2, 4)), tokens=st.sampled_from((None, 8, 32)),
+    channels=st.sampled_from((None, 16)), separable=st.booleans(), kv_heads=heads, group=groups,
+    dim=st.sampled_from((16, 32, 80)), length=st.sampled_from((12, 100, 600)), evicted=st.integers(0, 10),
+    loose=st.integers(1, 5), seed=seeds,
+)  # fmt: skip
+def test_packed_single_query(
+    threads, bits, low_bits, tokens, channels, separable, kv_heads, group, dim, length, evicted, loose, seed
+):
+    """Over codes of several widths and rows in full precision, whatever parameters they share, also with holes."""
+    keys, values = (random(2, kv_heads, length + loose, dim, seed=seed + number) for number in (0, 1))
+    table = TokenTable(keys, values, torch.arange(length + loose), {})
+    chosen = torch.arange(length).expand(2, kv_heads, -1)
+    parts = [(Codec(bits, tokens, channels, separable), chosen[:, :, : length // 2])]
+    parts += [(Codec(low_bits, tokens, channels, separable), chosen[:, :, length // 2 :])]
+    table.quantize(parts)
+    if evicted:
+        table.evict(torch.arange(0, length, length // evicted)[:evicted].expand(2, kv_heads, -1).contiguous())
+    queries = random(2, kv_heads * group, 1, dim, seed=seed + 2)
+    found = CPU.packed_single_query(queries, table, Scoring(dim**-0.5))
+    torch.testing.assert_close(found, TORCH.packed_single_query(queries, table, Scoring(dim**-0.5)), **ROUNDING)
+
+
+@pytest.mark.parametrize("noise", [None, Gumbel(3, 5), Gumbel(3, 5, 1.7), Gumbel(3, 5, 1.0, 0.5)], ids=str)
+@given(batch=batches, kv_heads=heads, group=groups, length=lengths, seed=seeds)
+def test_query_mass(threads, noise, batch, kv_heads, group, length, seed):
+    """The mean over query heads, of plain and of noisy probabilities."""
+    probabilities = torch.softmax(random(batch, kv_heads, group, length, seed=seed, scale=4.0), -1)
+    positions = torch.arange(length, dtype=torch.int32).flip(0).expand(batch, kv_heads, -1).contiguous()
+    at = None if noise is None else torch.tensor([[length + 2]])
+    arguments = (probabilities, "mean", noise, at, None if noise is None else positions)
+    torch.testing.assert_close(CPU.query_mass(*arguments), TORCH.query_mass(*arguments), **ROUNDING)
+
+
+# -- attention mass ----------------------------------------------------------------------------------------------------
+
+
+def log_sum_exp(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Of causal logits, the queries being the newest keys; `[B, Hq, L]`."""
+    logits = queries.double() @ keys.double().repeat_interleave(queries.shape[1] // keys.shape[1], 1).mT * scale
+    rows, columns = logits.shape[2:]
+    return logits.masked_fill(torch.ones(rows, columns).triu_(columns - rows + 1).bool(), -math.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    batch=batches, kv_heads=heads, group=groups, length=lengths, older=st.integers(0, 70),
+    dim=st.sampled_from((5, 16, 32)), noise=st.sampled_from((None, Gumbel(1, 2), Gumbel(1, 2, 1.5))),
+    rule=st.sampled_from(("all", "forgotten", "window", "probes")), seed=seeds,
+)  # fmt: skip
+def test_mass_from_the_log_sum_exp(
+    threads, dtype, batch, kv_heads, group, length, older, dim, noise, rule, seed
+):  # fmt: skip
+    """Mass is the same where the normalization is known, also under noise, for rows of all kinds."""
+    length = min(length, 257)
+    queries = random(batch, kv_heads * group, length, dim, seed=seed, dtype=dtype)
+    keys = in_spare_room(random(batch, kv_heads, older + length, dim, seed=seed + 1, dtype=dtype), seed % 3)
+    rows = torch.stack([torch.randperm(length)[: max(1, length // 3)].sort().values for _ in range(batch)])
+    weights = {
+        "all": RowWeights.uniform(length),
+        "forgotten": RowWeights.geometric(length, 0.9),
+        "window": RowWeights.last_window(5),
+        "probes": RowWeights.explicit(rows, random(*rows.shape, seed=seed).abs()),
+    }[rule]
+    weights = weights if noise is None else weights.noisy(noise)
+    scoring = Scoring(dim**-0.5)
+    found = attention_mass(queries, keys, weights, scoring, lse=log_sum_exp(queries, keys, scoring.scale), kernels=CPU)
+    expected = attention_mass(queries.float(), keys.float(), weights, scoring)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=2e-4)
+
+
+@given(
+    batch=batches, kv_heads=heads, group=groups, rows=st.integers(1, 6), length=lengths, sinks=st.booleans(),
+    temperature=st.sampled_from((1.0, 0.5, 2.0)), scale=st.sampled_from((1.0, 0.3)), known=st.booleans(), seed=seeds,
+)  # fmt: skip
+def test_noisy_weights(threads, batch, kv_heads, group, rows, length, sinks, temperature, scale, known, seed):
+    """Rows of a noisy softmax, where keys are empty or later than the query, and padding sees none."""
+    logits = random(batch, kv_heads, group, rows, length, seed=seed, scale=5.0)
+    key_positions = torch.arange(length).roll(seed % length).expand(batch, kv_heads, -1).clone()
+    key_positions[:, :, seed % length] = -1
+    query_positions = torch.arange(length - rows, length).clamp(min=-1).expand(batch, -1)
+    scoring = Scoring(1.0, sinks=random(kv_heads * group, seed=seed) if sinks else None)
+    noise = Gumbel(seed, 3, temperature, scale)
+    hidden = (key_positions[:, :, None, None] > query_positions[:, None, None, :, None]) | (
+        key_positions[:, :, None, None] < 0
+    )
+    lse = logits.masked_fill(hidden, -math.inf).logsumexp(-1).clamp(min=-50) if known else None
+    (found, totals), (expected, of_expected) = (
+        kernels.noisy_weights(logits.clone(), noise, scoring, query_positions, key_positions, lse)
+        for kernels in (CPU, TORCH)
+    )
+    torch.testing.assert_close(found / totals[..., None], expected / of_expected[..., None], **ROUNDING)
+
+
+# -- rows of a table ---------------------------------------------------------------------------------------------------
+
+SCORES = st.sampled_from((0.0, -0.0, 1.0, 1.0, 2.0, -1.0, 1e-45, math.inf, -math.inf, math.nan))
+
+
+@given(
+    scores=st.lists(SCORES, min_size=6, max_size=60), batch=batches, kv_heads=heads, sinks=st.integers(0, 2),
+    recent=st.integers(0, 3), layout=st.sampled_from(("rows", "expanded", "every other")), seed=seeds,
+)  # fmt: skip
+def test_worst_rows(scores, batch, kv_heads, sinks, recent, layout, seed):
+    """The least score goes, of equal ones the oldest, whatever the numbers; never a sink or a recent token."""
+    length = len(scores)
+    table = torch.tensor(scores).expand(batch, kv_heads, -1)
+    if layout == "rows":
+        table = torch.stack([row.roll(number) for number, row in enumerate(table.flatten(0, 1))]).view(table.shape)
+    elif layout == "every other":
+        table = table.repeat_interleave(2, dim=-1)[..., ::2]
+    shuffled = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).int()
+    spare = torch.full((batch, kv_heads, length + 3), -1, dtype=torch.int32)
+    spare[..., :length] = shuffled
+    positions = spare[..., :length]
+    found = CPU.worst_rows(table, positions, sinks, length - recent)
+    assert torch.equal(found, TORCH.worst_rows(table, positions, sinks, length - recent))
+    chosen = positions.gather(2, found)
+    assert ((chosen >= sinks) & (chosen < length - recent)).all()
+
+
+@given(batch=batches, kv_heads=heads, length=st.integers(1, 9), dtype=st.sampled_from(DTYPES), seed=seeds)
+def test_rows_move_and_come(batch, kv_heads, length, dtype, seed):
+    """All columns move alike, also those of other types, and a new row begins with zeros."""
+    made = [
+        Columns((
+            random(batch, kv_heads, length, 6, seed=seed, dtype=dtype),
+            random(batch, kv_heads, length, 3, seed=seed + 1, dtype=dtype),
+            torch.arange(length, dtype=torch.int32).repeat(batch, kv_heads, 1),
+            random(batch, kv_heads, length, seed=seed + 2),
+            random(batch, kv_heads, length, seed=seed + 3) > 0,
+        ))
+        for _ in range(2)
+    ]  # fmt: skip
+    slots = torch.randint(0, length, (batch, kv_heads, 1), generator=torch.Generator().manual_seed(seed))
+    keys = random(batch, 1, kv_heads, 6, seed=seed, dtype=dtype).transpose(1, 2)
+    values = random(batch, kv_heads, 1, 3, seed=seed, dtype=dtype)
+    for kernels, columns in zip((CPU, TORCH), made, strict=True):
+        kernels.move_rows(columns, slots, length - 1)
+        kernels.append_row(columns, length - 1, keys, values, 77)
+        kernels.move_rows(columns, slots[:1, :1], length - 1)  # the same slot of every head
+    for mine, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("slot", [-1, 5, 2**40])
+def test_a_slot_that_is_not_in_use_is_an_error_and_nothing_moves(slot):
+    """A policy that names a wrong slot is told, and cannot write where no table is."""
+    keys = random(1, 1, 5, 2, seed=0)
+    columns = Columns((keys, keys.clone(), torch.arange(5, dtype=torch.int32).view(1, 1, 5)))
+    before = [column.clone() for column in columns]
+    with pytest.raises(PolicyError, match="not in use"):
+        CPU.move_rows(columns, torch.full((1, 1, 1), slot), 4)
+    assert all(torch.equal(now, then) for now, then in zip(columns, before, strict=True))
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+POLICIES = (
+    Full(), A2SF(24, recent=4), A2SF(24, recent=4, interval=4), A2SF(24, recent=4, group="max"), H2O(24, recent=4),
+    TOVA(24), StreamingLLM(24), SnapKV(24, window=4), Keyformer(24, seed=5), KIVI(residual=16, group_size=16),
+    ZipCache(buffer=8), ZipCache(group_size=16, buffer=8), A2SF(24, recent=4) | ZipCache(buffer=8),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_policy_keeps_the_same_with_all_kernels(policy: Policy, padded: bool):
+    """Compiled loops and PyTorch choose the same tokens, and the model says the same."""
+    model = build("llama", hidden_size=64, head_dim=16)
+    batch = left_padded([60, 45] if padded else [60, 60], seed=3)
+    found = []
+    for kernels in ("cpu", "torch"):
+        cache = PrunedCache(model, policy, kernels=kernels)
+        tokens = generate(model, batch, 20, past_key_values=cache)
+        found.append((tokens.tolist(), kept_everywhere(cache), kept_everywhere(cache, 1)))
+        assert cache.report().kernels == kernels
+        assert f"kernels: {kernels}" in str(cache.report())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models_generate(dtype):
+    """Probabilities are float32, outputs of the model's type."""
+    model = build("llama", dtype=dtype, hidden_size=64, head_dim=32)
+    cache = PrunedCache(model, A2SF(20, recent=4))
+    assert generate(model, left_padded([40]), 8, past_key_values=cache).shape == (1, 48)
+    assert cache.layers[0].table["score"].isfinite().all()
+
+
+def test_gradients_are_left_to_pytorch():
+    """What autograd has to see is computed by PyTorch, and the gradients are those."""
+    found = []
+    for kernels in ("cpu", "torch"):
+        layer = PrunedLayer(Full(), 0, kernels=kernels)
+        layer.update(random(1, 2, 4, 16, seed=0), random(1, 2, 4, 16, seed=1))
+        layer.attend(random(1, 4, 4, 16, seed=2), None, Scoring(0.25))
+        queries = random(1, 4, 1, 16, seed=3).requires_grad_()
+        layer.update(random(1, 2, 1, 16, seed=4), random(1, 2, 1, 16, seed=5))
+        layer.attend(queries, None, Scoring(0.25)).sum().backward()
+        found.append(queries.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
+# -- which kernels -----------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_compiled_ones_where_there_are_any(monkeypatch):
+    """And PyTorch's where there are none, or on another device."""
+    assert choose("auto", torch.device("cpu")) is CPU
+    assert choose("torch", torch.device("cpu")) is TORCH
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert choose("auto", torch.device("cpu")) is TORCH
+    with pytest.raises(PolicyError, match="C compiler"):
+        choose("cpu", torch.device("cpu"))
+
+
+def test_kernels_that_cannot_be_had_are_an_error():
+    """A name without kernels is refused at once, a device without them when it is known."""
+    with pytest.raises(PolicyError, match="no kernels named 'gpu': write one of 'auto'"):
+        PrunedCache(shared(), Full(), kernels="gpu")
+    with pytest.raises(PolicyError, match=r'cache on a CPU.*kernels="auto"'):
+        choose("cpu", torch.device("meta"))
