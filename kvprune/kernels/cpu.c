@@ -142,7 +142,8 @@ INLINE words codes_at(const uint8_t *row, long first, long count, int bits) {
         uint32_t low, high;
         memcpy(&low, row + first / 2, 4);
         memcpy(&high, row + first / 2 + 4, 4);
-        words both = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
+        const words upper = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+        words both = ((((words){} + high) & upper) | (((words){} + low) & ~upper));
         return both >> (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28} & 15;
     }
     uint32_t two;
@@ -271,15 +272,27 @@ void kvprune_noisy_weights(
 
 enum { TILE = 4 * LANES };
 
+/* Keys [B, H, S, D] of a kind, where the model has left them; strides count numbers. */
+typedef struct {
+    const char *first;
+    int64_t of_sequence, of_head, of_row, kind, heads;
+} key_rows;
+
+INLINE const char *key_at(const key_rows *keys, long head, long row) {
+    const long size = keys->kind == FLOAT32 ? 4 : 2;
+    const long place = head / keys->heads * keys->of_sequence + head % keys->heads * keys->of_head + row * keys->of_row;
+    return keys->first + place * size;
+}
+
 /* A tile of keys, column by column `[D, TILE]`; zeros where there are less than TILE. */
-INLINE void transpose(float *columns, const void *keys, int kind, long count, long D) {
+INLINE void transpose(float *columns, const void *keys, int kind, long stride, long count, long D) {
     const uint16_t *halves_ = keys;
     for (long key = 0; key < TILE; key++)
         for (long d = 0; d < D; d++)
             columns[d * TILE + key] = key >= count       ? 0.0f
-                                      : kind == FLOAT32  ? ((const float *)keys)[key * D + d]
-                                      : kind == BFLOAT16 ? float_of((uint32_t)halves_[key * D + d] << 16)
-                                                         : half_at(halves_, key * D + d);
+                                      : kind == FLOAT32  ? ((const float *)keys)[key * stride + d]
+                                      : kind == BFLOAT16 ? float_of((uint32_t)halves_[key * stride + d] << 16)
+                                                         : half_at(halves_, key * stride + d);
 }
 
 /* Products of `count` <= 4 rows of queries with a tile of keys. */
@@ -319,11 +332,11 @@ INLINE void add_mass(
 }
 
 VECTORS static void mass_of_tile(
-    float *mass, const void *keys, int kind, const float *queries, const float *lse, const float *weights,
+    float *mass, const void *keys, int kind, long stride, const float *queries, const float *lse, const float *weights,
     const int64_t *limits, long first, long count, long G, long R, long D
 ) {
     float columns[D * TILE], sums[TILE] = {0};
-    transpose(columns, keys, kind, count, D);
+    transpose(columns, keys, kind, stride, count, D);
     long begin = 0;
     while (begin < R && limits[begin] <= first)
         begin++; /* those before see none of it: limits ascend */
@@ -342,17 +355,17 @@ VECTORS static void mass_of_tile(
    of a kind, with a stride from head to head; lse [N, G, R], weights [N, R]. A row sees the first limits [N, R] keys;
    limits ascend. A thread owns a tile of keys, so sums have one order. */
 void kvprune_mass_from_lse(
-    float *mass, const void *keys, long stride, int kind, const float *queries, const float *lse, const float *weights,
+    float *mass, const key_rows *keys, const float *queries, const float *lse, const float *weights,
     const int64_t *limits, long N, long G, long R, long S, long D, int threads
 ) {
-    const long tiles = (S + TILE - 1) / TILE, size = kind == FLOAT32 ? 4 : 2;
+    const long tiles = (S + TILE - 1) / TILE;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (long item = 0; item < N * tiles; item++) {
         const long head = item / tiles, first = item % tiles * TILE;
         mass_of_tile(
-            mass + head * S + first, (const char *)keys + (head * stride + first * D) * size, kind,
-            queries + head * G * R * D, lse + head * G * R, weights + head * R, limits + head * R, first,
-            S - first < TILE ? S - first : TILE, G, R, D
+            mass + head * S + first, key_at(keys, head, first), keys->kind, keys->of_row, queries + head * G * R * D,
+            lse + head * G * R, weights + head * R, limits + head * R, first, S - first < TILE ? S - first : TILE, G, R,
+            D
         );
     }
 }
@@ -404,8 +417,8 @@ VECTORS static void noisy_mass_of_rows(
         );
 }
 
-VECTORS static void transposed(float *columns, const void *keys, int kind, long count, long D) {
-    transpose(columns, keys, kind, count, D);
+VECTORS static void transposed(float *columns, const void *keys, int kind, long stride, long count, long D) {
+    transpose(columns, keys, kind, stride, count, D);
 }
 
 VECTORS static void add_up(float *sums, const float *parts, long count, long stride, long size) {
@@ -422,11 +435,11 @@ VECTORS static void add_up(float *sums, const float *parts, long count, long str
    each of which has sums of its own, so that the order of additions does not depend on the threads. */
 enum { STRETCHES = 16 };
 int kvprune_noisy_mass_from_lse(
-    float *mass, float *columns, float *parts, const void *keys, long stride, int kind, const float *queries,
-    const uint32_t *key_words, const uint32_t *row_words, const float *lse, const float *weights, const int64_t *limits,
-    long N, long G, long R, long S, long D, int threads
+    float *mass, float *columns, float *parts, const key_rows *keys, const float *queries, const uint32_t *key_words,
+    const uint32_t *row_words, const float *lse, const float *weights, const int64_t *limits, long N, long G, long R,
+    long S, long D, int threads
 ) {
-    const long tiles = (S + TILE - 1) / TILE, size = kind == FLOAT32 ? 4 : 2, padded = tiles * TILE;
+    const long tiles = (S + TILE - 1) / TILE, padded = tiles * TILE;
     const long each = (R + STRETCHES - 1) / STRETCHES;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -435,7 +448,7 @@ int kvprune_noisy_mass_from_lse(
         for (long item = 0; item < N * tiles; item++) {
             const long head = item / tiles, first = item % tiles * TILE;
             transposed(
-                columns + (head * padded + first) * D, (const char *)keys + (head * stride + first * D) * size, kind,
+                columns + (head * padded + first) * D, key_at(keys, head, first), keys->kind, keys->of_row,
                 S - first < TILE ? S - first : TILE, D
             );
         }
@@ -837,12 +850,24 @@ VECTORS static void packed_dots_of(
     }
 }
 
+/* Parameters of one group of channels of `rows` tokens, and zeros up to a whole vector. */
+INLINE void parameters_of(float *wide, const uint16_t *from, long at, long rows, long group, long groups) {
+    long r = 0;
+    if (groups == 1)
+        for (; r + LANES <= rows; r += LANES)
+            store(wide + r, load_as(from, at + r, FLOAT16));
+    for (; r < rows; r++)
+        wide[r] = half_at(from, (at + r) * groups + group);
+    for (; r % LANES; r++)
+        wide[r] = 0.0f;
+}
+
 /* Weighted sums of values; parameters of tokens go into the weights, and those of channels into the sum. */
 VECTORS static void packed_sums_of(
     float *output, const float *weights, long S, const tier *t, long head, long first, long stop, long G, int bits
 ) {
     const long D = t->dim;
-    float scaled[G * PART], part[G * D], constant[G];
+    float scaled[G * PART], part[G * D], constant[G], scale[PART + LANES], zero_point[PART + LANES];
     tier mine = *t;
     if (t->blocks)
         mine.blocks = (const char *)t->blocks + head * t->rows * t->block_bytes;
@@ -851,13 +876,17 @@ VECTORS static void packed_sums_of(
         const long end = same_block(&mine, row, stop), rows = end - row, at = head * t->rows + row;
         const uint8_t *codes = t->codes + at * t->row_bytes;
         for (long group = 0; group < t->groups; group++) {
+            parameters_of(scale, t->scale, at, rows, group, t->groups);
+            parameters_of(zero_point, t->zero_point, at, rows, group, t->groups);
             for (long g = 0; g < G; g++) {
-                constant[g] = 0.0f;
-                for (long r = 0; r < rows; r++) {
-                    const float weight = weights[g * S + row - first + r];
-                    scaled[g * PART + r] = weight * half_at(t->scale, (at + r) * t->groups + group);
-                    constant[g] += weight * half_at(t->zero_point, (at + r) * t->groups + group);
+                const float *given = weights + g * S + row - first;
+                floats sum = all(0.0f);
+                for (long r = 0; r < rows; r += LANES) {
+                    floats weight = load_some(given + r, rows - r, 0.0f);
+                    store_some(scaled + g * PART + r, weight * load(scale + r), rows - r);
+                    sum += weight * load(zero_point + r);
                 }
+                constant[g] = sum_of(sum);
             }
             const long begin = group * t->channels, stop_ = begin + t->channels < D ? begin + t->channels : D;
             for (long d = begin; d < stop_; d += LANES) {

@@ -42,8 +42,8 @@ class _Pointer:
 
 _SIGNATURES: dict[str, list[Any]] = {
     "noisy_weights": [_Pointer] * 9 + [c_float] + [c_long] * 4 + [c_int],
-    "mass_from_lse": [_Pointer, _Pointer, c_long, c_int] + [_Pointer] * 4 + [c_long] * 5 + [c_int],
-    "noisy_mass_from_lse": [_Pointer] * 4 + [c_long, c_int] + [_Pointer] * 6 + [c_long] * 5 + [c_int],
+    "mass_from_lse": [_Pointer, c_void_p] + [_Pointer] * 4 + [c_long] * 5 + [c_int],
+    "noisy_mass_from_lse": [_Pointer] * 3 + [c_void_p] + [_Pointer] * 6 + [c_long] * 5 + [c_int],
     "dots": [_Pointer, c_long, c_long, _Pointer, _Pointer, c_long, c_float, c_long, c_int] + [c_long] * 3 + [c_int],
     "softmax": [_Pointer, _Pointer, c_long, _Pointer] + [c_long] * 3 + [c_int],
     "sums": [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [c_int]
@@ -225,7 +225,7 @@ class CPUKernels(Kernels):
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
     ) -> Tensor | None:
-        if not _are_rows(keys, whole_vectors=False) or _needs_gradients(queries, keys):
+        if keys.dtype not in _KINDS or keys.stride(3) != 1 or _needs_gradients(queries, keys):
             return None
         if noise is not None and (noise.scale, noise.temperature) != (1.0, 1.0):
             return None
@@ -236,17 +236,17 @@ class CPUKernels(Kernels):
         weights = (weights / group)[:, None].expand(-1, kv_heads, -1).contiguous()
         limits = (places + 1)[:, None].expand(batch, kv_heads, -1).contiguous()
         mass = torch.empty(batch, kv_heads, length)
-        kind, threads = _KINDS[keys.dtype], torch.get_num_threads()
+        rows_of_keys, threads = ctypes.byref(_KeyRows.of(keys)), torch.get_num_threads()
         if noise is None or query_positions is None or key_positions is None:
             self._c.mass_from_lse(
-                mass, keys, keys.stride(1), kind, scaled, lse, weights, limits, heads, group, rows, length, dim, threads
+                mass, rows_of_keys, scaled, lse, weights, limits, heads, group, rows, length, dim, threads
             )
             return mass
         padded = -(-length // _TILE) * _TILE
         column_words = noise.column_words(key_positions).expand(batch, kv_heads, length)
         failed = self._c.noisy_mass_from_lse(
-            mass, torch.empty(heads * padded * dim), torch.empty(heads * padded * _STRETCHES), keys, keys.stride(1),
-            kind, scaled, F.pad(column_words, (0, padded - length)).contiguous(),
+            mass, torch.empty(heads * padded * dim), torch.empty(heads * padded * _STRETCHES), rows_of_keys,
+            scaled, F.pad(column_words, (0, padded - length)).contiguous(),
             noise.row_words(query_positions, kv_heads, group).expand(batch, -1, -1, -1).contiguous(),
             lse, weights, limits, heads, group, rows, length, dim, threads,
         )  # fmt: skip
@@ -290,6 +290,19 @@ CPU = CPUKernels()
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+class _KeyRows(ctypes.Structure):
+    """`key_rows` of cpu.c."""
+
+    _fields_ = (
+        ("first", c_void_p),
+        *((name, c_int64) for name in ("of_sequence", "of_head", "of_row", "kind", "heads")),
+    )
+
+    @classmethod
+    def of(cls, keys: Tensor) -> _KeyRows:
+        return cls(keys.data_ptr(), *keys.stride()[:3], _KINDS[keys.dtype], keys.shape[1])
 
 
 class _Tier(ctypes.Structure):
@@ -352,20 +365,17 @@ def _sinks(scoring: Scoring, batch: int) -> Tensor | None:
     return None if scoring.sinks is None else scoring.sinks.float().expand(batch, -1).contiguous()
 
 
-def _are_rows(*tensors: Tensor, whole_vectors: bool = True) -> bool:
-    """Whether rows `[B, Hkv, S, D]` are of one known kind, evenly spaced, and whole vectors long if they must be."""
+def _are_rows(*tensors: Tensor) -> bool:
+    """Whether rows `[B, Hkv, S, D]` are of one known kind, evenly spaced, and whole vectors long."""
     return all(
-        _evenly_spaced(rows.dtype, rows.shape, rows.stride())
-        and rows.dtype == tensors[0].dtype
-        and not (whole_vectors and rows.shape[3] % _LANES)
-        for rows in tensors
+        rows.dtype == tensors[0].dtype and _evenly_spaced(rows.dtype, rows.shape, rows.stride()) for rows in tensors
     )
 
 
 @lru_cache(64)
 def _evenly_spaced(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     one_after_the_other = strides[2:] == (shape[3], 1) and (shape[0] == 1 or strides[0] == shape[1] * strides[1])
-    return dtype in _KINDS and one_after_the_other
+    return dtype in _KINDS and shape[3] % _LANES == 0 and one_after_the_other
 
 
 def _are_codes(rows: PackedRows) -> bool:
