@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvprune import packed
 from kvprune.attention import causal_attention, positional_attention, whole_attention
-from kvprune.mass import RowWeights, Scoring, attention_mass
+from kvprune.mass import RowWeights, Scoring
 from kvprune.table import EMPTY, TokenTable
 
 
@@ -136,9 +136,9 @@ class Queries:
             states, positions = earlier.followed_by(self)
             if table.packed:
                 return packed.attention_mass(states, positions, table, weights, scoring, group)
-            return attention_mass(
+            return table.kernels.attention_mass(
                 states, table.keys, weights, scoring,
-                group=group, query_positions=positions, key_positions=table.positions, kernels=table.kernels,
+                group=group, query_positions=positions, key_positions=table.positions,
             )  # fmt: skip
         if probabilities is not None and weights.rows is None:
             if weights.noise is None:
@@ -148,25 +148,23 @@ class Queries:
         if table.packed:
             return packed.attention_mass(self.states, self.positions, table, weights, scoring, group)
         if table.dense and weights.noise is None:
-            return attention_mass(
-                self.states, table.keys, weights, scoring, group=group, lse=lse, kernels=table.kernels
-            )
+            return table.kernels.attention_mass(self.states, table.keys, weights, scoring, group=group, lse=lse)
         if table.dense:
-            return attention_mass(
+            return table.kernels.attention_mass(
                 self.states, table.keys, weights, scoring, group=group, query_positions=self.positions,
-                key_positions=table.positions, in_order=True, lse=lse, kernels=table.kernels,
+                key_positions=table.positions, in_order=True, lse=lse,
             )  # fmt: skip
         if self.spans is None or weights.rows is not None:
-            return attention_mass(
+            return table.kernels.attention_mass(
                 self.states, table.keys, weights, scoring,
-                group=group, query_positions=self.positions, key_positions=table.positions, kernels=table.kernels,
+                group=group, query_positions=self.positions, key_positions=table.positions,
             )  # fmt: skip
         mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
         for one in self._sequences():
-            mass[one] = attention_mass(
+            mass[one] = table.kernels.attention_mass(
                 self.states[one], table.keys[one], weights, scoring,
                 group=group, query_positions=self.positions[one[0], one[2]], key_positions=table.positions[one],
-                in_order=True, lse=None if lse is None else lse[one], kernels=table.kernels,
+                in_order=True, lse=None if lse is None else lse[one],
             )  # fmt: skip
         return mass
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.attention import single_query_attention
-from kvprune.mass import Scoring, hidden_keys
+from kvprune.mass import RowWeights, Scoring, attention_mass, hidden_keys
 from kvprune.noise import Gumbel
 
 if TYPE_CHECKING:
@@ -61,6 +61,12 @@ class Kernels:
         return packed.single_query(queries, table, scoring)
 
     # -- attention mass ----------------------------------------------------------------------------------------------
+
+    def attention_mass(
+        self, queries: Tensor, keys: Tensor, row_weights: RowWeights, scoring: Scoring, **settings: Any
+    ) -> Tensor:
+        """Weighted attention mass of every key, `[B, Hkv, S]` float32; see `mass.attention_mass`."""
+        return attention_mass(queries, keys, row_weights, scoring, **settings, kernels=self)
 
     def query_mass(
         self,
