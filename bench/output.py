@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ def table(title: str, caption: str, first: str, *figures: str) -> Table:
     for figure in figures:
         made.add_column(figure, justify="right", no_wrap=True)
     return made
+
+
+def markdown(shown: Table) -> str:
+    """A table as GitHub shows it."""
+    columns = list(shown.columns)
+    rules = ["---:" if column.justify == "right" else "---" for column in columns]
+    cells = [[str(column.header) for column in columns], rules, *zip(*(column.cells for column in columns), strict=True)]
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells]
+    return "\n".join([f"**{shown.title}**", "", *lines, "", *([str(shown.caption), ""] if shown.caption else [])])
+
+
+def save_markdown(path: Path | None, tables: Iterable[Table]) -> None:
+    """Write tables beside the JSON at `path`, as Markdown; nothing where no path is given."""
+    if path is not None:
+        path.with_suffix(".md").write_text("\n".join(map(markdown, tables)))
 
 
 def save(path: Path | None, **results: Any) -> None:
