@@ -3,7 +3,8 @@
     python bench/memory.py --out bench/results/memory.json
 
 The model of `speed.py`. Every figure is of a fresh process that has warmed up on a short prompt: the growth of its
-resident peak over what it held then (Linux), with glibc told to give back what is free. Medians over some processes.
+resident peak over what it held then (Linux), with glibc told to give back what is free at once, so that figures repeat
+within a few percent.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import sys
 from pathlib import Path
 
 from contenders import CONTENDERS, KVPRESS, STOCK
-from output import save, save_markdown, table
-from rich.console import Console
+from output import Log, save, save_markdown, table
 from rich.table import Table
 from rounds import Cell, Row, add_arguments, cells_of, described, jobs_of
 from worker import STEADY_HEAP, Worker
@@ -24,11 +24,12 @@ from workload import Job
 PEAKS = ("prefill_peak_bytes", "decode_peak_bytes")
 
 
-def peaks_of(job: Job, python: Path | str, repeats: int) -> Row:
-    """Medians over fresh processes, or `{"error": why not}`."""
+def peaks_of(job: Job, repeats: int = 1, python: Path | str = sys.executable, threads: int | None = None) -> Row:
+    """Medians over fresh processes, or `{"error": why not}`. threads: None for torch's choice."""
+    environment = STEADY_HEAP | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     results = []
     for _ in range(repeats):
-        with Worker(python, **STEADY_HEAP) as worker:
+        with Worker(python, environment) as worker:
             for measure in ("warm_up", "peak"):
                 result = worker.ask(measure, job)
                 if "error" in result:
@@ -62,7 +63,7 @@ def shown(cell: Cell, rows: list[Row]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, tokens=[4096, 16384])
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each figure")
+    parser.add_argument("--repeats", type=int, default=1, help="processes for each figure")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.set_defaults(batches=[1], dtypes=["float32"], budgets=[0.25])
     arguments = parser.parse_args()
@@ -70,26 +71,26 @@ def main() -> None:
         parser.error("peaks of resident memory need Linux")
     if arguments.quick:
         arguments.repeats = 1
-    console = Console()
+    log = Log()
     cells = cells_of(arguments)
     rows: list[Row] = []
     tables = []
     for cell in cells:
-        console.print(f"[bold]{cell}[/]")
+        log.heading(str(cell))
         found = []
-        for job in jobs_of(cell, cells[0], arguments, console.print):
+        for job in jobs_of(cell, cells[0], arguments, log.note):
             python = arguments.peers if CONTENDERS[job.contender].family == KVPRESS else sys.executable
-            peaks = peaks_of(job, python, arguments.repeats)
+            peaks = peaks_of(job, arguments.repeats, python)
             if "error" in peaks:
-                console.print(f"dropped: {job.contender}: {peaks['error']}")
+                log.note(f"dropped: {job.contender}: {peaks['error']}")
             else:
                 found.append(described(job) | peaks)
         found = with_ratios(found)
         tables.append(shown(cell, found))
-        console.print(tables[-1])
+        log.console.print(tables[-1])
         rows += found
-        save(arguments.out, rows=rows)
-        save_markdown(arguments.out, tables)
+        save(arguments.out, notes=log.notes, rows=rows)
+        save_markdown(arguments.out, tables, log.notes)
 
 
 if __name__ == "__main__":

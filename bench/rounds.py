@@ -35,6 +35,7 @@ class Cell:
     budget: float = 0.25
 
     def __str__(self) -> str:
+        """In words."""
         return f"{self.tokens:,} tokens, batch {self.batch}, {self.dtype}, budget {self.budget:.0%}"
 
     def job(self, contender: Contender, new_tokens: int) -> Job:
@@ -76,7 +77,9 @@ def hindrance(contender: Contender, job: Job, peers: Path = PEERS) -> str | None
         # Logits, their softmax in float32 and what it is cast to are alive at once.
         needed = 3 * 4 * job.batch * MODELS[job.model]["num_attention_heads"] * job.tokens**2
         if needed > available_bytes():
-            return f"eager attention would take {needed / 2**30:.0f} GiB for matrices of {job.tokens:,} x {job.tokens:,}"
+            return (
+                f"eager attention would take {needed / 2**30:.0f} GiB for matrices of {job.tokens:,} x {job.tokens:,}"
+            )
     return None
 
 
@@ -102,7 +105,7 @@ def interleave(
     measured: dict[Job, list[Row]] = {}
     for job in jobs:
         if error := runner_of(job).ask("warm_up", job).get("error"):
-            say(f"skipped: {job.contender}: {error}")
+            say(f"skipped: {label(job.contender, job.budget)}: {error}")
         else:
             measured[job] = []
     began = time.monotonic()
@@ -113,20 +116,20 @@ def interleave(
         for job in list(measured):
             result = runner_of(job).ask("time", job)
             if "error" in result:
-                say(f"dropped: {job.contender}: {result['error']}")
+                say(f"dropped: {label(job.contender, job.budget)}: {result['error']}")
                 del measured[job]
             else:
                 measured[job].append(result)
     return measured
 
 
-def summarise(measured: Mapping[Job, Sequence[Row]]) -> list[Row]:
-    """A row for each job: medians over the rounds, of the figures and of their ratios to stock in the same round.
+def summarise(measured: Mapping[Job, Sequence[Row]], reference: str = STOCK) -> list[Row]:
+    """A row for each job: medians over the rounds, of times and of their ratios to the reference in the same round.
 
     Every time t comes with t_ratio and its range over the rounds, t_ratio_range; bytes are those of the last round. No
-    ratios where stock is missing.
+    ratios where the reference is missing.
     """
-    stock = next((results for job, results in measured.items() if job.contender == STOCK), None)
+    stock = next((results for job, results in measured.items() if job.contender == reference), None)
     rows = []
     for job, results in measured.items():
         row = described(job) | {"rounds": len(results)}
@@ -143,6 +146,13 @@ def summarise(measured: Mapping[Job, Sequence[Row]]) -> list[Row]:
                 row[f"{size}_ratio"] = row[size] / stock[-1][size]
         rows.append(row)
     return rows
+
+
+def label(contender: str, budget: float | int | None) -> str:
+    """A contender with its budget, as in "A2SF 25%" or "GemFilter 1,024 tokens"."""
+    if budget is None:
+        return contender
+    return f"{contender} {budget:,} tokens" if isinstance(budget, int) else f"{contender} {budget:.0%}"
 
 
 def described(job: Job) -> Row:

@@ -11,40 +11,45 @@ process of its own, which takes its turns like everyone; "stock beside kvpress" 
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import Any
+from collections.abc import Callable
 
-from contenders import CONTENDERS, KVPRESS
-from output import save, save_markdown, table
-from rich.console import Console
+from contenders import CONTENDERS, KVPRESS, PEERS_STOCK
+from output import Log, save, save_markdown, table
 from rich.table import Table
-from rounds import Cell, Row, Runner, add_arguments, cells_of, interleave, jobs_of, summarise
-from worker import Here, Worker
-from workload import Job, build_model
-
-__all__ = ["build_model"]  # of decode_parts.py
+from rounds import TIMES, Cell, Row, Runner, add_arguments, cells_of, interleave, jobs_of, summarise
+from worker import Here, Worker, incomparable
+from workload import Job
 
 
-def same_weights(here: Runner, there: Runner, job: Job) -> bool:
-    """Whether two environments measure the same model."""
-    answers = [runner.ask("versions", job) for runner in (here, there)]
-    return "error" not in answers[1] and answers[0]["weights"] == answers[1]["weights"]
+def peers_stand(arguments: argparse.Namespace, here: Runner, peers: Runner, say: Callable[[str], None]) -> Row | None:
+    """The versions beside kvpress if it is to be measured and measures the same model; otherwise nobody of it is."""
+    names = [name for name in arguments.contenders if CONTENDERS[name].family == KVPRESS]
+    if not names or not arguments.peers.exists():
+        return None  # those who are asked for all the same say why they are skipped
+    job = Job(PEERS_STOCK, tokens=1)
+    theirs = peers.ask("versions", job)
+    reason = incomparable(here.ask("versions", job), theirs)
+    if reason is None:
+        return dict(theirs["versions"])
+    say(f"skipped: kvpress: {reason}")
+    arguments.contenders = [name for name in arguments.contenders if name not in names]
+    return None
 
 
 def shown(cell: Cell, rows: list[Row]) -> Table:
     made = table(
-        f"{cell}, ratios to stock sdpa",
-        f"Medians over {rows[0]['rounds']} rounds.",
-        "contender", "prefill", "range", "decode", "range", "prefill s", "decode ms", "last/first quarter", "KV bytes",
+        f"{cell}: ratios to stock sdpa",
+        f"Medians, and ranges, over {rows[0]['rounds']} rounds.",
+        "contender", "prefill", "decode", "prefill s", "decode ms", "last/first quarter", "KV bytes",
     )  # fmt: skip
     for row in rows:
-        cells = [row["contender"]]
-        for time_taken in ("prefill_s", "decode_ms"):
+        ratios = []
+        for time_taken in TIMES:
             low, high = row[f"{time_taken}_ratio_range"]
-            cells += [f"{row[f'{time_taken}_ratio']:.2f}x", f"{low:.2f}-{high:.2f}"]
+            ratios.append(f"{row[f'{time_taken}_ratio']:.2f}x ({low:.2f}-{high:.2f})")
         made.add_row(
-            *cells, f"{row['prefill_s']:.3f}", f"{row['decode_ms']:.2f}", f"{row['last_to_first_quarter']:.2f}",
-            f"{row['nbytes_ratio']:.3f}",
+            row["contender"], *ratios, f"{row['prefill_s']:.3f}", f"{row['decode_ms']:.2f}",
+            f"{row['last_to_first_quarter']:.2f}", f"{row['nbytes_ratio']:.3f}",
         )  # fmt: skip
     return made
 
@@ -53,30 +58,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, tokens=[4096, 1024, 16384])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=10, help="most of them for one comparison, after a first round")
+    parser.add_argument("--minutes", type=float, default=10, help="most of them for a comparison of many rounds")
     parser.add_argument("--new-tokens", type=int, default=128)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.new_tokens = 2, 32
-    console = Console()
+    log = Log()
     here, peers = Here(), Worker(arguments.peers)
-    runners: dict[str, Any] = {KVPRESS: peers}
+    beside = peers_stand(arguments, here, peers, log.note)
     cells = cells_of(arguments)
     rows: list[Row] = []
     tables = []
     for cell in cells:
-        console.print(f"[bold]{cell}[/]")
+        log.heading(str(cell))
         measured = interleave(
-            jobs_of(cell, cells[0], arguments, console.print),
-            lambda job: runners.get(CONTENDERS[job.contender].family, here),
-            rounds=arguments.rounds, minutes=arguments.minutes, say=console.print,
+            jobs_of(cell, cells[0], arguments, log.note),
+            lambda job: peers if CONTENDERS[job.contender].family == KVPRESS else here,
+            rounds=arguments.rounds, minutes=arguments.minutes, say=log.note,
         )  # fmt: skip
         found = summarise(measured)
         tables.append(shown(cell, found))
-        console.print(tables[-1])
+        log.console.print(tables[-1])
         rows += found
-        save(arguments.out, rows=rows)  # a run of an hour leaves something when it is cut short
-        save_markdown(arguments.out, tables)
+        # After every comparison: a run of an hour leaves something when it is cut short.
+        save(arguments.out, beside_kvpress=beside, notes=log.notes, rows=rows)
+        save_markdown(arguments.out, tables, log.notes)
     peers.close()
 
 

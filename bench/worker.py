@@ -11,15 +11,17 @@ A process of its own gives kvpress the transformers that it needs, and peaks of 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import workload
@@ -42,12 +44,19 @@ class Here:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         # Outside the handler, where no traceback holds on to tensors any more.
-        if job.device != "cpu":
-            torch.cuda.empty_cache()
+        _free()
         return {"error": reason}
 
     def close(self) -> None:
+        """Let go of the models."""
         forget_models()
+        _free()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _answer(measure: str, job: Job) -> dict[str, Any]:
@@ -73,12 +82,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Worker:
-    """The same, in a process that runs this file with another Python or other settings of the environment."""
+def incomparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Why two environments cannot be compared, by what each answered to "versions"; None if they can."""
+    for answer in (ours, theirs):
+        if "error" in answer:
+            return str(answer["error"])
+    return None if ours["weights"] == theirs["weights"] else "it builds another model from the same seed"
 
-    def __init__(self, python: Path | str = sys.executable, *, script: Path = Path(__file__), **settings: str) -> None:
+
+class Worker:
+    """The same, in a process that runs `script` with another Python or other settings of its environment."""
+
+    def __init__(
+        self,
+        python: Path | str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+        script: Path = Path(__file__),
+    ) -> None:
         self._command = [str(python), str(script)]
-        self._environment = {**os.environ, **settings}
+        self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, measure: str, job: Job) -> dict[str, Any]:
@@ -88,23 +110,21 @@ class Worker:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
             )
         process = self._process
-        assert process.stdin and process.stdout  # noqa: S101
+        requests, answers = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
         try:
-            process.stdin.write(json.dumps({"measure": measure, "job": asdict(job)}) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            print(json.dumps({"measure": measure, "job": asdict(job)}), file=requests, flush=True)
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             self._process = None
-            return {"error": f"its process ended with {process.wait()}, killed for memory if that is -9"}
+            return {"error": f"its process ended with {process.wait()}; -9 is how a system that lacks memory ends one"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            self._process.wait()
+        if self._process is not None:
+            self._process.communicate()
         self._process = None
 
     def __enter__(self) -> Worker:

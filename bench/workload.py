@@ -12,13 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 
 MODELS: dict[str, dict[str, int]] = {
     "core": {
@@ -38,7 +38,8 @@ MODELS: dict[str, dict[str, int]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
 }  # fmt: skip
-WARM_UP = 256  # tokens; more than the observation window of any contender
+# Tokens; more than the observation window of any contender, and on a GPU enough for the kernels of long prompts.
+WARM_UP = {"cpu": 256, "cuda": 4096}
 HANDOVER_S = 0.02  # threads of an OpenMP runtime spin for some milliseconds after their last work
 
 
@@ -46,7 +47,7 @@ HANDOVER_S = 0.02  # threads of an OpenMP runtime spin for some milliseconds aft
 class Job:
     """What to measure.
 
-    budget: a fraction of the prompt, or tokens if an int; None for contenders that have none. device: as torch names it.
+    budget: a fraction of the prompt, or tokens if an int; None for contenders that have none. device: "cpu" or "cuda".
     """
 
     contender: str
@@ -92,11 +93,13 @@ def build_model(
         **MODELS[name], max_position_embeddings=1 << 18, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
     )
     with torch.device(device):  # weights are made where they stay: 8B of them take minutes on a CPU
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
     return model.eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _model(owner: str, name: str, dtype: str, attention: str, device: str) -> LlamaForCausalLM:
     """owner: who else may not have this model, because a cache may leave traces on it."""
     return build_model(name, dtype, attention, device)
@@ -120,10 +123,10 @@ def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
     return digest.hexdigest()
 
 
-def prompt_of(job: Job, model: LlamaForCausalLM, tokens: int) -> torch.Tensor:
+def prompt_of(job: Job, model: LlamaForCausalLM) -> torch.Tensor:
     """`[batch, tokens]`, drawn from the seed `tokens`."""
-    random = torch.Generator().manual_seed(tokens)
-    return torch.randint(0, model.config.vocab_size, (job.batch, tokens), generator=random).to(job.device)
+    random = torch.Generator().manual_seed(job.tokens)
+    return torch.randint(0, model.config.vocab_size, (job.batch, job.tokens), generator=random).to(job.device)
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ class Stopwatch:
     """Seconds between marks. On a GPU marks are events in its stream, so that setting them makes nobody wait."""
 
     def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
+        self._cuda = device == "cuda"
         self._marks: list[Any] = []
         if self._cuda:
             torch.cuda.synchronize()
@@ -239,11 +242,10 @@ def run(
     Returns seconds of the prefill, milliseconds of a decode step (the median), how much longer steps got from the first
     to the last quarter, bytes that the cache holds at the end and, where `peak` is given, the peaks of both phases.
     """
-    batch, tokens = prompt.shape
-    cache, peaks = session.cache, {}
+    held, peaks = session.cache, {}
     watch = Stopwatch(prompt.device.type)
     with session.prefilling:
-        token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        token = model(prompt, past_key_values=held, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
     watch.mark()
     (prefill,) = watch.seconds()
     if peak:
@@ -251,8 +253,8 @@ def run(
     watch = Stopwatch(prompt.device.type)
     with session.decoding:
         for step in range(new_tokens):
-            told = {"position_ids": torch.full_like(token, tokens + step)} if session.logical_positions else {}
-            token = model(token, past_key_values=cache, **told).logits[:, -1].argmax(-1, keepdim=True)
+            told = {"position_ids": torch.full_like(token, prompt.shape[1] + step)} if session.logical_positions else {}
+            token = model(token, past_key_values=held, **told).logits[:, -1].argmax(-1, keepdim=True)
             watch.mark()
     steps = watch.seconds()
     if peak:
@@ -262,21 +264,22 @@ def run(
         "prefill_s": prefill,
         "decode_ms": 1000 * statistics.median(steps),
         "last_to_first_quarter": statistics.median(steps[-quarter:]) / statistics.median(steps[:quarter]),
-        "nbytes": held_bytes(cache),
+        "nbytes": held_bytes(held),
         **peaks,
     }
 
 
-def warm_up(contender: Contender, job: Job, tokens: int = WARM_UP) -> None:
+def warm_up(contender: Contender, job: Job) -> None:
     """Whatever happens only once: kernels are compiled, memory is mapped."""
     model = model_for(contender, job)
-    run(contender.open(model, job), model, prompt_of(job, model, min(tokens, job.tokens)), new_tokens=4)
+    short = replace(job, tokens=min(job.tokens, WARM_UP[job.device]), new_tokens=4)
+    run(contender.open(model, short), model, prompt_of(short, model), short.new_tokens)
 
 
 def measure(contender: Contender, job: Job, *, peaks: bool = False) -> dict[str, Any]:
     """One run. Peaks are free on a GPU and taken anyway; on a CPU they would cost time, and are taken if asked for."""
     model = model_for(contender, job)
-    prompt = prompt_of(job, model, job.tokens)
+    prompt = prompt_of(job, model)
     time.sleep(HANDOVER_S)
     peak: AllocatorPeak | ResidentPeak | None = None
     if job.device != "cpu":
