@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# An hour on two cores; BENCH=--quick sees in minutes whether everyone runs.
+# Three quarters of an hour on two quiet cores; BENCH=--quick sees in some minutes whether everyone runs.
 bench: $(BENCHED) $(PEERS)
 	$(BIN)/python bench/speed.py $(BENCH) --out bench/results/speed.json
 	$(BIN)/python bench/memory.py $(BENCH) --out bench/results/memory.json

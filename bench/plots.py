@@ -44,20 +44,25 @@ def along_lengths(rows: Sequence[Row]) -> list[Row]:
 
 
 def bars(axes: Axes, rows: Sequence[Row], figure: str, title: str) -> None:
-    """Ratios to stock, least first, with their range over the rounds; the axis is logarithmic."""
+    """Ratios to stock, least first, to both sides of 1 on a logarithmic axis, with their range over the rounds."""
     ordered = sorted(rows, key=lambda row: row[f"{figure}_ratio"], reverse=True)
     ratios = [row[f"{figure}_ratio"] for row in ordered]
-    axes.barh(range(len(ordered)), ratios, color=[COLORS[row["family"]] for row in ordered], height=0.7)
-    ends = [0.0] * len(ordered)
-    for place, (row, ratio) in enumerate(zip(ordered, ratios, strict=True)):
-        low, ends[place] = row.get(f"{figure}_ratio_range", (ratio, ratio))
-        axes.plot((low, ends[place]), (place, place), color="black", linewidth=0.8)
-        axes.annotate(
-            f"{ratio:.2f}", (ends[place], place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    ranges = [row.get(f"{figure}_ratio_range", (ratio, ratio)) for row, ratio in zip(ordered, ratios, strict=True)]
     axes.set_xscale("log")
-    axes.set_xlim(min(ratios) * 0.8, max(ends) * 1.6)
+    axes.barh(
+        range(len(ordered)), [ratio - 1 for ratio in ratios], left=1, height=0.7,
+        color=[COLORS[row["family"]] for row in ordered],
+    )  # fmt: skip
+    for place, (ratio, (low, high)) in enumerate(zip(ratios, ranges, strict=True)):
+        axes.plot((low, high), (place, place), color="black", linewidth=0.8)
+        faster = ratio < 1
+        axes.annotate(
+            f"{ratio:.2f}", (min(low, 1) if faster else max(high, 1), place), xytext=(-4 if faster else 4, 0),
+            textcoords="offset points", va="center", ha="right" if faster else "left", fontsize=8,
+        )  # fmt: skip
+    axes.axvline(1, color="black", linewidth=0.8)
+    # Room for the numbers at both ends, and never so little around 1 that noise fills the picture.
+    axes.set_xlim(0.75 * min(0.8, *(low for low, _ in ranges)), 1.35 * max(1.25, *(high for _, high in ranges)))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -120,7 +125,7 @@ def draw(folder: Path) -> list[Path]:
 
     for name, panels in (
         ("speed", (("prefill_s", "prefill time"), ("decode_ms", "time of a decode step"))),
-        ("memory", (("prefill_peak_bytes", "peak of the prefill"), ("decode_peak_bytes", "peak of the decode"))),
+        ("memory", (("prefill_peak_bytes", "peak memory, prefill"), ("decode_peak_bytes", "peak memory, decode"))),
     ):
         path = folder / f"{name}.json"
         if not path.exists():
@@ -128,8 +133,10 @@ def draw(folder: Path) -> list[Path]:
         rows = along_lengths(json.loads(path.read_text())["rows"])
         for tokens in sorted({row["tokens"] for row in rows}):
             here = [row for row in rows if row["tokens"] == tokens]
-            budget = next(row["budget"] for row in here if row["budget"])
-            title = f"{tokens:,} tokens, budget {budget:.0%}: ratios to stock sdpa"
+            budget = next(row["budget"] for row in rows if row["budget"])
+            title = (
+                f"{tokens:,} tokens, batch {here[0]['batch']}, {here[0]['dtype']}, budget {budget:.0%}: ratios to stock"
+            )
             save(two_panels(here, panels, title), f"{name}-{tokens}.png")
         if name == "speed":
             save(decode_lines(rows), "decode.png")
