@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCHED := $(VENV)/.benched
+PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -18,13 +20,35 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
-	$(BIN)/python bench/speed.py --out bench/results/speed.json
+# Three quarters of an hour on two quiet cores; BENCH=--quick sees in some minutes whether everyone runs.
+bench: $(BENCHED) $(PEERS)
+	$(BIN)/python bench/speed.py $(BENCH) --out bench/results/speed.json
+	$(BIN)/python bench/memory.py $(BENCH) --out bench/results/memory.json
+	$(BIN)/python bench/plots.py bench/results
+
+peers: $(PEERS)
 
 $(INSTALLED): pyproject.toml constraints.txt kvprune/kernels/cpu.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
+# What others need to be measured beside us: packages in our environment, and an environment for kvpress.
+$(BENCHED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(PEERS): bench/peers/requirements.txt
+	$(PYTHON) -m venv bench/peers/.venv
+	bench/peers/.venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+# For bench/gpu.sh, to take along to a machine without a network; fire comes without a wheel.
+GPU_PYTHON ?= 3.12
+WHEELS := build/wheels
+wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) -d $(WHEELS) -r bench/peers/wheels.txt
+	$(PYTHON) -m pip wheel --no-deps -w $(WHEELS) fire==0.6.0
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) bench/peers/.venv $(WHEELS)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from speed import build_model
 from transformers import DynamicCache
+from workload import build_model
 
 from kvprune import PrunedCache, Scoring
 from kvprune.layer import PrunedLayer

@@ -6,14 +6,34 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 import kvprune
 from kvprune.demo.show import machine
+
+
+class Log:
+    """The terminal, and the notes to keep with the results: who was left out, and why."""
+
+    def __init__(self) -> None:
+        self.console = Console(width=None if sys.stdout.isatty() else 130)
+        self.notes: list[str] = []
+        self._heading = ""
+
+    def heading(self, text: str) -> None:
+        """What the notes that follow are about."""
+        self._heading = text
+        self.console.print(text, style="bold")
+
+    def note(self, text: str) -> None:
+        self.notes.append(f"{self._heading}: {text}" if self._heading else text)
+        self.console.print(text, highlight=False)
 
 
 def table(title: str, caption: str, first: str, *figures: str) -> Table:
@@ -30,6 +50,26 @@ def table(title: str, caption: str, first: str, *figures: str) -> Table:
     for figure in figures:
         made.add_column(figure, justify="right", no_wrap=True)
     return made
+
+
+def markdown(shown: Table) -> str:
+    """A table as GitHub shows it."""
+    columns = list(shown.columns)
+    rules = ["---:" if column.justify == "right" else "---" for column in columns]
+    cells = [
+        [str(column.header) for column in columns],
+        rules,
+        *zip(*(column.cells for column in columns), strict=True),
+    ]
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells]
+    return "\n".join([f"**{shown.title}**", "", *lines, "", *([str(shown.caption), ""] if shown.caption else [])])
+
+
+def save_markdown(path: Path | None, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:
+    """Write tables and notes beside the JSON at `path`, as Markdown; nothing where no path is given."""
+    if path is not None:
+        parts = [*map(markdown, tables), "".join(f"- {note}\n" for note in notes)]
+        path.with_suffix(".md").write_text("\n".join(part for part in parts if part))
 
 
 def save(path: Path | None, **results: Any) -> None:
