@@ -267,7 +267,7 @@ def attention_mass(
 
     count = queries.shape[2]
     if lse is not None:
-        lse = lse[:, :, length - count :] if asked.rows is None else lse.gather(2, _per_head(asked.rows, lse))
+        lse = lse_of_weighed(lse, asked)
         if in_order and group == "mean" and scoring.plain:
             if asked.rows is None:
                 places = torch.arange(keys_length - count, keys_length, device=device)[None]
@@ -308,6 +308,9 @@ def attention_mass(
     return mass.squeeze(2)
 
 
-def _per_head(rows: Tensor, per_head: Tensor) -> Tensor:
-    """Rows `[R]` or `[B, R]` as an index into the last dimension of `[B, Hq, L]`."""
-    return rows.to(per_head.device).expand(len(per_head), -1)[:, None].expand(-1, per_head.shape[1], -1)
+def lse_of_weighed(lse: Tensor, row_weights: RowWeights) -> Tensor:
+    """Of the log-sum-exp of all rows `[B, Hq, L]`, that of those weighed, `[B, Hq, R]`."""
+    if row_weights.rows is None:
+        return lse[:, :, max(0, lse.shape[2] - row_weights.last) :]
+    rows = row_weights.rows.to(lse.device).expand(len(lse), -1)
+    return lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))

@@ -1,10 +1,14 @@
-"""What every test gets: one thread, a fixed seed, hypothesis profiles, and the `gpu` marker."""
+"""What every test gets: one thread, a fixed seed, hypothesis profiles, the `gpu` marker, and Triton interpreted."""
 
 import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Where there is no GPU, Triton's kernels are interpreted; it reads this once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Models here are so small that threads only wait for each other.
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
     torch     PyTorch, on every device: what all others are tested against
     cpu       compiled loops, on a CPU (cpu.c)
+    triton    Triton, on a CUDA device (gpu/)
 
 `choose` picks one for a device, or the one that was asked for.
 """
@@ -13,7 +14,7 @@ import torch
 from kvprune.errors import PolicyError
 from kvprune.kernels.reference import TORCH, Columns, Kernels, ranked
 
-NAMES = ("auto", "torch", "cpu")
+NAMES = ("auto", "torch", "cpu", "triton")
 
 __all__ = ["NAMES", "TORCH", "Columns", "Kernels", "check_name", "choose", "ranked"]
 
@@ -27,7 +28,21 @@ def check_name(name: str) -> None:
 def choose(name: str, device: torch.device) -> Kernels:
     """The fastest kernels for a device, or those of that name. Raises PolicyError where they cannot be had."""
     check_name(name)
-    if name == "torch" or (name == "auto" and device.type != "cpu"):
+    if name == "torch":
+        return TORCH
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        from kvprune.kernels import gpu
+
+        if gpu.available(device):
+            from kvprune.kernels import cuda
+
+            return cuda.TRITON
+        if name == "triton":
+            raise PolicyError(
+                f'kernels="triton" need Triton and a CUDA device, and the cache is on {device}: pip install '
+                "'kvprune[triton]' where there is one, or write kernels=\"auto\"."
+            )
+    if name == "auto" and device.type != "cpu":
         return TORCH
     if device.type != "cpu":
         raise PolicyError(f'kernels="cpu" are for a cache on a CPU, and this one is on {device}: write kernels="auto".')

@@ -1,0 +1,68 @@
+"""`TritonKernels`: Triton's in `kvprune.kernels.gpu`, for a CUDA device; what they do not cover is left to PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvprune.kernels import gpu
+from kvprune.kernels.reference import Kernels
+from kvprune.mass import RowWeights, Scoring, lse_of_weighed
+
+if TYPE_CHECKING:
+    from kvprune.table import TokenTable
+
+
+class TritonKernels(Kernels):
+    """Decode attention that yields its probabilities in the same pass, and attention mass without any of them."""
+
+    name = "triton"
+
+    def single_query(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scoring: Scoring,
+        empty: Tensor | None,
+        with_probabilities: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not _fits(queries, keys, values):
+            return super().single_query(queries, keys, values, scoring, empty, with_probabilities)
+        scores = "probabilities" if with_probabilities else None
+        return gpu.decode_attention(queries, keys, values, scoring, empty=empty, scores=scores)
+
+    def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        if not _fits(queries, table.keys, table.values):
+            return super().packed_single_query(queries, table, scoring)
+        output, probabilities = gpu.packed_decode_attention(
+            queries, table.packed, table.keys, table.values, scoring,
+            empty=None if table.dense else table.positions, scores="probabilities",
+        )  # fmt: skip
+        return output, probabilities  # type: ignore[return-value]
+
+    def attention_mass(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        row_weights: RowWeights,
+        scoring: Scoring,
+        *,
+        lse: Tensor | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        if not _fits(queries, keys, keys):
+            return super().attention_mass(queries, keys, row_weights, scoring, lse=lse, **settings)
+        known = lse is not None and row_weights.noise is None and scoring.sinks is None
+        of_weighed = lse_of_weighed(lse, row_weights) if known and lse is not None else None
+        return gpu.attention_mass(queries, keys, row_weights, scoring, lse=of_weighed, **settings)
+
+
+TRITON = TritonKernels()
+
+
+def _fits(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    needs_gradients = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+    return gpu.supported(queries, keys, values) and not needs_gradients

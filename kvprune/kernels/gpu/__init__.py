@@ -1,0 +1,68 @@
+"""Triton kernels, each the twin of a function in PyTorch that says what it computes.
+
+    attention_mass             kvprune.mass.attention_mass
+    decode_attention           kvprune.attention.single_query_attention, and what a policy makes of the probabilities
+    varlen_decode_attention    the same over heads of different lengths, without padding
+    packed_decode_attention    kvprune.packed.single_query
+
+Triton is imported when the first of them is looked up. Launches depend on shapes alone and never wait for the device,
+so CUDA graphs can capture them. With TRITON_INTERPRET=1, set before Triton is imported, they run on the CPU: slow, and
+good for tests.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from os import environ
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import KVPruneError
+
+if TYPE_CHECKING:
+    from kvprune.kernels.gpu.decode import decode_attention, varlen_decode_attention
+    from kvprune.kernels.gpu.mass import attention_mass
+    from kvprune.kernels.gpu.packed_decode import packed_decode_attention
+
+__all__ = [
+    "attention_mass",
+    "available",
+    "decode_attention",
+    "packed_decode_attention",
+    "supported",
+    "varlen_decode_attention",
+]
+
+_HOMES = {
+    "attention_mass": "mass",
+    "decode_attention": "decode",
+    "varlen_decode_attention": "decode",
+    "packed_decode_attention": "packed_decode",
+}
+# Tiles are whole heads; of larger ones, such as the 576 of multi-head latent attention, too little fits on chip.
+_MOST_DIM = 256
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels can run there: Triton is installed, and it is a CUDA device or Triton interprets."""
+    interpreted = environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    return find_spec("triton") is not None and (device.type == "cuda") != interpreted
+
+
+def supported(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether kernels exist for these: one dtype, float32, float16 or bfloat16, and heads of at most 256 numbers."""
+    alike = queries.dtype == keys.dtype == values.dtype
+    return (
+        alike
+        and queries.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and max(keys.shape[-1], values.shape[-1]) <= _MOST_DIM
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec("triton") is None:
+        raise KVPruneError(f"kvprune.kernels.gpu.{name} needs Triton: pip install 'kvprune[triton]'.")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,306 @@
+"""`attention_mass` on a GPU: the sum over weighed rows of attention probabilities, without writing any of them.
+
+The twin of `kvprune.mass.attention_mass`, in two kernels. The first finds the log-sum-exp of every weighed row, as
+flash attention does; where that is known already, it is left out. With it, a probability is a function of one logit. So
+in the second kernel a program owns a block of keys, loops over rows and query heads, and adds up columns in registers:
+every number is written once, by one program, in a fixed order.
+
+Noise (`RowWeights.noise`) is made in registers in both kernels.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+from kvprune.kernels.gpu.noise import column_words, layer_word, minus_gumbel, row_words
+from kvprune.kernels.gpu.tiles import key_order, load_rows, padded, scored, tile_rows, with_dense_rows
+from kvprune.mass import GROUPS, RowWeights, Scoring
+
+# Queries or keys of a tile: 64 rows of 128 bfloat16. With twice as many keys, logits and noise do not fit in registers.
+_TILE_BYTES = 16 << 10
+# Few rows over many keys: the keys are split until there are about four programs for each multiprocessor of a large
+# GPU. A constant, not the number of multiprocessors, so that a sum is rounded alike on every GPU.
+_PROGRAMS = 512
+_LEAST_STRETCH = 512
+_LOG2_ZERO = -1e4  # finite, so that 0 times it is 0, and a decay of 0 to the power of 0 is 1
+
+
+@triton.jit
+def _weighed(
+    rows, batch, count, queries_length, keys_length, log2_decay,
+    chosen, weights, chosen_stride, positions, positions_batch_stride, positions_stride,
+):  # fmt: skip
+    """Index in the step, position, and weight of weighed rows. Position -1: sees nothing and counts nothing."""
+    valid = rows < count
+    if chosen is None:
+        indices = queries_length - count + rows
+        ages = tl.maximum(count - 1 - rows, 0)
+        row_weights = tl.exp2(ages.to(tl.float32) * log2_decay)
+    else:
+        indices = tl.load(chosen + batch * chosen_stride + rows, mask=valid, other=0).to(tl.int32)
+        row_weights = tl.load(weights + batch * chosen_stride + rows, mask=valid, other=0.0)
+    if positions is None:
+        own = keys_length - queries_length + indices
+    else:
+        offsets = batch * positions_batch_stride + indices.to(tl.int64) * positions_stride
+        own = tl.load(positions + offsets, mask=valid, other=-1).to(tl.int32)
+    row_weights = tl.where(valid & (own >= 0), row_weights, 0.0)
+    return indices, tl.where(row_weights != 0, own, -1), row_weights
+
+
+@triton.jit
+def _perturbed(logits, row_hashes, column_hashes, noise_scale, temperatures, temperature, indices, valid):
+    """`Gumbel.perturb` of a tile of logits."""
+    logits -= noise_scale * minus_gumbel(row_hashes[:, None], column_hashes[None, :])
+    if temperatures is None:
+        logits /= temperature
+    else:
+        logits /= tl.load(temperatures + indices, mask=valid, other=1.0)[:, None]
+    return logits
+
+
+# These change from step to step: a kernel compiled for a multiple of 16 would be compiled again at the next.
+_CHANGING = (
+    "count queries_length keys_length layer_word stretch chosen_stride lse_batch_stride lse_head_stride "
+    "query_positions_batch_stride key_positions_batch_stride key_positions_head_stride"
+).split()
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _lse_kernel(
+    queries, keys, partial,
+    chosen, weights, query_positions, key_positions, temperatures,
+    count, queries_length, keys_length, kv_heads, stretch, scale, log2_decay, layer_word, noise_scale, temperature,
+    queries_batch_stride, queries_head_stride, queries_stride, keys_batch_stride, keys_head_stride, keys_stride,
+    chosen_stride, query_positions_batch_stride, query_positions_stride,
+    key_positions_batch_stride, key_positions_head_stride, key_positions_stride,
+    GROUP: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, NOISY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of a tile of rows over a stretch of keys, `[splits, B, Hq, R]`.
+
+    The query heads of a KV head are rows of one tile, so that a key is read once for all of them.
+    """
+    split, pair = tl.program_id(1), tl.program_id(2)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    members = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, heads = members // GROUP, (pair % kv_heads) * GROUP + members % GROUP
+    indices, positions, _ = _weighed(
+        rows, batch, count, queries_length, keys_length, log2_decay, chosen, weights, chosen_stride,
+        query_positions, query_positions_batch_stride, query_positions_stride,
+    )  # fmt: skip
+    states = load_rows(
+        queries + batch * queries_batch_stride + heads.to(tl.int64)[:, None] * queries_head_stride,
+        indices, rows < count, queries_stride, DIM, BLOCK_D,
+    )  # fmt: skip
+    keys += batch * keys_batch_stride + kv_head * keys_head_stride
+    if key_positions is not None:
+        key_positions += batch * key_positions_batch_stride + kv_head * key_positions_head_stride
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    end = tl.minimum(split * stretch + stretch, keys_length)
+    if key_positions is None:  # slots are in order: none after the newest row is seen
+        end = tl.minimum(end, tl.max(positions) + 1)
+    for first in range(split * stretch, end, BLOCK_N):
+        slots = first + tl.arange(0, BLOCK_N)
+        order = key_order(slots, keys_length, key_positions, key_positions_stride)
+        tile = load_rows(keys, slots, slots < keys_length, keys_stride, DIM, BLOCK_D)
+        logits = scored(states, tl.trans(tile), scale, SOFTCAP)
+        if NOISY:
+            logits = _perturbed(
+                logits, row_words(layer_word, heads, positions), column_words(order),
+                noise_scale, temperatures, temperature, indices, rows < count,
+            )  # fmt: skip
+        logits = tl.where(order[None, :] <= positions[:, None], logits, float("-inf"))
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+        largest = larger
+    target = partial + (split.to(tl.int64) * tl.num_programs(2) + pair) * GROUP * count
+    # Of a row that sees anything, the total is at least 1: of one that does not, -inf stays.
+    lse = largest + tl.log(tl.maximum(total, 1e-30))
+    tl.store(target + (members % GROUP) * count + rows, lse, mask=rows < count)
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _mass_kernel(
+    queries, keys, lse, mass,
+    chosen, weights, query_positions, key_positions, temperatures,
+    count, queries_length, keys_length, kv_heads, scale, log2_decay, layer_word, noise_scale, temperature,
+    queries_batch_stride, queries_head_stride, queries_stride, keys_batch_stride, keys_head_stride, keys_stride,
+    chosen_stride, query_positions_batch_stride, query_positions_stride,
+    key_positions_batch_stride, key_positions_head_stride, key_positions_stride,
+    lse_batch_stride, lse_head_stride, lse_stride,
+    GROUP: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, NOISY: tl.constexpr, LARGEST_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mass of a block of keys of one KV head."""
+    pair = tl.program_id(1)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if key_positions is not None:
+        key_positions += batch * key_positions_batch_stride + kv_head * key_positions_head_stride
+    order = key_order(slots, keys_length, key_positions, key_positions_stride)
+    oldest = tl.min(order)
+    keys += batch * keys_batch_stride + kv_head * keys_head_stride
+    tile = tl.trans(load_rows(keys, slots, slots < keys_length, keys_stride, DIM, BLOCK_D))
+    lse += batch * lse_batch_stride
+
+    first_row = 0
+    if (chosen is None) and (query_positions is None):  # in order: no row before the block sees it
+        first_row = tl.maximum(tl.program_id(0) * BLOCK_N - keys_length + count, 0) // BLOCK_M * BLOCK_M
+    own = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(first_row, count, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        indices, positions, row_weights = _weighed(
+            rows, batch, count, queries_length, keys_length, log2_decay, chosen, weights, chosen_stride,
+            query_positions, query_positions_batch_stride, query_positions_stride,
+        )  # fmt: skip
+        if tl.max(positions) >= oldest:
+            seen = order[None, :] <= positions[:, None]
+            together = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for member in range(GROUP):
+                head = kv_head * GROUP + member
+                states = load_rows(
+                    queries + batch * queries_batch_stride + head * queries_head_stride,
+                    indices, rows < count, queries_stride, DIM, BLOCK_D,
+                )  # fmt: skip
+                logits = scored(states, tile, scale, SOFTCAP)
+                if NOISY:
+                    logits = _perturbed(
+                        logits, row_words(layer_word, head, positions), column_words(order),
+                        noise_scale, temperatures, temperature, indices, rows < count,
+                    )  # fmt: skip
+                of_rows = tl.load(lse + head * lse_head_stride + rows * lse_stride, mask=rows < count, other=0.0)
+                probabilities = tl.exp(tl.where(seen, logits - of_rows[:, None], float("-inf")))
+                if LARGEST_HEAD:
+                    together = tl.maximum(together, probabilities)
+                else:
+                    together += probabilities
+            own += tl.sum(together * row_weights[:, None], 0)
+    if not LARGEST_HEAD:
+        own /= GROUP
+    tl.store(mass + pair.to(tl.int64) * keys_length + slots, own, mask=slots < keys_length)
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    row_weights: RowWeights,
+    scoring: Scoring,
+    *,
+    group: str = "mean",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    in_order: bool = False,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Weighted attention mass of every key, `[B, Hkv, S]` float32: what `kvprune.mass.attention_mass` returns.
+
+    Args:
+        queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`, of the same dtype: float32, float16 or bfloat16.
+        row_weights, scoring, group, query_positions, key_positions, in_order: as there. Rows of weight zero, and rows
+            that cannot see a block of keys, are not computed for it.
+        lse: log-sum-exp of the weighed rows, `[B, Hq, R]` float32, where the caller has it: R is the number of
+            weighed rows, in their order, and the sum includes attention sinks. With noise it is that of noisy logits.
+
+    Raises PolicyError for a group that is neither "mean" nor "max".
+    """
+    if group not in GROUPS:
+        raise PolicyError(f'group must be "mean" or "max", not {group!r}.')
+    batch, query_heads, length, dim = queries.shape
+    kv_heads, keys_length = keys.shape[1:3]
+    queries, keys = with_dense_rows(queries), with_dense_rows(keys)
+    count = min(row_weights.last, length) if row_weights.rows is None else row_weights.rows.shape[-1]
+    mass = torch.empty(batch, kv_heads, keys_length, device=keys.device)
+    if count == 0 or keys_length == 0:
+        return mass.zero_()
+    if in_order and row_weights.noise is None:  # then positions would only repeat what the slots say
+        query_positions = key_positions = None
+
+    common = {
+        **_weights(row_weights, batch, queries.device),
+        **_noise(row_weights),
+        **_positions(query_positions, key_positions, batch, kv_heads),
+        "count": count, "queries_length": length, "keys_length": keys_length, "kv_heads": kv_heads,
+        "scale": scoring.scale, "SOFTCAP": scoring.softcap,
+        "GROUP": query_heads // kv_heads, "DIM": dim, "BLOCK_D": padded(dim),
+        **{f"queries_{name}": stride for name, stride in zip(_STRIDES, queries.stride(), strict=False)},
+        **{f"keys_{name}": stride for name, stride in zip(_STRIDES, keys.stride(), strict=False)},
+    }  # fmt: skip
+    block = tile_rows(dim, keys.itemsize, _TILE_BYTES, 64)
+    if lse is None:
+        lse = _lse(queries, keys, scoring, common, block)
+    _mass_kernel[triton.cdiv(keys_length, block), batch * kv_heads](
+        queries, keys, lse, mass,
+        **common,
+        **{f"lse_{name}": stride for name, stride in zip(_STRIDES, lse.stride(), strict=True)},
+        LARGEST_HEAD=group == "max",
+        BLOCK_M=min(block, padded(count)), BLOCK_N=block,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return mass
+
+
+_STRIDES = ("batch_stride", "head_stride", "stride")
+
+
+def _lse(queries: Tensor, keys: Tensor, scoring: Scoring, common: dict[str, Any], block: int) -> Tensor:
+    """Log-sum-exp of the weighed rows, attention sinks included, `[B, Hq, R]` float32; -inf where nothing is seen."""
+    batch, query_heads = queries.shape[:2]
+    kv_heads, length, count = keys.shape[1], keys.shape[2], common["count"]
+    members = count * query_heads // kv_heads
+    block_members = min(block, padded(members))
+    tiles = triton.cdiv(members, block_members)
+    splits = max(1, min(_PROGRAMS // (tiles * batch * kv_heads), triton.cdiv(length, _LEAST_STRETCH)))
+    stretch = triton.cdiv(triton.cdiv(length, splits), block) * block
+    splits = triton.cdiv(length, stretch)
+    partial = torch.empty(splits, batch, query_heads, count, device=keys.device)
+    _lse_kernel[tiles, splits, batch * kv_heads](
+        queries, keys, partial, **common, stretch=stretch,
+        BLOCK_M=block_members, BLOCK_N=block, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    lse = partial[0] if splits == 1 else partial.logsumexp(0)
+    return lse if scoring.sinks is None else torch.logaddexp(lse, scoring.sinks.float()[:, None])
+
+
+def _weights(row_weights: RowWeights, batch: int, device: torch.device) -> dict[str, Any]:
+    """Rows that are weighed: so many of the last, by exponent, or those that are named."""
+    decay = row_weights.decay
+    log2_decay = math.log2(decay) if decay > 0 else _LOG2_ZERO
+    if row_weights.rows is None:
+        return {"chosen": None, "weights": None, "chosen_stride": 0, "log2_decay": log2_decay}
+    rows = row_weights.rows.to(device).contiguous()
+    weights = row_weights.weights.to(device).contiguous()  # type: ignore[union-attr]
+    stride = rows.shape[-1] if rows.ndim == 2 and rows.shape[0] == batch else 0
+    return {"chosen": rows, "weights": weights, "chosen_stride": stride, "log2_decay": log2_decay}
+
+
+def _noise(row_weights: RowWeights) -> dict[str, Any]:
+    noise = row_weights.noise
+    if noise is None:
+        return {"NOISY": False, "layer_word": 0, "noise_scale": 0.0, "temperature": 1.0, "temperatures": None}
+    per_row = isinstance(noise.temperature, Tensor)
+    return {
+        "NOISY": True,
+        "layer_word": layer_word(noise),
+        "noise_scale": float(noise.scale),
+        "temperature": 1.0 if per_row else float(noise.temperature),
+        "temperatures": noise.temperature.contiguous() if per_row else None,  # type: ignore[union-attr]
+    }
+
+
+def _positions(queries: Tensor | None, keys: Tensor | None, batch: int, kv_heads: int) -> dict[str, Any]:
+    names = [f"query_positions_{name}" for name in ("batch_stride", "stride")]
+    names += [f"key_positions_{name}" for name in _STRIDES]
+    if queries is None or keys is None:
+        return {"query_positions": None, "key_positions": None, **dict.fromkeys(names, 0)}
+    queries, keys = queries.expand(batch, -1), keys.expand(batch, kv_heads, -1)
+    strides = dict(zip(names, queries.stride() + keys.stride(), strict=True))
+    return {"query_positions": queries, "key_positions": keys, **strides}
