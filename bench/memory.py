@@ -85,6 +85,8 @@ def main() -> None:
                 log.note(f"dropped: {job.contender}: {peaks['error']}")
             else:
                 found.append(described(job) | peaks)
+                figures = ", ".join(f"{peaks[figure] / 2**20:.0f}" for figure in PEAKS)
+                log.console.print(f"{job.contender}: {figures} MiB", style="dim", highlight=False)
         found = with_ratios(found)
         tables.append(shown(cell, found))
         log.console.print(tables[-1])

@@ -16,7 +16,7 @@ from workload import MODELS, Contender, Job
 
 Row = dict[str, Any]
 TIMES = ("prefill_s", "decode_ms")
-SIZES = {"nbytes", "prefill_peak_bytes", "decode_peak_bytes"}
+SIZES = ("nbytes", "prefill_peak_bytes", "decode_peak_bytes")
 
 
 class Runner(Protocol):
@@ -140,7 +140,9 @@ def summarise(measured: Mapping[Job, Sequence[Row]], reference: str = STOCK) -> 
                 row[f"{time_taken}_ratio"] = statistics.median(ratios)
                 row[f"{time_taken}_ratio_range"] = [min(ratios), max(ratios)]
         row["last_to_first_quarter"] = statistics.median(result["last_to_first_quarter"] for result in results)
-        for size in SIZES & results[-1].keys():
+        for size in SIZES:
+            if size not in results[-1]:
+                continue
             row[size] = results[-1][size]
             if stock is not None:
                 row[f"{size}_ratio"] = row[size] / stock[-1][size]
