@@ -7,7 +7,7 @@
 bfloat16, batch 1. For each context: seconds of the prefill, generated tokens per second, and the peak of the allocator
 in both phases, weights included. Ratios are medians over rounds, to the stock cache in the same round. kvpress, given
 as a folder of wheels with the transformers that it needs, runs after everyone else in a process of its own, beside a
-stock cache of its own. Who runs out of memory is named and left out. Kernels are measured by kernels.py, which this
+stock cache of its own. Who runs out of memory is named and left out. Kernels are measured by gpu_kernels.py, which this
 calls.
 """
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--contenders", nargs="+", default=names, choices=names, metavar="NAME", help="beside stock")
     parser.add_argument("--wheels", type=Path, help="a folder with the wheels of peers/wheels.txt")
-    parser.add_argument("--no-kernels", action="store_true", help="do not run kernels.py")
+    parser.add_argument("--no-kernels", action="store_true", help="do not run gpu_kernels.py")
     parser.add_argument("--out", type=Path, help="JSON; default: gpu.json in $OUT, or in bench/results")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of two small layers")
@@ -194,8 +194,8 @@ def main() -> None:
         torch.cuda.get_device_name() if cuda else "cpu",
     )
     if cuda and not arguments.no_kernels:
-        kernels = Path(__file__).with_name("kernels.py")
-        subprocess.run([sys.executable, kernels, "--out", report.out.with_name("kernels.json")], check=False)
+        kernels = Path(__file__).with_name("gpu_kernels.py")
+        subprocess.run([sys.executable, kernels, "--out", report.out.with_name("gpu_kernels.json")], check=False)
 
     def job(run: Run, tokens: int = 1) -> Job:
         return Job(run[0], tokens, run[1], 1, dtype, arguments.new_tokens, model, arguments.device)
