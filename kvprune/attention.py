@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from kvprune.errors import CacheError, UnsupportedModelError
+from kvprune.backends import SDPA, Sdpa, fused_attention
+from kvprune.errors import UnsupportedModelError
 from kvprune.mass import Scoring, grouped, hidden_keys, row_blocks, row_probabilities
 
 if TYPE_CHECKING:
     from kvprune.cache import PrunedCache
+    from kvprune.filter_pass import FilterPass
 
 PREFIX = "kvprune_"
 # "flash" in a name makes transformers look for the flash-attn package under that very name (5.23).
@@ -39,77 +39,60 @@ class CacheLength(int):
     """
 
 
-class PendingKeys(Tensor):
+SOME_LENGTH = CacheLength()
+"""In its place where nobody can count: masks of a pruned cache do not depend on it."""
+NO_MASK = CacheLength()
+"""In its place for a step that needs no mask, and must not be given one whose shape grows with every token."""
+
+
+class PendingKeys:
     """The keys that `PrunedCache.update` returns: a claim ticket for the kvprune attention, and of no use elsewhere.
 
     An attention that does not know kvprune would attend to the step's own tokens alone, and nobody would notice; and a
     model that transforms its keys after caching them would not attend to what is cached. Any use raises CacheError.
+    It is no Tensor, because torch.compile traces objects and cannot trace tensors that refuse to be looked at.
     """
 
-    cache: PrunedCache
+    def __init__(self, keys: Tensor, cache: PrunedCache | FilterPass) -> None:
+        self.keys, self.cache = keys, cache
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "dtype", "device", "ndim"):
+            return getattr(self.keys, name)
+        raise self.cache.bypassed()
+
+    def to(self, *args: Any, **kwargs: Any) -> PendingKeys:
+        """A cast that casts nothing is allowed."""
+        if self.keys.to(*args, **kwargs) is not self.keys:
+            raise self.cache.bypassed()
+        return self
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise self.cache.bypassed()
+
+    # Operators are looked up on the class, past __getattr__.
+    __getitem__ = __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __neg__ = _refuse
 
     @classmethod
-    def of(cls, keys: Tensor, cache: PrunedCache) -> PendingKeys:
-        pending = keys.detach().as_subclass(cls)
-        pending.cache = cache
-        return pending
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func.__name__ == "__get__":  # shape, dtype, device
-                return func(*args, **(kwargs or {}))
-            keys = args[0]
-            if func is Tensor.to and isinstance(keys, cls) and func(*args, **(kwargs or {})) is keys:
-                return keys  # a cast that casts nothing
-        caches = [item.cache for arg in args for item in (arg if isinstance(arg, list | tuple) else (arg,))
-                  if isinstance(item, cls)]  # fmt: skip
-        raise caches[0].bypassed() if caches else CacheError("the keys of a PrunedCache met another attention.")
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        given = (*args, *(kwargs or {}).values())
+        flat = (item for arg in given for item in (arg if isinstance(arg, list | tuple) else (arg,)))
+        raise next(item for item in flat if isinstance(item, cls)).cache.bypassed()
 
 
-# -- backends ----------------------------------------------------------------------------------------------------------
+# -- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def fused_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """torch's scaled_dot_product_attention over grouped heads. visible: bool `[B or 1, Hq or 1, L, S]`."""
-    group = queries.shape[1] // keys.shape[1]
-    if visible is not None and queries.is_cuda and group > 1:  # masked GQA would fall back to the slow math kernel
-        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-        group = 1
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=group > 1
-    )
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, backend: Sdpa = SDPA
+) -> tuple[Tensor, Tensor | None]:
+    """The queries are the newest `L` of the `S` keys, in order; query `i` sees keys `0 .. S - L + i`.
 
-
-@cache
-def _tells_lse(group: int) -> bool:
-    """Whether the flash attention that PyTorch runs on a CPU can be called for its log-sum-exp, too."""
-    try:
-        one = torch.zeros(1, 1, 1, 16)
-        queries = one.expand(1, group, 1, 16)
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, one, one, 0.0, False)
-    except (AttributeError, RuntimeError):  # of no promised interface, and not for groups in every version
-        return False
-    return True
-
-
-def whole_attention(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-    """Every query sees the keys up to its own: output, and log-sum-exp of the logits `[B, Hq, L]` where it is told."""
-    same_dims = queries.shape[3] == values.shape[3]
-    if scoring.plain and queries.device.type == "cpu" and same_dims and _tells_lse(queries.shape[1] // keys.shape[1]):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, True, scale=scoring.scale
-        )
-    return causal_attention(queries, keys, values, scoring), None
-
-
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
-    """The queries are the newest `L` of the `S` keys, in order; query `i` sees keys `0 .. S - L + i`."""
+    Returns the output and, where the backend tells it, the log-sum-exp of every query's logits `[B, Hq, L]`.
+    """
     rows, length = queries.shape[2], keys.shape[2]
-    if scoring.plain and rows == length:
-        return fused_attention(queries, keys, values, scoring.scale, causal=rows > 1)
+    if scoring.plain and backend.takes(queries, keys, values):
+        return backend.causal(queries, keys, values, scoring.scale)
     output = queries.new_empty(*queries.shape[:3], values.shape[3])
     for block in row_blocks(rows, queries.shape[0] * queries.shape[1] * length, queries.device):
         seen = length - rows + block.stop
@@ -118,7 +101,7 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scoring: Sco
         output[:, :, block] = _block(
             queries[:, :, block], keys[:, :, :seen], values[:, :, :seen], scoring, visible[None, None]
         )
-    return output
+    return output, None
 
 
 def positional_attention(
@@ -242,6 +225,8 @@ def _mask(base: str) -> Callable[..., Tensor | None]:
                 "this forward pass asks for a mask that is not causal (bidirectional image tokens, packed sequences, "
                 "or a model with a mask of its own). A pruned cache can only attend causally: use DynamicCache here."
             )
+        if kv_length is NO_MASK:
+            return None
         return attention_mask  # two-dimensional; every layer makes what it needs of it and its own positions
 
     return kvprune_mask

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvprune.attention import PREFIX, PendingKeys, register
+from kvprune.backends import Sdpa, choose
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
@@ -38,17 +39,27 @@ class PrunedCache(Cache):
             cache to the attention the model was loaded with.
         policy: a Policy, a chain made with `|`, or a name such as "a2sf".
         device: where the cache lives and is attended to, None for the model's own device(s).
-        kernels: what computes on the cache: "torch", "cpu" for compiled loops, or "auto" for the fastest there is.
+        kernels: what computes on the cache: "torch", "cpu" (compiled loops), "triton", or "auto" for the fastest there
+            is.
+        attention: what attention over a prompt runs on: "sdpa", "flash" (torch's own kernels), "flash-attn" (the
+            package), or "auto" for the fastest that serves the model. All compute the same.
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
             not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids.
+        CacheError: an attention or a device that cannot be had.
         PolicyError: something that is no policy, a name that is not known, or a layer that this model does not have.
             Kernels that do not run on the cache's device raise it with the first tokens.
     """
 
     def __init__(
-        self, model: Any, policy: Policy | str, *, device: torch.device | str | None = None, kernels: str = "auto"
+        self,
+        model: Any,
+        policy: Policy | str,
+        *,
+        device: torch.device | str | None = None,
+        kernels: str = "auto",
+        attention: str = "auto",
     ) -> None:
         policy = _policy(policy)
         check_name(kernels)
@@ -65,6 +76,7 @@ class PrunedCache(Cache):
                 "this cache behaves like DynamicCache.",
                 stacklevel=2,
             )
+        backend = _backend(attention, model, _device(device))
         stock_tokens = sum(getattr(layer, "sliding_window", 0) for layer in layers)
         for index in pruned:
             layers[index] = PrunedLayer(
@@ -74,9 +86,11 @@ class PrunedCache(Cache):
                 stock_tokens=stock_tokens,
                 device=_device(device),
                 kernels=kernels,
+                backend=backend,
             )
         super().__init__(layers=layers)
         self.policy = policy
+        self.attention = backend.name
         self.pruned_layers = tuple(pruned)
         self._model_name = type(model).__name__
         self._modules = weakref.WeakSet(model.modules())  # those that may attend to this cache
@@ -101,14 +115,16 @@ class PrunedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values. What a pruned layer returns is for the kvprune attention alone."""
-        self._check_closed()
-        if layer_idx == 0:
-            self._check_whole(key_states.shape[0])
         layer = self.layers[layer_idx]
+        if torch.compiler.is_dynamo_compiling() and not _is_static(layer, key_states):
+            return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
+        self._check_closed()
+        if layer_idx == 0 and not torch.compiler.is_dynamo_compiling():
+            self._check_whole(key_states.shape[0])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PrunedLayer):
             self._open = layer_idx
-            return PendingKeys.of(keys, self), values
+            return PendingKeys(keys, self), values  # type: ignore[return-value]
         if isinstance(layer, DynamicLayer) and key_states.shape[2] > 1:
             # A sliding window is a view of the whole prompt otherwise (transformers 5.23), which would stay in memory.
             layer.keys, layer.values = owned(layer.keys), owned(layer.values)
@@ -132,6 +148,11 @@ class PrunedCache(Cache):
         query: `[B, Hq, L, D]`. mask: the two-dimensional padding mask, or None. Returns `[B, L, Hq, Dv]`.
         """
         layer = self.layers[self._open]
+        if torch.compiler.is_dynamo_compiling() and not _is_static(layer, query):
+            return self._attend_uncompiled(
+                module, query, mask, scaling=scaling, softcap=softcap, s_aux=s_aux,
+                sliding_window=sliding_window, position_bias=position_bias,
+            )  # fmt: skip
         scoring = self.scoring_of(
             module, query, layer, scaling=scaling, softcap=softcap, s_aux=s_aux,
             sliding_window=sliding_window, position_bias=position_bias,
@@ -151,6 +172,16 @@ class PrunedCache(Cache):
         if layer.index == self.pruned_layers[-1]:
             self.expect(None, None)
         return output
+
+    # Steps that change shapes look at counts, and some at what is in tensors: a compiler could make nothing of them.
+    @torch.compiler.disable
+    def _update_uncompiled(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # The next run of a CUDA graph overwrites what this one returned, and a first step's keys may stay as they are.
+        return self.update(keys.clone(), values.clone(), *args, **kwargs)
+
+    @torch.compiler.disable
+    def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.attend(*args, **kwargs)
 
     def scoring_of(
         self,
@@ -191,7 +222,8 @@ class PrunedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where a layer's queries begin in the mask of that layer: in columns that it has seen."""
-        return super().get_seq_length(layer_idx)
+        steady = getattr(self.layers[layer_idx], "steady", None)
+        return super().get_seq_length(layer_idx) if steady is None else steady.seen  # generate() asks at every step
 
     @property
     def _skipped(self) -> int:
@@ -208,7 +240,7 @@ class PrunedCache(Cache):
                 f"the attention mask has the shape {tuple(mask.shape)}; a pruned cache takes a padding mask "
                 f"[batch, tokens] that covers the {length} new tokens"
             )
-        if length == 1 and layer.tokens and min(layer.tokens) > 0 and self._filtered is None:
+        if length == 1 and (layer.is_compileable or (layer.tokens and min(layer.tokens) > 0 and not self._filtered)):
             return None  # a generated token is never padding, and looking would make the host wait for the device
         if self._padding is not None and self._padding[0] is mask and self._padding[1] == layer.seen:
             return self._padding[2]
@@ -337,8 +369,9 @@ class PrunedCache(Cache):
         tables = (self.layers[index].table for index in self.pruned_layers)
         kernels = ", ".join(sorted({table.kernels.name for table in tables if table is not None})) or None
         return CacheReport(
-            str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer, kernels
-        )
+            str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer, kernels,
+            self.attention,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         held = f"nbytes={self.nbytes:,} of {self.dense_nbytes:,}"
@@ -399,6 +432,12 @@ def _device(device: torch.device | str | None) -> torch.device | None:
         raise CacheError(f'{device!r} is not a device: write one such as "cpu" or "cuda:0" ({error}).') from None
 
 
+def _backend(attention: str, model: Any, device: torch.device | None) -> Sdpa:
+    text = model.config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return choose(attention, device or model.device, model.dtype, head_dim)
+
+
 def _checked_config(model: Any) -> Any:
     """The config of the text decoder, or UnsupportedModelError."""
     name = type(model).__name__
@@ -433,6 +472,11 @@ def _switch_attention(model: Any) -> None:
     base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
     if not base.startswith(PREFIX):
         model.set_attn_implementation(register(base))
+
+
+def _is_static(layer: Any, states: Tensor) -> bool:
+    """Whether a step of these new tokens changes no shape in a layer."""
+    return isinstance(layer, PrunedLayer) and layer.is_compileable and states.shape[2] == 1
 
 
 def _is_past_its_window(layer: Any) -> bool:

@@ -82,6 +82,10 @@ class Eviction(Policy):
     def evicts(self) -> bool:
         return True
 
+    @property
+    def static_decode(self) -> bool:
+        return self.interval == 1
+
     @cached_property
     def _budget(self) -> Budget:
         return Budget.parse(self.budget)

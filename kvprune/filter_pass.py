@@ -66,7 +66,7 @@ class FilterPass(Cache):
         if not self._capacity:
             self._weigh_budget(layer, key_states, value_states)
         self._incoming = layer, key_states, value_states
-        return PendingKeys.of(key_states, self), value_states
+        return PendingKeys(key_states, self), value_states  # type: ignore[return-value]
 
     def _weigh_budget(self, layer: PrunedLayer, keys: Tensor, values: Tensor) -> None:
         """Now it is known what a token costs: stop here if all of them fit."""
@@ -109,7 +109,7 @@ class FilterPass(Cache):
         rows = keys, values, queries.positions[:, None]
         dense = valid is None
         seen = TokenTable(*rows, {}, dense=dense) if table is None else table.followed_by(*rows, dense=dense)
-        output = queries.attend(seen, scoring).output
+        output = queries.attend(seen, scoring, backend=layer.backend).output
         return output.transpose(1, 2).contiguous().to(device)
 
     def _choose(self, query: Tensor, keys: Tensor) -> list[Tensor]:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvprune.attention import CacheLength
+from kvprune.attention import NO_MASK, SOME_LENGTH, CacheLength
+from kvprune.backends import SDPA, Sdpa
 from kvprune.errors import CacheError, KVPruneError
 from kvprune.kernels import choose
 from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
 from kvprune.queries import Attended, Queries, Remembered
 from kvprune.selection import FilteredStep, Selection
+from kvprune.steady import Counted, Steady, pin
 from kvprune.table import MOST_HOLES, TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
@@ -71,6 +73,11 @@ class PrunedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
+    seen = Counted()  # columns of the model's input so far, padding included: the length transformers knows
+    tokens = Counted()  # per sequence, without padding: what positions are made of
+    generated = Counted()  # tokens since the last prefill step
+    last_eviction = Counted()  # `seen` when rows last went away: no crop can go behind it
+
     def __init__(
         self,
         policy: Policy,
@@ -80,11 +87,13 @@ class PrunedLayer(CacheLayerMixin):
         stock_tokens: int = 0,
         device: torch.device | None = None,
         kernels: str = "auto",
+        backend: Sdpa = SDPA,
     ) -> None:
         """Args:
         index: of the layer in the model. pruned_layers: how many layers share a budget in bytes.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
-        device: where the table lives and is attended to; None for the model's. kernels: their name, see `kernels`.
+        device: where the table lives and is attended to; None for the model's.
+        kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
         """
         super().__init__()
         self.policies = policy.parts()
@@ -92,25 +101,26 @@ class PrunedLayer(CacheLayerMixin):
         self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
         self._interval = max((part.interval or 0 for part in self.policies), default=0)
         self._codecs, self._evicts, self._buffer = policy.codecs, policy.evicts, policy.buffer
+        self._static_decode = len(self.policies) == 1 and policy.static_decode
         self.index = index
         self.pruned_layers = pruned_layers
         self.stock_tokens = stock_tokens
         self.home = device
         self.kernels = kernels
+        self.backend = backend
         self.reset()
 
     def reset(self) -> None:
         self.table: TokenTable | None = None
-        self.seen = 0  # columns of the model's input so far, padding included: the length transformers knows
-        self.tokens: tuple[int, ...] = ()  # per sequence, without padding: what positions are made of
+        self.steady: Steady | None = None  # from when on a decode step changes no shape
+        self.seen = self.generated = self.last_eviction = 0
+        self.tokens = ()
         self.prompt_tokens: tuple[int, ...] = ()
-        self.generated = 0  # tokens since the last prefill step
         self.incoming: tuple[Tensor, Tensor] | None = None
         self.remembered: Remembered | None = None  # for policies with a query window
         self.record_past = False
         self.undecided: Undecided | None = None
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
-        self.last_eviction = 0  # `seen` when rows last went away: no crop can go behind it
         self.is_initialized = False
 
     # -- what transformers asks ------------------------------------------------------------------------------------
@@ -118,13 +128,29 @@ class PrunedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the table is made of the first step's keys and values."""
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step changes no shape, and waits for nothing: torch.compile makes one graph of all steps.
+
+        So it is at the budget of a policy that evicts at every token, unless the past is recorded, the batch was
+        reordered since the last step, the cache lives on another device than the model, or sequences keep different
+        numbers of rows.
+        """
+        return self.steady is not None
+
     def get_seq_length(self) -> int:
+        if self.steady is not None and torch.compiler.is_dynamo_compiling():
+            return self.steady.seen  # type: ignore[return-value]  # as StaticLayer does, transformers 5.23
         return self.seen
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.steady is not None and query_length == 1:
+            return NO_MASK, 0
+        if torch.compiler.is_dynamo_compiling():  # which cannot make such an int of a symbolic one (torch 2.13)
+            return SOME_LENGTH, 0
         return CacheLength(self.seen + query_length), 0
 
     def update(
@@ -148,6 +174,8 @@ class PrunedLayer(CacheLayerMixin):
             scoring: how the model makes probabilities of logits.
             filtered: what a prompt filter left of this step, if there is one.
         """
+        if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
+            return self._compiled_step(self.table, self.steady, states, scoring)
         first = self.table is None
         try:
             return self._attend(states, valid, scoring, filtered)
@@ -166,6 +194,8 @@ class PrunedLayer(CacheLayerMixin):
             states = states.to(self.home)
         if valid is not None:
             valid = valid.to(states.device)
+        if states.shape[2] > 1:
+            self._leave_steady()
         # A draft of several tokens that is being verified is generated text, not a prompt.
         prefill = self.table is None or (states.shape[2] > 1 and not self.record_past) or filtered is not None
         table, queries = self._append(states, valid, filtered)
@@ -175,16 +205,54 @@ class PrunedLayer(CacheLayerMixin):
             self.generated += max(queries.tokens)
 
         if self.record_past:
-            output = queries.attend(table, scoring).output
+            output = queries.attend(table, scoring, backend=self.backend).output
             self._defer(table, queries, prefill, scoring)
         else:
             plans = self._plans(table, queries, prefill)
             wanted = any(plan.weights is not None for plan in plans)
-            attended = queries.attend(table, scoring, with_probabilities=wanted)
+            attended = queries.attend(table, scoring, with_probabilities=wanted, backend=self.backend)
             output = attended.output
             self._observe(table, plans, queries, scoring, attended)
             self._decide(table, plans)
         return output.transpose(1, 2).contiguous().to(device)
+
+    # -- the steady state -------------------------------------------------------------------------------------------
+
+    def _enter_steady(self, table: TokenTable) -> None:
+        """After a step that evicted: the next token takes the spare slot, and another row goes."""
+        if not table.dense or table.packed or table.capacity == table.length or self.home is not None:
+            return
+        if self.remembered is not None:
+            if self.remembered.states.shape[2] < self._query_window(False) - 1:
+                return
+            self.remembered = self.remembered.writable()
+        self.steady = Steady.of(self.seen, self.generated, self.tokens, table.positions.device)
+        pin(self._tensors())
+
+    def _leave_steady(self) -> None:
+        if self.steady is not None:
+            self.catch_up()
+            self.steady = None
+
+    def catch_up(self) -> None:
+        """Count what compiled steps have counted on the device."""
+        if self.steady is not None and self.steady.ahead:
+            self.seen, self.generated, self.tokens = self.steady.read()
+            self.last_eviction = self.seen
+
+    def _compiled_step(self, table: TokenTable, steady: Steady, states: Tensor, scoring: Scoring) -> Tensor:
+        """`_attend` for a generated token in the steady state: nothing here depends on what an int has counted."""
+        keys, values = self.incoming  # type: ignore[misc]
+        self.incoming = None
+        queries = Queries(states, steady.tokens, None, (1,) * len(states))
+        table.append(keys, values, queries.first)
+        plans = self._plans(table, queries, False)
+        attended = queries.attend(table, scoring, with_probabilities=plans[0].weights is not None)
+        self._observe(table, plans, queries, scoring, attended)
+        decision = plans[0].policy.decide(plans[0].table, plans[0].step)
+        table.evict(decision.evict)  # type: ignore[union-attr, arg-type]  # at its budget, it evicts a row
+        steady.advance()
+        return attended.output.transpose(1, 2).contiguous()
 
     def _append(
         self, states: Tensor, valid: Tensor | None, filtered: FilteredStep | None
@@ -229,9 +297,13 @@ class PrunedLayer(CacheLayerMixin):
 
     def _plans(self, table: TokenTable, queries: Queries, prefill: bool) -> list[Plan]:
         device, added = queries.states.device, max(queries.tokens)
+        steady = self.steady if torch.compiler.is_dynamo_compiling() else None
+        tokens = per_sequence(self.tokens, device) if steady is None else steady.tokens + 1
+        generated = self.generated if steady is None else steady.generated + 1
         token_bytes, other_bytes = self._costs(table)
-        query_bytes = queries.states.nbytes // len(queries) + 8 * len(self.tokens)  # a query and its position
+        query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
         other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes
+        other_bytes += Steady.bytes_for(len(queries.states)) if self._static_decode else 0
         plans = []
         for scope, part in zip(self._scopes, self.policies, strict=True):
             interval = part.interval
@@ -239,15 +311,16 @@ class PrunedLayer(CacheLayerMixin):
                 layer=self.index,
                 prefill=prefill,
                 due=prefill
+                or interval == 1
                 or (interval is not None and self.generated // interval != (self.generated - added) // interval),
                 queries=len(queries),
                 new_tokens=per_sequence(queries.tokens, device),
-                tokens=per_sequence(self.tokens, device),
+                tokens=tokens,
                 prompt_tokens=self.prompt_tokens,
                 token_bytes=token_bytes * self.pruned_layers,
                 other_bytes=other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens,
                 spare=2 * self._interval - 1 if self._interval else 0,
-                generated=self.generated,
+                generated=generated,
                 source=queries,
             )
             step.weights = part.row_weights(step)
@@ -290,14 +363,18 @@ class PrunedLayer(CacheLayerMixin):
                 )
             plan.policy.observe(plan.table, plan.step)
             done.append(plan)
+        if self.steady is not None and self.remembered is not None:
+            self.remembered.take(queries)
+            return
         window = self._query_window(plans[0].step.prefill)
         self.remembered = Remembered.newest(window - 1, self.remembered, queries) if window > 1 else None
 
     def _query_window(self, prefill: bool) -> int:
         """Queries to remember: a policy that evicts nothing while decoding needs none once the prompt has ended."""
-        return max((part.query_window for part in self.policies if prefill or part.interval), default=0)
+        return max([0, *(part.query_window for part in self.policies if prefill or part.interval)])
 
     def _decide(self, table: TokenTable, plans: list[Plan]) -> None:
+        evicted = False
         for plan in plans:
             decision = plan.policy.decide(plan.table, plan.step)
             if decision is None:
@@ -308,19 +385,25 @@ class PrunedLayer(CacheLayerMixin):
                 self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
                 continue
             if decision.keep is not None:
-                table.compact(decision.keep)
+                table.compact(decision.keep, room=self._interval)
             elif decision.evict is not None:
                 table.evict(decision.evict)
                 table.shrink(plan.step.spare)
             self.last_eviction = self.seen
+            evicted = True
         if plans[0].step.prefill:
             table.drop_empty()
             table.own()
+        if self.steady is not None:
+            self.steady.advance()
+        elif evicted and self._static_decode and not self.record_past:
+            self._enter_steady(table)
 
     # -- rolling back ----------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
         """From now on nothing is evicted in a step until `crop` has said how many of its tokens were accepted."""
+        self._leave_steady()
         self.record_past = True
 
     def _defer(self, table: TokenTable, queries: Queries, prefill: bool, scoring: Scoring) -> None:
@@ -397,6 +480,7 @@ class PrunedLayer(CacheLayerMixin):
         """Keep these sequences, in this order; a sequence may come several times."""
         if self.table is None:
             return
+        self._leave_steady()  # the tensors that graphs know are gone
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         self.table.select_batch(indices)
@@ -413,10 +497,12 @@ class PrunedLayer(CacheLayerMixin):
         self.selection = self.selection and self.selection.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
-        """An independent copy: the table is copied; settings and queries, which are never written to, are shared."""
+        """An independent copy: the table is copied; settings, and queries that are never written to, are shared."""
         other = copy.copy(self)
         other.table = None if self.table is None else self.table.fork()
         other.undecided = copy.copy(self.undecided)
+        if self.steady is not None:
+            other._enter_steady(other.table)  # type: ignore[arg-type]
         return other
 
     # -- what it holds ---------------------------------------------------------------------------------------------
@@ -431,11 +517,16 @@ class PrunedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
         held = [] if self.table is None else list(self.table.tensors().values())
         if self.remembered is not None:
             held += [self.remembered.states, self.remembered.positions]
+        if self.steady is not None:
+            held.append(self.steady.counts)
         if self.undecided is not None:
             held += self.undecided.queries.tensors()
         if self.selection is not None and self.selection.columns is not None:
             held.append(self.selection.columns)
-        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+        return held

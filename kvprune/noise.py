@@ -85,7 +85,8 @@ class Gumbel:
 
     def row_words(self, positions: Tensor, kv_heads: int, group: int) -> Tensor:
         """A hash of every query head and position `[B or 1, L]`: `[B or 1, Hkv, G, L]` int32."""
-        heads = torch.arange(kv_heads * group, device=positions.device).view(1, kv_heads, group, 1)
+        # No arange: inductor (torch 2.13) knows its bounds, and takes it that sums and products stay within theirs.
+        heads = torch.ones(kv_heads * group, device=positions.device).cumsum(0).sub_(1).view(1, kv_heads, group, 1)
         return hashed(self.seed, self.layer, heads, positions[:, None, None, :])
 
     def column_words(self, positions: Tensor) -> Tensor:

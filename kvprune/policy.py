@@ -55,8 +55,8 @@ class Step:
     """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
     spare: int
     """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
-    generated: int = 0
-    """Tokens generated since the last prefill step, those of this step included."""
+    generated: int | Tensor = 0
+    """Tokens generated since the last prefill step, those of this step included; a scalar where steps are compiled."""
     source: Queries | None = None
     """The queries themselves."""
     weights: RowWeights | None = None
@@ -140,6 +140,14 @@ class Policy:
     @property
     def evicts(self) -> bool:
         """Whether it drops tokens that are in the cache."""
+        return False
+
+    @property
+    def static_decode(self) -> bool:
+        """Whether, once sequences have reached their budget, every generated token costs one row: see `Steady`.
+
+        Where steps are compiled, `step.tokens` and `step.generated` are then tensors, and no value may be looked at.
+        """
         return False
 
     @property

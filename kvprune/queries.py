@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvprune import packed
-from kvprune.attention import causal_attention, positional_attention, whole_attention
+from kvprune.attention import causal_attention, positional_attention
+from kvprune.backends import SDPA, Sdpa
 from kvprune.mass import RowWeights, Scoring
 from kvprune.table import EMPTY, TokenTable
 
@@ -34,7 +34,7 @@ class Queries:
     states: `[B, Hq, L, D]`. first: position of each sequence's first token in this step, an int or LongTensor
     `[B, 1, 1]`. valid: bool `[B, L]`, False for padding; None if there is none. tokens: real tokens of each sequence.
     spans: where the real tokens of each sequence begin and end, if the whole sequence came in this step and has no gap.
-    placed: positions `[B, L]` of tokens that do not follow one another, -1 for padding; None where they do.
+    placed: positions `[B or 1, L]`, -1 for padding; None until somebody asks, where tokens follow one another.
     """
 
     states: Tensor
@@ -56,11 +56,14 @@ class Queries:
     def __len__(self) -> int:
         return self.states.shape[2]
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """`[B or 1, L]` int64, -1 for padding."""
-        if self.placed is not None:
-            return self.placed
+        if self.placed is None:  # no cached_property, whose lock (Python 3.11) torch.compile does not trace
+            self.placed = self._consecutive()
+        return self.placed
+
+    def _consecutive(self) -> Tensor:
         first = self.first if isinstance(self.first, int) else self.first.view(-1, 1)
         if self.valid is None:
             return torch.arange(len(self), device=self.states.device)[None] + first
@@ -89,7 +92,9 @@ class Queries:
 
     # -- over a table whose newest rows are their own ----------------------------------------------------------------
 
-    def attend(self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool = False) -> Attended:
+    def attend(
+        self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool = False, backend: Sdpa = SDPA
+    ) -> Attended:
         """Attention over all rows; with_probabilities: of a single query, those are wanted too."""
         states, keys, values = self.states, table.keys, table.values
         if len(self) == 1 and self.valid is None:
@@ -99,18 +104,19 @@ class Queries:
             return Attended(*table.kernels.single_query(states, keys, values, scoring, empty, with_probabilities))
         if table.packed:
             return Attended(packed.attention(states, self.positions, table, scoring))
-        if table.dense and len(self) == table.length:
-            output, lse = whole_attention(states, keys, values, scoring)
-            return Attended(output, lse=lse)
         if table.dense:
-            return Attended(causal_attention(states, keys, values, scoring))
+            output, lse = causal_attention(states, keys, values, scoring, backend)
+            return Attended(output, lse=lse)
         if self.spans is None:
             return Attended(positional_attention(states, keys, values, scoring, self.positions, table.positions))
+        together = backend.spans(states, keys, values, scoring.scale, self.spans) if scoring.plain else None
+        if together is not None:
+            return Attended(together)
         output = states.new_zeros(*states.shape[:3], values.shape[3])
         lse = torch.zeros(states.shape[:3], device=states.device)
         told = True
         for one in self._sequences():  # one by one, so that no mask of L x L is ever made
-            output[one], found = whole_attention(states[one], keys[one], values[one], scoring)
+            output[one], found = causal_attention(states[one], keys[one], values[one], scoring, backend)
             if found is None:
                 told = False
             else:
@@ -201,6 +207,19 @@ class Remembered:
         if earlier is not None and min(queries.tokens) < count:
             states, positions = earlier.followed_by(queries)
         return cls(states[:, :, -count:].clone(), positions[:, -count:].clone())
+
+    def writable(self) -> Remembered:
+        """The same in tensors of its own, with positions `[B, w]`."""
+        return Remembered(
+            self.states.clone(memory_format=torch.contiguous_format),
+            self.positions.expand(len(self.states), -1).clone(memory_format=torch.contiguous_format),
+        )
+
+    def take(self, queries: Queries) -> None:
+        """Forget the oldest query for a new one, in place."""
+        states, positions = self.followed_by(queries)
+        self.states.copy_(states[:, :, 1:])
+        self.positions.copy_(positions[:, 1:])
 
     def select_batch(self, rows: Tensor) -> Remembered:
         rows = rows.to(self.states.device)

@@ -48,6 +48,8 @@ class CacheReport:
     """The layer by which a prompt filter chooses; None if there is no such filter."""
     kernels: str | None = None
     """What computes on the cache; None before its first tokens."""
+    attention: str = "sdpa"
+    """What attention over a prompt runs on: "sdpa", "flash" or "flash-attn"."""
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +93,7 @@ class CacheReport:
             "selected": None if self.selected is None else [positions.tolist() for positions in self.selected],
             "filter_layer": self.filter_layer,
             "kernels": self.kernels,
+            "attention": self.attention,
             "layers": [
                 {
                     "layer": layer.index,
@@ -109,8 +112,9 @@ class CacheReport:
             title=f"{self.policy}\n"
             f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})" + self._packed(),
             caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots"
-            + self._chosen()
-            + ("" if self.kernels is None else f"\nkernels: {self.kernels}"),
+            + f"\nattention over prompts: {self.attention}"
+            + ("" if self.kernels is None else f"; kernels: {self.kernels}")
+            + self._chosen(),
             title_justify="left",
             caption_justify="left",
         )

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvprune.errors import CacheError
@@ -64,7 +65,7 @@ class TokenTable:
         buffer_columns: those that rows lose when they are packed. dense: that no position is -1. kernels: what moves
         rows, and attends to them.
         """
-        self.kernels = kernels
+        self._kernels = kernels
         self.dense = dense
         """Whether no slot in use is empty."""
         self.one_policy = True
@@ -92,6 +93,8 @@ class TokenTable:
     @property
     def _columns(self) -> Columns:
         """All tensors, while each has storage of its own: made anew whenever one of them is."""
+        if torch.compiler.is_compiling():  # which must not find a table that has changed since it was traced
+            return Columns(self._tensors.values())
         if self._made_columns is None:
             self._made_columns = Columns(self._tensors.values())
         return self._made_columns
@@ -114,6 +117,11 @@ class TokenTable:
     def _first_slot(self, name: str) -> int:
         """The slot that comes first in this tensor."""
         return 0 if name == "positions" or name.startswith("column.") else self.packed_length
+
+    @property
+    def kernels(self) -> Kernels:
+        """What moves rows, and attends to them: PyTorch's where torch.compile makes kernels of its own of them."""
+        return TORCH if torch.compiler.is_compiling() else self._kernels
 
     # -- what is in it ---------------------------------------------------------------------------------------------
 
@@ -256,22 +264,23 @@ class TokenTable:
 
     # -- rows go ---------------------------------------------------------------------------------------------------
 
-    def compact(self, slots: Tensor) -> None:
-        """Keep only these slots, in this order, in storage of exactly their number; everything else is freed.
+    def compact(self, slots: Tensor, room: int = 0) -> None:
+        """Keep only these slots, in this order; everything else is freed.
 
         slots: LongTensor `[B, Hkv, rows]`; -1 makes an empty row. Packed rows keep the order they have.
+        room: spare slots behind them, where nothing is packed.
         """
         if self.packed:
             kept = torch.zeros(*slots.shape[:2], self.length + 1, dtype=torch.bool, device=slots.device)
             self._close_up(kept.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length])
             return
         empty = slots < 0
-        index = (*self._index, slots.clamp(min=0))
+        index = (*self._index, F.pad(slots.clamp(min=0), (0, room)))  # what is in spare slots means nothing
         for name, tensor in self._tensors.items():
             self._tensors[name] = tensor[index]
-        self._tensors["positions"].masked_fill_(empty, EMPTY)
-        self.dense = not bool((self._tensors["positions"] < 0).any())
         self.length = self._most_rows = slots.shape[2]
+        self.positions.masked_fill_(empty, EMPTY)
+        self.dense = not bool((self.positions < 0).any())
         self._borrowed = False
         self._shape_changed()
 
@@ -311,7 +320,7 @@ class TokenTable:
             source = tail[victim.to(torch.int8).argsort(dim=-1, stable=True)]
             for tensor in self._tensors.values():
                 tensor[(*self._index, slots)] = tensor[(*self._index, source)]
-        self.length = rest
+        self.length = self._most_rows = rest
 
     def drop_newest(self, count: int) -> None:
         """Forget the `count` rows that were appended last; nothing may have been evicted since."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,12 +64,13 @@ class Keyformer(Eviction):
         """Of the rows of this step: one for a prompt, one each for generated tokens, `[L]`."""
         if step.prefill:
             return float(self.tau_init)
-        taus = [self._tau(step.generated - age) for age in reversed(range(step.queries))]
-        return taus[0] if len(taus) == 1 else torch.tensor(taus, device=step.query_positions.device)
+        if step.queries == 1 and isinstance(step.generated, int):
+            return float(self._tau(min(step.generated, self.generation_length)))
+        ages = torch.arange(step.queries - 1, -1, -1, device=step.query_positions.device)
+        return self._tau((step.generated - ages).clamp(0, self.generation_length).double()).float()
 
-    def _tau(self, generated: int) -> float:
-        done = min(max(generated, 0) / self.generation_length, 1.0)
-        return float(self.tau_init + (self.tau_end - self.tau_init) * done)
+    def _tau(self, generated: Any) -> Any:
+        return self.tau_init + (self.tau_end - self.tau_init) * (generated / self.generation_length)
 
     def row_weights(self, step: Step) -> RowWeights:
         return RowWeights.uniform(step.queries).noisy(

@@ -127,7 +127,7 @@ class ZipCache(Policy):
         drawn = 0.0 if self.normalizer == "official" else self.probe_random * 2**32
         rows = []
         for row in range(step.queries):
-            number = step.generated - step.queries + row  # of tokens generated before
+            number = int(step.generated) - step.queries + row  # of tokens generated before
             if number % self.buffer >= self.buffer - newest or hash_word(self.seed, step.layer, number) < drawn:
                 rows.append(row)
         return rows
