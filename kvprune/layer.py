@@ -247,7 +247,8 @@ class PrunedLayer(CacheLayerMixin):
         queries = Queries(states, steady.tokens, None, (1,) * len(states))
         table.append(keys, values, queries.first)
         plans = self._plans(table, queries, False)
-        attended = queries.attend(table, scoring, with_probabilities=plans[0].weights is not None)
+        wanted = plans[0].weights is not None
+        attended = queries.attend(table, scoring, with_probabilities=wanted, backend=self.backend)
         self._observe(table, plans, queries, scoring, attended)
         decision = plans[0].policy.decide(plans[0].table, plans[0].step)
         table.evict(decision.evict)  # type: ignore[union-attr, arg-type]  # at its budget, it evicts a row

@@ -178,7 +178,7 @@ def test_the_report_names_the_backend(attention):
     feed(shared(), left_padded([40]), cache, [40])
     name = "flash" if attention == "auto" else attention
     assert cache.report().attention == cache.report().to_dict()["attention"] == name
-    assert f"attention over prompts by {name}" in str(cache.report())
+    assert f"attention over prompts: {name}" in str(cache.report())
 
 
 @pytest.mark.parametrize(
