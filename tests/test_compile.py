@@ -278,6 +278,20 @@ def assert_same_counts_and_rows(cache, other):
         assert kept_everywhere(cache, row) == kept_everywhere(other, row)
 
 
+def test_a_prompt_that_was_read_beforehand():
+    """The recipe for a first turn: all of the prompt but its last token goes in, and generate() compiles the rest."""
+    model, batch, ids = shared(), left_padded([PROMPT]), []
+    for settings in ({}, {"compile_config": compile_on_the_cpu(fullgraph=True)}):
+        cache = PrunedCache(model, A2SF(0.4, recent=4))
+        with torch.no_grad():
+            model(batch["input_ids"][:, :-1], past_key_values=cache)
+        model.__dict__.pop("_compiled_call", None)
+        ids.append(generate(model, batch, NEW, past_key_values=cache, **settings))
+        assert cache.seen_tokens == PROMPT + NEW - 1
+    assert torch.equal(*ids)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings"),
     [(10, {"prefill_chunk_size": 4}), (PROMPT, {"num_beams": 3}), (PROMPT, {"prompt_lookup_num_tokens": 3})],
