@@ -6,7 +6,7 @@ from devices import on_devices
 from families import build, generate, kept_everywhere, left_padded
 
 from kvprune import PolicyError, PrunedCache
-from kvprune.kernels.gpu import choose, gpu
+from kvprune.kernels import choose, gpu
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, ZipCache
 
 pytest.importorskip("triton", reason="needs Triton")
