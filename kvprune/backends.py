@@ -102,7 +102,8 @@ class Flash(Sdpa):
         among, among_lse = _flash(queries, own_keys, own_values, scale, causal=True)
         # Of two parts of a softmax, the share of the first is exp(lse of it) / (that + exp(lse of the second)).
         ahead = before_lse.reshape(among_lse.shape) - among_lse
-        output = torch.lerp(among.float(), before.reshape(among.shape).float(), torch.sigmoid(ahead).unsqueeze(-1))
+        before = before.reshape(among.shape).to(ahead.dtype)  # float32, or float64 in a model of that
+        output = torch.lerp(among.to(ahead.dtype), before, torch.sigmoid(ahead).unsqueeze(-1))
         return output.to(queries.dtype), among_lse + F.softplus(ahead)
 
 
