@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.quantize import LARGEST, Codec, pack, quantize, unpack
+from kvprune.quantize import LARGEST, Codec, channel_scales, pack, quantize, unpack
+from kvprune.rows import take_rows
 
 # A block of decoded rows should stay in the cache of the processor.
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
@@ -87,8 +88,7 @@ class PackedRows:
         }
         if codec.separable:
             sizes = values.abs() if nothing is None else values.abs().masked_fill_(nothing, 0.0)
-            channel_scale = sizes.amax(3, keepdim=True).sqrt_().half()
-            channel_scale[channel_scale == 0] = 1.0
+            channel_scale = channel_scales(sizes.amax(3, keepdim=True))
             values = values / channel_scale.float()
             tensors["channel_scale"] = channel_scale.squeeze(3)
         channels = min(codec.channels or value_dim, value_dim)
@@ -104,13 +104,21 @@ class PackedRows:
             tensors = {name: tensor if name in cls._OF_BLOCKS
                        else tensor[:, :, :rows].clone(memory_format=torch.contiguous_format)
                        for name, tensor in tensors.items()}  # fmt: skip
-        if blocks > 1:
-            number = torch.arange(blocks, device=keys.device).repeat_interleave(tokens)[:rows]
-            tensors["block"] = number.to(_number_type(blocks)).expand(keys.shape[0], keys.shape[1], -1).contiguous()
+        return cls.in_blocks(codec, key_dim, value_dim, tensors)
+
+    @classmethod
+    def in_blocks(cls, codec: Codec, key_dim: int, value_dim: int, tensors: dict[str, Tensor]) -> PackedRows:
+        """Rows that were quantized together, `codec.tokens` to a block, from their tensors but for block numbers."""
+        batch, heads, rows = tensors["key_codes"].shape[:3]
+        tokens = codec.tokens or rows
         whole = rows - rows % tokens
         runs = [Run(0, whole, 0, tokens)] if whole else []
-        if missing:
+        if rows > whole:
             runs.append(Run(whole, rows, whole // tokens, rows - whole))
+        blocks = tensors["key_scale"].shape[2]
+        if blocks > 1:
+            number = torch.arange(blocks, device=tensors["key_codes"].device).repeat_interleave(tokens)[:rows]
+            tensors["block"] = number.to(_number_type(blocks)).expand(batch, heads, -1).contiguous()
         return cls(codec, key_dim, value_dim, tensors, tuple(runs))
 
     def __len__(self) -> int:
@@ -160,8 +168,7 @@ class PackedRows:
             return
         for name, tensor in self.tensors.items():
             if name not in self._OF_BLOCKS:
-                index = rows if tensor.ndim == 3 else rows[..., None].expand(-1, -1, -1, tensor.shape[3])
-                self.tensors[name] = tensor.gather(2, index)
+                self.tensors[name] = take_rows(tensor, rows)
         if "block" not in self.tensors:
             self.runs = (Run(0, len(self), 0, len(self)),) if len(self) else ()
             return

@@ -129,6 +129,12 @@ def quantize(numbers: Tensor, bits: int, dim: int, empty: Tensor | None = None) 
     return codes.to(torch.uint8), scale, zero_point
 
 
+def channel_scales(sizes: Tensor) -> Tensor:
+    """What channels are divided by, float16: the root of their largest magnitude, float32, or 1 where that is none."""
+    scale = sizes.sqrt().half()
+    return scale.masked_fill_(scale == 0, 1.0)
+
+
 def _rounded_down(numbers: Tensor) -> Tensor:
     """The largest float16 that is not above."""
     half = numbers.half()

@@ -27,6 +27,7 @@ from kvprune.errors import CacheError
 from kvprune.kernels import TORCH, Columns, Kernels
 from kvprune.packed_rows import PackedRows
 from kvprune.quantize import Codec
+from kvprune.rows import take_rows, true_rows
 
 EMPTY = -1
 # Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.
@@ -275,9 +276,9 @@ class TokenTable:
             self._close_up(kept.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length])
             return
         empty = slots < 0
-        index = (*self._index, F.pad(slots.clamp(min=0), (0, room)))  # what is in spare slots means nothing
+        index = F.pad(slots.clamp(min=0), (0, room))  # what is in spare slots means nothing
         for name, tensor in self._tensors.items():
-            self._tensors[name] = tensor[index]
+            self._tensors[name] = take_rows(tensor, index)
         self.length = self._most_rows = slots.shape[2]
         self.positions.masked_fill_(empty, EMPTY)
         self.dense = not bool((self.positions < 0).any())
@@ -288,11 +289,9 @@ class TokenTable:
         """Free the slots that are padding in every sequence."""
         if self.dense or self.packed:
             return
-        kept = self.positions >= 0
-        rows = int(kept.sum(-1).max())
-        if rows < self.length:
-            order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :, :rows]
-            self.compact(torch.where(kept.gather(2, order), order, EMPTY))
+        kept = true_rows(self.positions >= 0)
+        if kept.shape[2] < self.length:
+            self.compact(kept)
 
     def evict(self, slots: Tensor) -> None:
         """Drop `k` rows per head in place: the last `k` rows move into their slots. Nothing is allocated or freed.
@@ -364,12 +363,8 @@ class TokenTable:
         for codec, slots in parts:
             if slots.shape[2] == 0:
                 continue
-            empty = slots < 0
-            left.scatter_(2, torch.where(empty, self.length, slots), False)
-            row = (*self._index, (slots - self.packed_length).clamp(min=0))
-            new = PackedRows.encode(
-                codec, self._tensors["keys"][row], self._tensors["values"][row], empty if bool(empty.any()) else None
-            )
+            left.scatter_(2, torch.where(slots < 0, self.length, slots), False)
+            new = self.kernels.encode(codec, self.keys, self.values, (slots - self.packed_length).clamp(min=EMPTY))
             tier = next((number for number, other in enumerate(self.packed) if other.codec == codec), None)
             if tier is None:
                 tier = len(self.packed)
@@ -386,9 +381,7 @@ class TokenTable:
             old = len(tier_rows) - sum(slots.shape[2] for slots in moved.get(number, ())) if number < held else 0
             order += [self._slots(first, first + old), *moved.get(number, ())]
             first += old
-        rest = left[:, :, self.packed_length : self.length]
-        order.append(self._ordered(rest) + self.packed_length)
-        order[-1].masked_fill_(~self._filled(rest, order[-1].shape[2]), EMPTY)
+        order.append(true_rows(left[:, :, self.packed_length : self.length], self.packed_length))
         self._reorder(torch.cat(order, dim=2), sum(map(len, self.packed)))
         if not self.dense:
             self._close_up(self.positions >= 0)
@@ -399,30 +392,19 @@ class TokenTable:
         slots = torch.arange(start, stop, device=self._tensors["positions"].device)
         return slots.expand(self.batch_size, self.kv_heads, -1)
 
-    @staticmethod
-    def _ordered(kept: Tensor) -> Tensor:
-        """Indices of True, in order, `[B, Hkv, most of any head]`, followed by others where a head has fewer."""
-        return kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :, : int(kept.sum(-1).max())]
-
-    @staticmethod
-    def _filled(kept: Tensor, size: int) -> Tensor:
-        """Which of the indices that `_ordered` returned are of True."""
-        return torch.arange(size, device=kept.device) < kept.sum(-1, keepdim=True)
-
     def _close_up(self, kept: Tensor) -> None:
         """Keep these slots, bool `[B, Hkv, length]`: packed rows move as they are, and memory is freed."""
         kept = kept & (self.positions >= 0)
         order, first = [], 0
         for tier in self.packed:
-            among = kept[:, :, first : first + len(tier)]
-            index = self._ordered(among)
-            filled = self._filled(among, index.shape[2])
-            order.append((index + first).masked_fill(~filled, EMPTY))
-            first += len(tier)
-            tier.keep(index, ~filled)
-        among = kept[:, :, first:]
-        index = self._ordered(among)
-        order.append((index + first).masked_fill(~self._filled(among, index.shape[2]), EMPTY))
+            size = len(tier)
+            slots = true_rows(kept[:, :, first : first + size], first)
+            empty = slots < 0
+            order.append(slots)
+            # A row that is nothing may as well stay where it is: then, often, none has to move.
+            tier.keep(torch.where(empty, self._slots(0, slots.shape[2]), slots - first), empty)
+            first += size
+        order.append(true_rows(kept[:, :, first:], first))
         self.packed = [tier for tier in self.packed if len(tier)]
         self._reorder(torch.cat(order, dim=2), sum(map(len, self.packed)))
         self._closed_length = self.length
@@ -433,7 +415,7 @@ class TokenTable:
         for name, tensor in self._tensors.items():
             first = self._first_slot(name)
             index = slots if name == "positions" or name.startswith("column.") else slots[:, :, packed_length:]
-            self._tensors[name] = tensor[(*self._index, (index - first).clamp(min=0))]
+            self._tensors[name] = take_rows(tensor, (index - first).clamp(min=0))
         self._tensors["positions"].masked_fill_(empty, EMPTY)
         held = self._tensors["positions"] >= 0
         self.dense = bool(held.all())

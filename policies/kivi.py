@@ -8,7 +8,7 @@ import torch
 
 from kvprune.errors import PolicyError
 from kvprune.eviction import check_count
-from kvprune.policy import Decision, Policy, Step, in_order
+from kvprune.policy import Decision, Policy, Step
 from kvprune.quantize import Codec, is_width
 from kvprune.table import EMPTY, TokenTable
 
@@ -56,8 +56,6 @@ class KIVI(Policy):
         if most == 0:
             return None
         last = torch.iinfo(torch.int32).max
-        oldest = positions.masked_fill(positions < 0, last).argsort(dim=-1)[:, :, :most]
+        oldest = positions.masked_fill(positions < 0, last).argsort(dim=-1)[:, :, :most] + table.packed_length
         oldest = oldest.masked_fill(torch.arange(most, device=oldest.device) >= ready, EMPTY)
-        return Decision(
-            quantize=tuple((codec, in_order(oldest, positions, table.packed_length)) for codec in self.codecs)
-        )
+        return Decision(quantize=tuple((codec, oldest) for codec in self.codecs))

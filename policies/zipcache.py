@@ -15,6 +15,7 @@ from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
 from kvprune.policy import Decision, Policy, Step, in_order
 from kvprune.quantize import Codec, is_width
+from kvprune.rows import top_rows, true_rows
 from kvprune.table import EMPTY, TokenTable
 
 _UNSIGNED = 0xFFFFFFFF
@@ -155,27 +156,14 @@ class ZipCache(Policy):
         saliency = table["saliency"] / table["probes"].clamp(min=1)
         if self.kernel_size > 1 and step.prefill:
             saliency = along_positions(saliency, positions, max_pool(self.kernel_size), fill=0.0)
-        order = ranked(saliency, positions).masked_fill(positions < 0, torch.iinfo(torch.int64).min)
-        order = order.argsort(dim=-1, descending=True)
-        salient = share(self.salient, rows) if len(self.codecs) > 1 else rows
-        parts = zip(self.codecs, ((0, salient), (salient, rows)), strict=False)
+        ranks = ranked(saliency, positions).masked_fill(positions < 0, torch.iinfo(torch.int64).min)
+        salient = top_rows(ranks, share(self.salient, rows) if len(self.codecs) > 1 else rows)
+        parts = zip(self.codecs, (salient, ~salient & (positions >= 0)), strict=False)
         return Decision(
-            quantize=tuple(
-                (codec, in_order(_between(order, *bounds), positions, table.packed_length)) for codec, bounds in parts
-            )
+            quantize=tuple((codec, in_order(true_rows(part), positions, table.packed_length)) for codec, part in parts)
         )
 
 
 def _flat(count: int | Tensor) -> int | Tensor:
     """Counts `[B, 1, 1]` as `[B, 1]`."""
     return count if isinstance(count, int) else count[:, 0]
-
-
-def _between(order: Tensor, start: int | Tensor, stop: int | Tensor) -> Tensor:
-    """The ranks `start .. stop - 1` of an order `[B, Hkv, n]`; -1 behind them where a head has fewer than another."""
-    if isinstance(start, int) and isinstance(stop, int):
-        return order[:, :, start:stop]
-    most = int((torch.as_tensor(stop) - start).max())
-    rank = torch.arange(most, device=order.device) + start
-    rank = rank.expand(*order.shape[:2], -1)
-    return order.gather(2, rank.clamp(max=order.shape[2] - 1)).masked_fill(rank >= stop, EMPTY)

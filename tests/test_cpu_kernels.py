@@ -267,6 +267,84 @@ def test_a_slot_that_is_not_in_use_is_an_error_and_nothing_moves(slot):
     assert all(torch.equal(now, then) for now, then in zip(columns, before, strict=True))
 
 
+# -- packing rows ------------------------------------------------------------------------------------------------------
+
+CODECS = st.builds(
+    Codec,
+    bits=st.sampled_from((2, 3, 4, 8)),
+    tokens=st.sampled_from((None, 1, 8, 32, 300)),
+    channels=st.sampled_from((None, 16, 32, 256)),
+    separable=st.booleans(),
+)
+
+
+def equal_rows(rows: Tensor) -> Tensor:
+    return rows[:, :, :1].expand_as(rows).clone()
+
+
+def odd_numbers(rows: Tensor) -> Tensor:
+    """NaN, infinities, and the largest and smallest numbers, strewn in."""
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -1e38, 65504.0, 65520.0, 1e-45, -1e-45, 6e-8, -3e-8, -0.0])
+    where = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0))[: len(odd)]
+    flat = rows.flatten()
+    flat[where] = odd[: len(where)].to(rows.dtype)
+    return flat.view_as(rows)
+
+
+NUMBERS = {
+    "normal": lambda rows: rows,
+    "far from zero": lambda rows: rows + 40,
+    "large": lambda rows: rows * 3e4,
+    "subnormal": lambda rows: rows * 1e-7,
+    "zero": torch.zeros_like,
+    "equal": equal_rows,
+    "odd": odd_numbers,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numbers", NUMBERS)
+@given(
+    codec=CODECS, batch=batches, kv_heads=heads, length=lengths, share=st.floats(0.01, 1.0), empty=st.floats(0.0, 1.0),
+    dim=st.sampled_from((16, 32, 80)), value_dim=st.sampled_from((16, 48, 128)), fused=st.booleans(), seed=seeds,
+)  # fmt: skip
+def test_packed_rows(
+    threads, dtype, numbers, codec, batch, kv_heads, length, share, empty, dim, value_dim, fused, seed
+):  # fmt: skip
+    """Codes, parameters and block numbers are those of PyTorch, bit for bit, wherever rows lie and whatever they hold."""
+    made = random(batch, length, kv_heads, dim + value_dim, seed=seed)
+    keys, values = (NUMBERS[numbers](part.to(dtype)).transpose(1, 2) for part in made.split([dim, value_dim], dim=3))
+    if not fused:
+        keys, values = in_spare_room(keys, 3), values.contiguous()
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.rand(batch, kv_heads, length, generator=generator).argsort(-1)[:, :, : math.ceil(share * length)]
+    if seed % 2:
+        slots = slots.masked_fill(torch.rand(slots.shape, generator=generator) < empty, -1)
+    found, expected = (kernels.encode(codec, keys, values, slots) for kernels in (CPU, TORCH))
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(found.tensors[name], tensor), name
+    assert found.runs == expected.runs
+
+
+@pytest.mark.parametrize("dims", [(24, 32), (32, 20)], ids=str)
+@pytest.mark.parametrize("codec", [Codec(4), Codec(2, 8, 12)], ids=str)
+def test_codes_that_are_no_whole_vectors_are_left_to_pytorch(dims, codec):
+    """Odd head dims and groups of channels are packed like any other, and so is float64."""
+    keys, values = (random(1, 2, 30, dim, seed=dim, dtype=torch.float64) for dim in dims)
+    slots = torch.arange(30).expand(1, 2, -1)
+    found, expected = (kernels.encode(codec, keys, values, slots) for kernels in (CPU, TORCH))
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_packing_a_slot_that_is_not_in_use_is_an_error():
+    """A policy that names a wrong slot is told, and nothing beyond the table is read."""
+    rows = random(1, 2, 5, 16, seed=0)
+    with pytest.raises(PolicyError, match="not in use"):
+        CPU.encode(Codec(4), rows, rows, torch.tensor([[[0, 1], [2, 5]]]))
+
+
 # -- whole models ------------------------------------------------------------------------------------------------------
 
 POLICIES = (

@@ -21,6 +21,7 @@ from kvprune.kernels.reference import Columns, Kernels
 from kvprune.mass import Scoring
 from kvprune.noise import Gumbel
 from kvprune.packed_rows import PackedRows
+from kvprune.quantize import Codec, channel_scales, packed_bytes
 
 if TYPE_CHECKING:
     from kvprune.table import TokenTable
@@ -57,6 +58,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "packed_sums": [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [c_void_p, c_int, c_long, c_long, c_int],
     "worst_rows": [_Pointer, _Pointer] + [c_long] * 3 + [_Pointer] + [c_long] * 6,
     "move_rows": [c_void_p, c_long, c_long, _Pointer, c_long, c_long],
+    "channel_sizes": [_Pointer, c_void_p] + [c_long] * 2 + [c_int],
+    "encode_keys": [c_void_p] * 2 + [c_int, c_long, c_int],
+    "encode_values": [c_void_p] * 2 + [c_int, c_long, c_int],
     "append_row": [c_void_p] + [c_long] * 3 + [_Pointer, c_long, c_long] * 2 + [c_int32, c_long, c_long],
 }  # fmt: skip
 
@@ -236,7 +240,7 @@ class CPUKernels(Kernels):
         weights = (weights / group)[:, None].expand(-1, kv_heads, -1).contiguous()
         limits = (places + 1)[:, None].expand(batch, kv_heads, -1).contiguous()
         mass = torch.empty(batch, kv_heads, length)
-        rows_of_keys, threads = ctypes.byref(_KeyRows.of(keys)), torch.get_num_threads()
+        rows_of_keys, threads = ctypes.byref(_StridedRows.of(keys)), torch.get_num_threads()
         if noise is None or query_positions is None or key_positions is None:
             self._c.mass_from_lse(
                 mass, rows_of_keys, scaled, lse, weights, limits, heads, group, rows, length, dim, threads
@@ -285,6 +289,32 @@ class CPUKernels(Kernels):
             values, size * values.stride(0), size * values.stride(1), positions, batch, heads,
         )  # fmt: skip
 
+    def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
+        if not _can_encode(codec, keys, values) or not slots.numel():
+            return super().encode(codec, keys, values, slots)
+        (batch, kv_heads, rows), key_dim, value_dim = slots.shape, keys.shape[3], values.shape[3]
+        heads, tokens, slots = batch * kv_heads, codec.tokens or rows, slots.contiguous()
+        blocks, groups = -(-rows // tokens), -(-value_dim // (codec.channels or value_dim))
+        of_keys, of_values = (ctypes.byref(_Selection.of(each, slots, tokens)) for each in (keys, values))
+        threads = _threads(8 * heads * rows * (key_dim + value_dim))
+
+        tensors = {}
+        if codec.separable:
+            sizes = torch.empty(batch, kv_heads, blocks, value_dim)
+            _check_slots(self._c.channel_sizes(sizes, of_values, heads, value_dim, threads))
+            tensors["channel_scale"] = channel_scales(sizes)
+        for name, dim, parameters in (("key", key_dim, (blocks, key_dim)), ("value", value_dim, (rows, groups))):
+            size = packed_bytes(dim, codec.bits)
+            tensors[f"{name}_codes"] = torch.empty(batch, kv_heads, rows, size, dtype=torch.uint8)
+            for parameter in ("scale", "zero_point"):
+                tensors[f"{name}_{parameter}"] = torch.empty(batch, kv_heads, *parameters, dtype=torch.float16)
+        packed = PackedRows.in_blocks(codec, key_dim, value_dim, tensors)
+        tier = ctypes.byref(_Tier.of_keys(packed))
+        _check_slots(self._c.encode_keys(tier, of_keys, codec.bits, heads, threads))
+        tier = ctypes.byref(_Tier.of_values(packed))
+        _check_slots(self._c.encode_values(tier, of_values, codec.bits, heads, threads))
+        return packed
+
 
 CPU = CPUKernels()
 
@@ -292,17 +322,31 @@ CPU = CPUKernels()
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-class _KeyRows(ctypes.Structure):
-    """`key_rows` of cpu.c."""
+class _StridedRows(ctypes.Structure):
+    """`strided_rows` of cpu.c."""
 
     _fields_ = (
         ("first", c_void_p),
-        *((name, c_int64) for name in ("of_sequence", "of_head", "of_row", "kind", "heads")),
+        *((name, c_int64) for name in ("of_sequence", "of_head", "of_row", "kind", "heads", "count")),
     )
 
     @classmethod
-    def of(cls, keys: Tensor) -> _KeyRows:
-        return cls(keys.data_ptr(), *keys.stride()[:3], _KINDS[keys.dtype], keys.shape[1])
+    def of(cls, rows: Tensor) -> _StridedRows:
+        return cls(rows.data_ptr(), *rows.stride()[:3], _KINDS[rows.dtype], *rows.shape[1:3])
+
+
+class _Selection(ctypes.Structure):
+    """`selection` of cpu.c: rows to pack."""
+
+    _fields_ = (
+        ("rows", ctypes.POINTER(_StridedRows)),
+        ("slots", c_void_p),
+        *((name, c_int64) for name in ("count", "tokens")),
+    )
+
+    @classmethod
+    def of(cls, rows: Tensor, slots: Tensor, tokens: int) -> _Selection:
+        return cls(ctypes.pointer(_StridedRows.of(rows)), slots.data_ptr(), slots.shape[2], tokens)
 
 
 class _Tier(ctypes.Structure):
@@ -380,12 +424,27 @@ def _evenly_spaced(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[in
 
 def _are_codes(rows: PackedRows) -> bool:
     """Whether rows of codes are whole vectors long, and so are groups of channels."""
-    return (
-        rows.key_dim % _LANES == 0
-        and rows.value_dim % _LANES == 0
-        and (rows.codec.channels or _LANES) % _LANES == 0
-        and all(tensor.is_contiguous() for tensor in rows.tensors.values())
+    return _whole_vectors(rows.codec, rows.key_dim, rows.value_dim) and all(
+        tensor.is_contiguous() for tensor in rows.tensors.values()
     )
+
+
+def _can_encode(codec: Codec, keys: Tensor, values: Tensor) -> bool:
+    """Whether rows are of known kinds, and become codes that are whole vectors long."""
+    return (
+        _whole_vectors(codec, keys.shape[3], values.shape[3])
+        and all(rows.dtype in _KINDS and rows.stride(3) == 1 for rows in (keys, values))
+        and not _needs_gradients(keys, values)
+    )
+
+
+def _whole_vectors(codec: Codec, key_dim: int, value_dim: int) -> bool:
+    return key_dim % _LANES == 0 and value_dim % _LANES == 0 and (codec.channels or _LANES) % _LANES == 0
+
+
+def _check_slots(failed: int) -> None:
+    if failed:
+        raise PolicyError("the policy packs a slot that is not in use.")
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

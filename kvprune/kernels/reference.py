@@ -14,6 +14,9 @@ from torch import Tensor
 from kvprune.attention import single_query_attention
 from kvprune.mass import RowWeights, Scoring, attention_mass, hidden_keys
 from kvprune.noise import Gumbel
+from kvprune.packed_rows import PackedRows
+from kvprune.quantize import Codec
+from kvprune.rows import take_rows
 
 if TYPE_CHECKING:
     from kvprune.table import TokenTable
@@ -163,6 +166,16 @@ class Kernels:
         columns[2][:, :, new] = positions
         for column in columns[3:]:
             column[:, :, new] = 0
+
+    def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
+        """Rows packed by a codec: of keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` those in the slots.
+
+        slots: LongTensor `[B, Hkv, R]`, in the order of their positions; -1 for rows that are nothing.
+        """
+        empty, index = slots < 0, slots.clamp(min=0)
+        return PackedRows.encode(
+            codec, take_rows(keys, index), take_rows(values, index), empty if bool(empty.any()) else None
+        )
 
 
 def ranked(scores: Tensor, positions: Tensor) -> Tensor:

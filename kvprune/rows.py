@@ -1,0 +1,50 @@
+"""Rows of the tensors of a table, `[B, Hkv, rows]` or `[B, Hkv, rows, D]`, each head having an index of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """The rows of an index, LongTensor `[B, Hkv, R]`, in its order and in storage of their own."""
+    if tensor.ndim == 3:
+        return tensor.gather(2, index)
+    batch, heads, rows, dim = tensor.shape
+    strides = tensor.stride()
+    if not rows or strides[3] != 1 or any(stride % dim for stride in strides):
+        sequences = torch.arange(batch, device=index.device)[:, None, None]
+        return tensor[sequences, torch.arange(heads, device=index.device)[:, None], index]
+    # The rows of one long matrix, wherever the model has left them, are several times faster to copy on a CPU than what
+    # three indices, or a gather, name.
+    of_sequence, of_head, of_row = (stride // dim for stride in strides[:3])
+    last = (batch - 1) * of_sequence + (heads - 1) * of_head + (rows - 1) * of_row
+    first = torch.arange(batch, device=index.device)[:, None, None] * of_sequence
+    first = first + torch.arange(heads, device=index.device)[:, None] * of_head
+    matrix = tensor.as_strided((last + 1, dim), (dim, 1))
+    return matrix.index_select(0, (index * of_row + first).flatten()).view(*index.shape, dim)
+
+
+def top_rows(ranks: Tensor, count: int | Tensor) -> Tensor:
+    """Which rows are the `count` of highest rank, bool `[B, Hkv, rows]`; count may be a LongTensor `[B, Hkv or 1, 1]`.
+
+    ranks: int64 `[B, Hkv, rows]`, different within a head, but for those of rows that are not to be chosen.
+    """
+    if isinstance(count, int):
+        best = ranks.topk(count, dim=-1, sorted=False).indices
+        return torch.zeros_like(ranks, dtype=torch.bool).scatter_(2, best, True)
+    descending = ranks.sort(dim=-1, descending=True).values
+    least = descending.gather(2, (count - 1).clamp(min=0).expand(*ranks.shape[:2], 1))
+    return (ranks >= least) & (count > 0)
+
+
+def true_rows(chosen: Tensor, first: int = 0) -> Tensor:
+    """Indices of True, counted from `first`, ascending; -1 behind them where a head has fewer than another.
+
+    chosen: bool `[B, Hkv, rows]`. Returns a LongTensor `[B, Hkv, most of any head]`.
+    """
+    rank = chosen.cumsum(-1)
+    most = int(rank[:, :, -1].max()) if chosen.shape[2] else 0
+    place = torch.where(chosen, rank - 1, most)  # the last place is for all that are not chosen
+    index = torch.arange(first, first + chosen.shape[2], device=chosen.device).expand_as(place)
+    return index.new_full((*chosen.shape[:2], most + 1), -1).scatter_(2, place, index)[:, :, :most]
