@@ -20,7 +20,8 @@ LAYOUTS = {
 
 
 @given(
-    batch=sizes, kv_heads=sizes, rows=st.integers(1, 20), dim=st.sampled_from((None, 1, 3, 8)), taken=st.integers(0, 30),
+    batch=sizes, kv_heads=sizes, rows=st.integers(1, 20), dim=st.sampled_from((None, 1, 3, 8)),
+    taken=st.integers(0, 30),
     layout=st.sampled_from(list(LAYOUTS)), begins=st.integers(0, 2), seed=seeds,
 )  # fmt: skip
 def test_rows_are_taken_from_any_layout(batch, kv_heads, rows, dim, taken, layout, begins, seed):
