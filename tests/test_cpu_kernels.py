@@ -311,7 +311,7 @@ NUMBERS = {
 def test_packed_rows(
     threads, dtype, numbers, codec, batch, kv_heads, length, share, empty, dim, value_dim, fused, seed
 ):  # fmt: skip
-    """Codes, parameters and block numbers are those of PyTorch, bit for bit, wherever rows lie and whatever is there."""
+    """Codes, parameters and block numbers are those of PyTorch, bit for bit, wherever the rows lie."""
     made = random(batch, length, kv_heads, dim + value_dim, seed=seed)
     keys, values = (NUMBERS[numbers](part.to(dtype)).transpose(1, 2) for part in made.split([dim, value_dim], dim=3))
     if not fused:
