@@ -412,3 +412,10 @@ def test_kernels_that_cannot_be_had_are_an_error():
         PrunedCache(shared(), Full(), kernels="gpu")
     with pytest.raises(PolicyError, match=r'cache on a CPU.*kernels="auto"'):
         choose("cpu", torch.device("meta"))
+
+
+def test_loops_of_another_version_are_not_called(monkeypatch):
+    """A library that was compiled of another cpu.c is left alone, with a word why."""
+    monkeypatch.setattr(cpu, "_INTERFACE", 0)
+    with pytest.warns(UserWarning, match="install kvprune again"):
+        assert cpu.library.__wrapped__() is None

@@ -23,6 +23,9 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+/* Counts the changes of what cpu.py may call, and how: it calls no library that was compiled of another cpu.c. */
+int kvprune_interface(void) { return 1; }
+
 /* -- vectors ------------------------------------------------------------------------------------------------------ */
 
 INLINE floats all(float x) { return (floats){} + x; }

@@ -6,6 +6,7 @@ They run on PyTorch's own threads: both are built on OpenMP, and the library tha
 from __future__ import annotations
 
 import ctypes
+import warnings
 from ctypes import c_float, c_int, c_int32, c_int64, c_long, c_uint32, c_void_p
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # As in cpu.c: lanes of a vector, rows that a thread takes at a time, keys of a tile, stretches of queries, kinds.
 _LANES, _PART, _TILE, _STRETCHES = 16, 256, 64, 16
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INTERFACE = 1
 # Multiplications that one thread does sooner than several wake up for.
 _ALONE = 1 << 17
 
@@ -71,7 +73,12 @@ def library() -> Any:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu{suffix}")
         if path.exists():
-            return _Library(ctypes.CDLL(str(path)))
+            loaded = ctypes.CDLL(str(path))
+            if getattr(loaded, "kvprune_interface", int)() == _INTERFACE:
+                return _Library(loaded)
+            warnings.warn(
+                f"{path.name} was compiled of another cpu.c, and is not used: install kvprune again.", stacklevel=2
+            )
     return None
 
 
