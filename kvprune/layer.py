@@ -499,6 +499,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def fork(self) -> PrunedLayer:
         """An independent copy: the table is copied; settings, and queries that are never written to, are shared."""
+        self.catch_up()
         other = copy.copy(self)
         other.table = None if self.table is None else self.table.fork()
         other.undecided = copy.copy(self.undecided)

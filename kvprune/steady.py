@@ -71,6 +71,8 @@ class Counted:
         self.name = f"_{name}"
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:  # asked for on the class
+            return self
         if layer.steady is not None and layer.steady.ahead:
             layer.catch_up()
         return getattr(layer, self.name)
