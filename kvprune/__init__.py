@@ -9,7 +9,14 @@ model.generate(**inputs, past_key_values=cache)
 
 from kvprune.budget import Budget
 from kvprune.cache import PrunedCache
-from kvprune.errors import BudgetError, CacheError, KVPruneError, PolicyError, UnsupportedModelError
+from kvprune.errors import (
+    BudgetError,
+    CacheError,
+    EvaluationError,
+    KVPruneError,
+    PolicyError,
+    UnsupportedModelError,
+)
 from kvprune.eviction import Eviction
 from kvprune.mass import RowWeights, Scoring, attention_mass
 from kvprune.policy import Chain, Decision, Policy, Step
@@ -26,6 +33,7 @@ __all__ = [
     "CacheReport",
     "Chain",
     "Decision",
+    "EvaluationError",
     "Eviction",
     "KVPruneError",
     "Policy",

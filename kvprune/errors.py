@@ -21,3 +21,7 @@ class UnsupportedModelError(KVPruneError):
 
 class CacheError(KVPruneError):
     """A cache used in a way it cannot serve: another model, another batch size, rows that are gone."""
+
+
+class EvaluationError(KVPruneError):
+    """Data, settings or results that an evaluation cannot work with."""
