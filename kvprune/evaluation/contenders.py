@@ -1,0 +1,80 @@
+"""Who is evaluated: policies under budgets, and the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from kvprune.cache import PrunedCache
+from kvprune.errors import EvaluationError
+from kvprune.policy import Policy
+from kvprune.registry import parse
+
+FULL = "full"
+"""The name under which transformers' own cache takes part: what everyone is compared with."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy under a budget. `name` and `budget` are what a person wrote; policy is None for the stock cache."""
+
+    name: str
+    budget: str | None
+    policy: Policy | None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.budget is None else f"{self.name} @ {self.budget}"
+
+    def cache(self, model: Any) -> Cache:
+        """A new cache for one prompt, or one batch."""
+        return DynamicCache(config=model.config) if self.policy is None else PrunedCache(model, self.policy)
+
+
+def contenders(policies: Sequence[str], budgets: Sequence[str]) -> list[Contender]:
+    """Every policy under every budget, once where a policy takes none or has its own: "zipcache", "a2sf:budget=0.5".
+
+    Raises KVPruneError for a policy or a budget that cannot be read, and where there is nothing to evaluate.
+    """
+    found: dict[str, Contender] = {}
+    for text in (text.strip() for text in policies):
+        if text == FULL:
+            found[FULL] = Contender(FULL, None, None)
+            continue
+        if not budgets:
+            raise EvaluationError(f"there is no budget for {text!r}: write one, such as 0.25.")
+        for budget in (budget.strip() for budget in budgets):
+            # Policies are values: one that two budgets leave alike takes none from here.
+            takes_budget = parse(text, budget=0.5) != parse(text, budget=0.25)
+            contender = Contender(text, budget if takes_budget else None, parse(text, budget=budget))
+            found.setdefault(contender.label, contender)
+    if not found:
+        raise EvaluationError('there is no policy to evaluate: name one, such as "a2sf", or "full" for the full cache.')
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Held:
+    """Measured bytes of a cache, and of a dense one for the same tokens: in the model's type, and at 16 bits."""
+
+    nbytes: int
+    dense_nbytes: int
+    half_nbytes: int
+
+    @classmethod
+    def by(cls, cache: Cache, model: Any) -> Held:
+        if isinstance(cache, PrunedCache):
+            nbytes, dense = cache.nbytes, cache.dense_nbytes
+        else:
+            nbytes = dense = stock_nbytes(cache)
+        return cls(nbytes, dense, dense * 2 // model.dtype.itemsize)
+
+
+def stock_nbytes(cache: Cache) -> int:
+    """Bytes of the keys, values and states that a cache of transformers holds."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    return sum(value.untyped_storage().nbytes() for value in held if isinstance(value, Tensor) and value.ndim > 1)

@@ -1,0 +1,47 @@
+"""Models and tokenizers as the command line names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvprune.errors import KVPruneError
+
+EMBEDDED = "demo"
+"""The name of the model that is part of the package."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model, its tokenizer, and the name they were asked for by."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens that the model was made for; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def load(name: str, *, dtype: str = "auto", device_map: Any = None, local_index: int = 0) -> LanguageModel:
+    """A model folder, a name on the hub, or "demo". Raises KVPruneError where it cannot be loaded.
+
+    device_map: as transformers takes it; None for the GPU of this process, or the CPU where there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvprune.demo import MODEL_PATH
+
+    source = str(MODEL_PATH) if name == EMBEDDED else name
+    if device_map is None and torch.cuda.is_available():
+        device_map = f"cuda:{local_index}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise KVPruneError(f"cannot load the model {name!r}: {error}") from error
+    return LanguageModel(name, model, tokenizer)
