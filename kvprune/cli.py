@@ -1,4 +1,4 @@
-"""The command line: `kvprune demo`, `kvprune generate`, `kvprune policies`."""
+"""The command line: `kvprune demo`, `generate`, `policies`, `eval`, `compare`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvprune.errors import KVPruneError
+from kvprune.evaluation import cli as evaluation
 
 app = typer.Typer(
     help="KV-cache compression for long-context language models.",
@@ -20,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(evaluation.app, name="eval")
+app.command()(evaluation.compare)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and everything else elsewhere.")]
 
 
@@ -69,20 +72,19 @@ def generate(
 ) -> None:
     """Generate from a prompt file with a pruned cache, and report what was kept."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kvprune.cache import PrunedCache
-    from kvprune.demo import MODEL_PATH
+    from kvprune.evaluation.models import load
     from kvprune.registry import parse
 
     chosen = parse(policy, budget=budget)  # before the model loads: a typing mistake should not cost minutes
     text = sys.stdin.read() if str(prompt_file) == "-" else _read(prompt_file)
-    source = str(MODEL_PATH) if model == "demo" else model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        language_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise KVPruneError(f"cannot load the model {model!r}: {error}") from error
+    loaded = load(model, dtype=dtype, device_map=device_map)
+    tokenizer, language_model = loaded.tokenizer, loaded.model
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise KVPruneError(
+            f"the tokenizer of {model} has no chat template: leave --chat out to give it the text as it is."
+        )
     if chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ from kvprune.evaluation.results import Row
 
 @dataclass(frozen=True)
 class Answers:
-    """Work that asks a model the examples of a suite.
+    """Work that asks a model examples of a suite.
 
     question_known: whether the question is there when the prompt is compressed. If not, what comes before the question
     is compressed first, and the question follows as a second turn.
     """
 
     suite: Suite
+    examples: Sequence[Example]
     prompts: PromptMaker
     question_known: bool = True
     limits: Row | None = None
@@ -47,7 +48,7 @@ class Answers:
 
     def units(self) -> list[list[Example]]:
         """Examples one by one."""
-        return [[example] for example in self.suite.examples()]
+        return [[example] for example in self.examples]
 
     def measure(self, unit: list[Example], contenders: list[Contender]) -> Iterator[Row]:
         """A row for every contender, in turn. Raises EvaluationError where a question cannot be held back."""

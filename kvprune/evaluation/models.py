@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ EMBEDDED = "demo"
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model, its tokenizer, and the name they were asked for by."""
+    """A model, its tokenizer, and a name: that on the hub, or that of the folder."""
 
     name: str
     model: Any
@@ -44,4 +45,4 @@ def load(name: str, *, dtype: str = "auto", device_map: Any = None, local_index:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise KVPruneError(f"cannot load the model {name!r}: {error}") from error
-    return LanguageModel(name, model, tokenizer)
+    return LanguageModel(Path(name).resolve().name if Path(name).is_dir() else name, model, tokenizer)

@@ -1,0 +1,217 @@
+"""The command line of evaluations: `kvprune eval longbench | synthetic | likelihood`, and `kvprune compare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from kvprune.errors import EvaluationError
+
+app = typer.Typer(
+    help="Does the model still answer? Evaluate policies and budgets; an interrupted run goes on where it was.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help='A model folder or hub name; "demo" is the embedded model.')]
+Policies = Annotated[
+    list[str],
+    typer.Option(
+        "--policy", help='A policy or chain; repeat it for several. "full" is the full cache, to compare with.'
+    ),
+]
+Budgets = Annotated[
+    list[str],
+    typer.Option("--budget", help="Budgets, each for every policy: 0.25 or 0.1,0.25,0.5; or repeat the option."),
+]
+Out = Annotated[Path | None, typer.Option(help="Results, a JSON line each; a run that finds some there goes on.")]
+Dtype = Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')]
+DeviceMap = Annotated[str | None, typer.Option(help='Where to load the model: "auto" spreads it over all GPUs.')]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Most tokens of a prompt; longer ones lose their middle. Default: the model's window."),
+]
+Chat = Annotated[
+    bool | None, typer.Option("--chat/--no-chat", help="Chat template. Default: if the tokenizer has one.")
+]
+Question = Annotated[
+    Literal["known", "unknown"],
+    typer.Option(help='"unknown": the text is compressed before the question comes.'),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON summary on standard output.")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options that all evaluations share."""
+
+    model: str
+    policies: Sequence[str]
+    budgets: Sequence[str]
+    out: Path | None
+    dtype: str
+    device_map: str | None
+    as_json: bool
+
+    def __call__(self, work_for: Callable[[Any], Any]) -> list[dict[str, Any]]:
+        """Load the model, do the work that `work_for` makes of it, show what came out. Returns the rows."""
+        from kvprune.evaluation.contenders import contenders
+        from kvprune.evaluation.models import load
+        from kvprune.evaluation.processes import Processes
+        from kvprune.evaluation.results import Results
+        from kvprune.evaluation.run import run
+
+        console = Console(stderr=self.as_json)
+        processes = Processes.from_environment()
+        if processes.count > 1 and self.device_map is not None:
+            raise EvaluationError(
+                "several processes hold a whole model each, on devices of their own: leave --device-map out, or run "
+                "one process."
+            )
+        if processes.count > 1 and self.out is None:
+            raise EvaluationError("several processes put their results together in a file: name it with --out.")
+        who = contenders(self.policies, [each for budget in self.budgets for each in budget.split(",")])
+        results = Results(self.out, processes.index if processes.count > 1 else None)
+        model = load(self.model, dtype=self.dtype, device_map=self.device_map, local_index=processes.local_index)
+        try:
+            rows = run(work_for(model), who, results, model=model.name, processes=processes, console=console)
+        finally:
+            processes.leave()
+        if processes.is_first:
+            show(rows, console, self.as_json)
+            if self.out is not None:
+                console.print(f"Results: [bold]{self.out}[/]", highlight=False, soft_wrap=True)
+        return rows
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console, as_json: bool) -> None:
+    """Tables for people, or one JSON object a comparison for machines."""
+    from kvprune.evaluation.summary import compare
+    from kvprune.evaluation.tables import tables
+
+    comparisons = compare(rows)
+    if as_json:
+        print(json.dumps([comparison.to_dict() for comparison in comparisons], indent=1, ensure_ascii=False))
+        return
+    for comparison in comparisons:
+        for table in tables(comparison):
+            console.print(table)
+
+
+@app.command()
+def longbench(
+    model: Model,
+    policy: Policies,
+    data: Annotated[str, typer.Option(help='A folder with LongBench\'s JSONL files; "hub" downloads them.')] = "hub",
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; all by default.")] = "",
+    extended: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks, scores by length.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Folder of LongBench's dataset2prompt.json and dataset2maxlen.json.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most examples of a task.")] = None,
+    budget: Budgets = ["0.25"],  # noqa: B006 - typer reads it, nobody writes it
+    out: Out = None,
+    max_length: MaxLength = None,
+    chat: Chat = None,
+    question: Question = "known",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """LongBench: 21 tasks with its own prompts, answer lengths, truncation and metrics.
+
+    Predictions are also written in LongBench's own format, into a folder beside the results.
+    """
+    from kvprune.evaluation.answers import Answers
+    from kvprune.evaluation.prompts import PromptMaker
+    from kvprune.integrations.longbench import LongBench, write_predictions
+
+    suite = LongBench(
+        data=None if data == "hub" else Path(data),
+        tasks=_names(tasks),
+        limit=limit,
+        extended=extended,
+        prompts=prompts,
+    )
+    examples = list(suite.examples())  # before the model loads: what is wrong with the data should not cost minutes
+    rows = Run(model, policy, budget, out, dtype, device_map, as_json)(
+        lambda loaded: Answers(
+            suite, examples, PromptMaker(loaded, max_length, chat), question == "known", {"extended": extended}
+        )
+    )
+    if rows and out is not None:
+        folder = out.with_suffix("")
+        write_predictions(rows, folder)
+        Console(stderr=as_json).print(f"Predictions in LongBench's format: [bold]{folder}[/]", soft_wrap=True)
+
+
+@app.command()
+def likelihood(
+    model: Model,
+    policy: Policies,
+    text: Annotated[Path, typer.Option(help="A text file, of anything; <|endoftext|> separates documents.")],
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    prompt: Annotated[int | None, typer.Option(help="How many of them are prefilled; half of them by default.")] = None,
+    limit: Annotated[int, typer.Option(help="Most sequences.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences that go through the model together.")] = 8,
+    budget: Budgets = ["0.25"],  # noqa: B006
+    out: Out = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """Likelihood of a text from the compressed cache: NLL, KL to the full cache, top-1 agreement. Needs no labels."""
+    from kvprune.evaluation.likelihood import Likelihood
+
+    Run(model, policy, budget, out, dtype, device_map, as_json)(
+        lambda loaded: Likelihood(loaded, text, length, length // 2 if prompt is None else prompt, limit, batch_size)
+    )
+
+
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Results of `kvprune eval`.")],
+    out: Annotated[Path, typer.Option(help="The page to write: pictures and tables in one HTML file.")] = Path(
+        "kvprune-compare.html"
+    ),
+    picture: Annotated[
+        Path | None, typer.Option(help="Also the picture of one comparison, in a file: .png, .svg, .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw quality against measured KV bytes, one curve a policy, from any number of results."""
+    from kvprune.evaluation.page import page
+    from kvprune.evaluation.pictures import curves
+    from kvprune.evaluation.results import read
+    from kvprune.evaluation.summary import compare as comparisons_of
+
+    rows = [row for file in files for row in read(file)]
+    if not rows:
+        raise EvaluationError(f"there are no results in {', '.join(map(str, files))}.")
+    console = Console(stderr=as_json)
+    show(rows, console, as_json)
+    comparisons = comparisons_of(rows)
+    if picture is not None and len(comparisons) > 1:
+        titles = "; ".join(comparison.title for comparison in comparisons)
+        raise EvaluationError(
+            f"--picture draws one comparison, and these are {len(comparisons)} ({titles}): give fewer files, or take "
+            "the page, which has them all."
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(comparisons), encoding="utf-8")
+        if picture is not None:
+            curves(comparisons[0]).savefig(picture, dpi=120)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot write {out if picture is None else picture}: {error}") from error
+    console.print(
+        f"Page: [bold]{out}[/]" + ("" if picture is None else f", picture: [bold]{picture}[/]"), soft_wrap=True
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
