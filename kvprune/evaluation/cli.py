@@ -77,11 +77,9 @@ class Run:
             raise EvaluationError("several processes put their results together in a file: name it with --out.")
         who = contenders(self.policies, [each for budget in self.budgets for each in budget.split(",")])
         results = Results(self.out, processes.index if processes.count > 1 else None)
-        model = load(self.model, dtype=self.dtype, device_map=self.device_map, local_index=processes.local_index)
-        try:
+        with processes:
+            model = load(self.model, dtype=self.dtype, device_map=self.device_map, local_index=processes.local_index)
             rows = run(work_for(model), who, results, model=model.name, processes=processes, console=console)
-        finally:
-            processes.leave()
         if processes.is_first:
             show(rows, console, self.as_json)
             if self.out is not None:

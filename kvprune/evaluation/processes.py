@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-_PATIENCE = timedelta(days=7)  # one process may have much longer prompts than another
+_TO_MEET = timedelta(minutes=5)
+_TO_FINISH = timedelta(days=7)  # one process may have much longer prompts than another
+# Of torchrun, which accelerate uses, and of the MPIs that accelerate starts on CPUs.
+_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
-    """Which process this is, and how many there are, from the environment that launchers set."""
+    """Which process this is, and how many there are. `with` it, they have met, and can wait for each other."""
 
     index: int = 0
     count: int = 1
     local_index: int = 0
+    _group: Any = field(default=None, compare=False)
 
     @classmethod
     def from_environment(cls) -> Processes:
-        index, count, local = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        )
-        return cls(index, count, local)
+        """What a launcher has set in the environment; one process where there is no launcher."""
+        for index, count, local_index in _VARIABLES:
+            if index in os.environ and count in os.environ:
+                local = os.environ.get(local_index, os.environ[index])
+                return cls(int(os.environ[index]), int(os.environ[count]), int(local))
+        return cls()
 
     @property
     def is_first(self) -> bool:
@@ -35,14 +45,18 @@ class Processes:
         """Whether this process does the unit of work of that number; it never depends on what is done already."""
         return number % self.count == self.index
 
+    def __enter__(self) -> Processes:
+        if self.count > 1:  # now, so that processes that cannot meet say so before the work is done
+            dist.init_process_group("gloo", rank=self.index, world_size=self.count, timeout=_TO_MEET)
+            self._group = dist.new_group(timeout=_TO_FINISH)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None:
+            self._group = None
+            dist.destroy_process_group()
+
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.count == 1:
-            return
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=_PATIENCE)
-        dist.barrier()
-
-    def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if self._group is not None:
+            dist.barrier(self._group)

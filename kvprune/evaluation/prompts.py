@@ -11,6 +11,8 @@ from kvprune.errors import EvaluationError
 from kvprune.evaluation.example import Example
 from kvprune.evaluation.models import LanguageModel
 
+_LEAST = 8  # tokens of a prompt, special tokens included
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -41,8 +43,8 @@ class PromptMaker:
     chat: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise EvaluationError(f"a prompt of {self.max_length} tokens cannot be cut to size: allow at least 2.")
+        if self.max_length is not None and self.max_length < _LEAST:
+            raise EvaluationError(f"a prompt of {self.max_length} tokens says nothing: allow at least {_LEAST}.")
         if self.chat and not self._has_template:
             raise EvaluationError(
                 f"the tokenizer of {self.model.name} has no chat template: leave --chat out to give it prompts as they "
@@ -65,7 +67,7 @@ class PromptMaker:
         if window is not None:
             room = window - new - (len(self._ids(self._in_template("x"), False)) if chat else 0)
             limit = room if limit is None else min(limit, room)
-            if limit < 2:
+            if limit < _LEAST:
                 raise EvaluationError(
                     f"{self.model.name} has a window of {window} tokens, and {new} for the answer and the chat "
                     "template leave nothing for the prompt: leave the template out with --no-chat."
@@ -116,7 +118,8 @@ class PromptMaker:
             encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
             spans = [span for span in encoded["offset_mapping"] if span[1] > span[0]]
             end = spans[min(head, len(spans)) - 1][1]
-            return end, max(end, spans[-min(tail, len(spans))][0])
+            before = len(spans) - tail - 1  # where this token ends, the space before the next one begins
+            return end, max(end, spans[before][1] if before >= 0 else 0)
         ids = tokenizer(text, verbose=False)["input_ids"]
         first, last = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:head], ids[-tail:]))
         return len(first), max(len(first), len(text) - len(last))
