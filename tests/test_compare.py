@@ -34,7 +34,10 @@ ROWS = [
     row("two", 1, "a2sf @ 0.25", 1.0),
 ]
 LIKELIHOOD = [
-    {**row("text", index, label, None), "nll": nll, "nll_change": nll - 1, "kl": 0.1, "agreement": 0.9, "suite": "likelihood"}
+    {
+        **row("text", index, label, None, suite="likelihood"),
+        **{"nll": nll, "nll_change": nll - 1, "kl": 0.1, "agreement": 0.9},
+    }
     for index in range(2)
     for label, nll in (("full", 1.0), ("a2sf @ 0.25", 1.5 + index / 10))
 ]  # fmt: skip
