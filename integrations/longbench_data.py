@@ -6,6 +6,7 @@ MiniLongBench (Huang et al., ACL 2025) has 237 samples of LongBench with the pro
 from __future__ import annotations
 
 import json
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -150,19 +151,19 @@ def _jsonl(file: Folder, template: Template, extended: bool) -> Iterator[Row]:
 def _mini(file: Folder, template: Template) -> Iterator[Row]:
     for key, row in _object(_parse(_text(file), str(file)), str(file)).items():
         where = f"{file}, row {key!r}"
-        gold = _field(_object(row, where), "gold", (list, dict), where)
-        classes = None
-        if isinstance(gold, dict):
-            row, classes = {**row, "gold": gold.get("answers")}, _strings(gold, "all_classes", where)
+        if isinstance(_field(_object(row, where), "gold", (list, dict), where), dict):
+            answers, classes = _strings(row["gold"], "answers", where), _strings(row["gold"], "all_classes", where)
+        else:
+            answers, classes = _strings(row, "gold", where), None
         prompt = _filled(row, "origin_prompt", where)
-        yield Row(prompt, template.question_at(prompt), tuple(_strings(row, "gold", where)), classes, None, where)
+        yield Row(prompt, template.question_at(prompt), tuple(answers), classes, None, where)
 
 
 def _lines(file: Folder) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8") as lines:
             yield from lines
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # the last: encrypted
         raise EvaluationError(f"cannot read {file}: {error}") from error
 
 
@@ -179,8 +180,11 @@ def _parse(text: str, where: str) -> Any:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise EvaluationError(f"{where}: expected a JSON object, not {_short(value)}.")
+        raise EvaluationError(f"{where}: expected a JSON object, not {reprlib.repr(value)}.")
     return value
+
+
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object", type(None): "null"}
 
 
 def _field(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], where: str) -> Any:
@@ -189,11 +193,8 @@ def _field(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], where: st
     value = row[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
         expected = " or ".join(_KINDS[kind] for kind in kinds)
-        raise EvaluationError(f"{where}: {name!r} should be {expected}, not {_short(value)}.")
+        raise EvaluationError(f"{where}: {name!r} should be {expected}, not {reprlib.repr(value)}.")
     return value
-
-
-_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object", type(None): "null"}
 
 
 def _string(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -224,8 +225,3 @@ def _positive(row: Mapping[str, Any], name: str, where: str) -> int:
     if number < 1:
         raise EvaluationError(f"{where}: {name!r} should be at least 1, not {number}.")
     return number
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
