@@ -41,7 +41,7 @@ def plot_depths(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
     figure_rows = -(-len(panels) // columns)
     size = (1.5 + columns * max(2.4, 0.55 * len(lengths)), 0.8 + figure_rows * max(2.2, 0.8 + 0.24 * len(depths)))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(figure_rows, columns, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(figure_rows, columns, squeeze=False)
     several_tasks = len({task for task, _ in panels}) > 1
     for axes, ((task, label), panel) in zip(grid.flat, panels.items(), strict=False):
         scores = np.full((len(depths), len(lengths)), np.nan)
@@ -62,7 +62,7 @@ def plot_depths(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
     for axes in grid[:, 0]:
         axes.set_ylabel("depth of the answer")
     figure.supxlabel("tokens of the prompt", fontsize=10)
-    figure.colorbar(image, ax=grid, label="mean score")
+    figure.colorbar(image, ax=figure.axes, label="mean score")
     path = Path(path)
     figure.savefig(path, dpi=120)
     return path

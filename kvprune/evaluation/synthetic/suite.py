@@ -202,15 +202,17 @@ class Synthetic:
             raise EvaluationError(f"{name} is {value!r}: write a whole number of at least {least}.")
 
     def _check_vocabulary(self) -> None:
-        """Most of a prompt must be more than unknown words."""
+        """The tokenizer must know most of a prompt, and of an answer."""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        ids = self.tokenizer(self._draft(self._tasks[0], 1, 0).prompt(_SAMPLE), verbose=False)["input_ids"]
-        if unknown is not None and 2 * ids.count(unknown) > len(ids):
-            other = "prose" if self._in_notes else "notes"
-            raise EvaluationError(
-                f"most words of the prompts are unknown to the tokenizer: write style={other!r}"
-                + ("." if self.filler is None else ", or leave filler out.")
-            )
+        draft = self._draft(self._tasks[0], length=1, number=0)
+        for text in (draft.prompt(_SAMPLE), " ".join(draft.answers)):
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if unknown is not None and 2 * ids.count(unknown) > len(ids):
+                other = "prose" if self._in_notes else "notes"
+                raise EvaluationError(
+                    f"most words of the prompts or the answers are unknown to the tokenizer: write style={other!r}"
+                    + ("." if self.filler is None else ", or leave filler out.")
+                )
 
     def _check_room(self, task: str, length: int) -> None:
         drafts = (self._draft(task, length, number) for number in range(self.count))
