@@ -332,7 +332,7 @@ def test_an_example_asks_the_same_at_every_length(tokenizer):
 
 
 def test_examples_come_task_by_task_and_are_numbered_in_it(any_tokenizer):
-    suite = Synthetic(any_tokenizer, lengths=[1500, 2000], count=3, distractors=3)
+    suite = Synthetic(any_tokenizer, lengths=[1500, 2000, 1500], count=3, distractors=3)
     named = [(example.task, example.index, example.fields["length"]) for example in suite.examples()]
     tasks = list(dict.fromkeys(task for task, _, _ in named))
     assert named == [(task, number, 1500 if number < 3 else 2000) for task in tasks for number in range(6)]
@@ -503,9 +503,11 @@ def test_a_heat_map_shows_the_mean_score_by_depth_and_length(tmp_path):
         np.testing.assert_allclose(axes.images[0].get_array().filled(np.nan), expected)
 
 
-def test_every_task_and_label_has_a_panel(tmp_path):
-    rows = results(labels=[f"policy {number}" for number in range(3)], tasks=("needle_single", "qa"))
-    assert len({axes.get_title() for axes in drawn(rows, tmp_path / "map.png")}) == 6
+def test_every_model_task_and_label_has_a_panel(tmp_path):
+    rows = [{**row, "model": model} for model in ("small", "large") for row in results(tasks=("needle_single", "qa"))]
+    titles = [axes.get_title() for axes in drawn(rows, tmp_path / "map.png")]
+    assert len(set(titles)) == len(titles) == 8
+    assert titles[0] == "small, needle_single, full"
 
 
 def test_a_heat_map_is_a_picture_file(tmp_path):

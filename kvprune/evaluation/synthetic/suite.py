@@ -38,7 +38,7 @@ _DEPTHS = 11  # as many as examples are spread over, unless they are chosen: 0, 
 _SAMPLE = 64  # pieces of filler of the prompt on which the tokenizer is tried
 
 
-@dataclass(frozen=True)
+@dataclass
 class Synthetic:
     """Generated examples of the families of RULER (arXiv 2404.06654), with prompts in our own words.
 
@@ -171,11 +171,11 @@ class Synthetic:
     def _tasks(self) -> tuple[str, ...]:
         if self.tasks is None:
             return NOTES_FAMILIES if self._in_notes else FAMILIES
-        return (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
+        return (self.tasks,) if isinstance(self.tasks, str) else tuple(dict.fromkeys(self.tasks))
 
     @cached_property
     def _lengths(self) -> tuple[int, ...]:
-        return tuple(self.lengths) if isinstance(self.lengths, Sequence) else (self.lengths,)
+        return tuple(dict.fromkeys(self.lengths)) if isinstance(self.lengths, Sequence) else (self.lengths,)
 
     @cached_property
     def _depths(self) -> tuple[float, ...]:
