@@ -104,9 +104,10 @@ class RecallGenerator:
     @cached_property
     def _sentence_pool(self) -> list[np.ndarray]:
         """A few thousand sentences to draw from, since walking the chain word by word is slow."""
-        return [self._sentence() for _ in range(4000)]
+        return [self.sentence() for _ in range(4000)]
 
-    def _sentence(self) -> np.ndarray:
+    def sentence(self) -> np.ndarray:
+        """Token ids of one sentence of filler, `[7 to 13]`, walking the chain."""
         classes = SENTENCES[self.rng.integers(len(SENTENCES))].split()
         words = [int(self.rng.choice(_ids(FILLER[classes[0]])))]
         for before, after in pairwise(classes):
