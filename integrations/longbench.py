@@ -20,6 +20,7 @@ from kvprune.integrations.longbench_data import (
     PROMPTS,
     WHERE_PROMPTS_ARE,
     Folder,
+    HubTask,
     file_names,
     find_file,
     open_folder,
@@ -39,7 +40,8 @@ class LongBench:
     """LongBench's examples and metrics: a Suite.
 
     data: a folder with `TASK.jsonl` (`TASK_e.jsonl` for LongBench-E) or `MiniLongBench_TASK.json`, or LongBench's
-        `data.zip`; None or "hub" gets that from the Hugging Face hub.
+        `data.zip`; None or "hub" gets that from the Hugging Face hub; "hub:OWNER/NAME" is a data set there that has
+        LongBench's rows, a configuration for each task.
     tasks: names out of `TASKS`; all that the data have by default.
     limit: how many samples of each task, the first ones; None for all.
     extended: LongBench-E.
@@ -65,14 +67,14 @@ class LongBench:
                 _check_task(task, self.extended)
         if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
             raise EvaluationError(f"limit is a number of samples from 1, or None for all, not {self.limit!r}.")
-        if self.data in (None, "hub") and not self.prompts:
+        if (self.data is None or str(self.data).partition(":")[0] == "hub") and not self.prompts:
             raise EvaluationError(f"the hub has the samples, not the prompts: give prompts, {WHERE_PROMPTS_ARE}.")
         if self.code_matcher not in CODE_MATCHERS:
             raise EvaluationError(f"code_matcher is {' or '.join(CODE_MATCHERS)}, not {self.code_matcher!r}.")
 
     def examples(self) -> Iterator[Example]:
         """All examples, task by task, with `all_classes` and `length` in their fields. See `Suite`."""
-        files = self._files(open_folder(self.data))
+        files = self._files()
         templates, max_new_tokens = read_prompts(Path(self.prompts or self.data or ""))
         for task in files:
             if task not in templates or task not in max_new_tokens:
@@ -105,9 +107,13 @@ class LongBench:
         classes = example.fields["all_classes"] or ()
         return max(metric(prediction, answer, classes) for answer in example.answers)
 
-    def _files(self, folder: Folder) -> dict[str, Folder]:
-        """The file of every task that is asked for."""
+    def _files(self) -> dict[str, Folder | HubTask]:
+        """Where every task that is asked for is."""
         offered = [task for task in TASKS if TASKS[task].extended or not self.extended]
+        hub, _, dataset = str(self.data).partition(":")
+        if hub == "hub" and dataset:
+            return {task: HubTask(dataset, f"{task}_e" if self.extended else task) for task in self.tasks or offered}
+        folder = open_folder(self.data)
         found = {task: file for task in offered if (file := find_file(folder, task, self.extended))}
         tasks = tuple(self.tasks or found or offered)
         for task in tasks:

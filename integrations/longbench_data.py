@@ -9,7 +9,7 @@ import json
 import reprlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,45 @@ def read_prompts(folder: Path) -> tuple[dict[str, Template], dict[str, int]]:
     )
 
 
-def read_rows(file: Folder, template: Template, extended: bool) -> Iterator[Row]:
+@dataclass(frozen=True)
+class HubTask:
+    """A task in a data set with LongBench's rows, which the package `datasets` reads: from the hub, or a folder."""
+
+    dataset: str
+    task: str
+
+    def __str__(self) -> str:
+        return f"{self.task} of {self.dataset}"
+
+    def rows(self) -> Iterable[Any]:
+        try:
+            import datasets
+
+            rows: Iterable[Any] = datasets.load_dataset(self.dataset, self.task, split="test")
+        except ImportError:
+            raise EvaluationError("the package datasets reads data sets: pip install 'kvprune[eval]'.") from None
+        except Exception as error:  # the hub's own, the transport's and the system's
+            raise EvaluationError(f"cannot get {self}: {error}") from error
+        return rows
+
+
+def read_rows(file: Folder | HubTask, template: Template, extended: bool) -> Iterator[Row]:
     """The samples of a task file, in its order. Raises EvaluationError, with file and line, for a bad one or none."""
     row = None
-    for row in _jsonl(file, template, extended) if file.name.endswith(".jsonl") else _mini(file, template):
+    if isinstance(file, HubTask):
+        rows = _dataset(file, template, extended)
+    else:
+        rows = _jsonl(file, template, extended) if file.name.endswith(".jsonl") else _mini(file, template)
+    for row in rows:
         yield row
     if row is None:
         raise EvaluationError(f"there are no samples in {file}.")
+
+
+def _dataset(task: HubTask, template: Template, extended: bool) -> Iterator[Row]:
+    for number, row in enumerate(task.rows()):
+        where = f"{task}, row {number}"
+        yield _sample(_object(row, where), where, template, extended)
 
 
 def _jsonl(file: Folder, template: Template, extended: bool) -> Iterator[Row]:
@@ -141,11 +173,15 @@ def _jsonl(file: Folder, template: Template, extended: bool) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        row = _object(_parse(line, where), where)
-        prompt, question_at = template.fill(_filled(row, "context", where), _string(row, "input", where))
-        length = _field(row, "length", (int,) if extended else (int, type(None)), where)
-        classes = _field(row, "all_classes", (list, type(None)), where) and _strings(row, "all_classes", where)
-        yield Row(prompt, question_at, tuple(_strings(row, "answers", where)), classes or None, length, where)
+        yield _sample(_object(_parse(line, where), where), where, template, extended)
+
+
+def _sample(row: Mapping[str, Any], where: str, template: Template, extended: bool) -> Row:
+    """A row as LongBench writes it."""
+    prompt, question_at = template.fill(_filled(row, "context", where), _string(row, "input", where))
+    length = _field(row, "length", (int,) if extended else (int, type(None)), where)
+    classes = _field(row, "all_classes", (list, type(None)), where) and _strings(row, "all_classes", where)
+    return Row(prompt, question_at, tuple(_strings(row, "answers", where)), classes or None, length, where)
 
 
 def _mini(file: Folder, template: Template) -> Iterator[Row]:

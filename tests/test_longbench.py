@@ -178,6 +178,23 @@ def test_the_hub_gives_the_zip_file(folder, monkeypatch, data):
     assert asked == [("THUDM/LongBench", "data.zip")]
 
 
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_data_set_with_a_configuration_a_task_is_read(folder, extended, tmp_path_factory, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    name = "qasper_e" if extended else "qasper"
+    folder.rows(f"{name}.jsonl", {}, {"context": "{braces}"})
+    hub = tmp_path_factory.mktemp("hub")
+    (hub / f"{name}.jsonl").write_bytes((folder.path / f"{name}.jsonl").read_bytes())
+    (hub / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}.jsonl\n---\n"
+    )
+    suite = LongBench(f"hub:{hub}", tasks=["qasper"], prompts=folder.path, extended=extended)
+    assert list(suite.examples()) == folder.examples(extended=extended)
+    with pytest.raises(EvaluationError, match="cannot get trec"):
+        list(LongBench(f"hub:{hub}", tasks=["trec"], prompts=folder.path).examples())
+
+
 def test_no_network_is_said(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", folder.path / "cache")

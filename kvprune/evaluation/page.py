@@ -7,6 +7,7 @@ from html import escape
 
 from kvprune.evaluation.pictures import curves, svg
 from kvprune.evaluation.summary import Comparison
+from kvprune.evaluation.synthetic import depth_maps
 from kvprune.evaluation.tables import figure
 from kvprune.report import human_bytes
 
@@ -36,6 +37,7 @@ p {{ color: #555; }}
 _SECTION = """<h2>{title}</h2>
 <p>{settings}</p>
 <div class="picture">{picture}</div>
+{depths}
 <div class="wide">{overview}</div>
 {tasks}"""
 
@@ -69,9 +71,17 @@ def _section(comparison: Comparison) -> str:
         title=escape(comparison.title),
         settings=escape(", ".join(shown)),
         picture=svg(curves(comparison)),
+        depths=_depths(comparison),
         overview=_table(headings, overview),
         tasks=tasks if len(comparison.tasks) > 1 else "",
     )
+
+
+def _depths(comparison: Comparison) -> str:
+    """Heat maps of depth and length, where rows have both."""
+    if not any(row.get("depth") is not None for row in comparison.rows):
+        return ""
+    return f'<h3>By depth and length</h3>\n<div class="picture">{svg(depth_maps(comparison.rows))}</div>'
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

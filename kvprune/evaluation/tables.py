@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -45,6 +45,19 @@ def by_task(comparison: Comparison) -> Table:
     for task in comparison.tasks:
         values = (summary.tasks.get(task) for summary in comparison.summaries)
         table.add_row(task, *("" if value is None else metric.show(value) for value in values))
+    return table
+
+
+def by_length(means: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Table:
+    """LongBench-E's means by length, of 100: by label, task and bin."""
+    table = _table("score by length", None)
+    bins = next(iter(next(iter(means.values())).values()))
+    for heading in ("task", "policy", *bins):
+        table.add_column(heading, justify="right" if heading in bins else "left")
+    for task in next(iter(means.values())):
+        for label, tasks in means.items():
+            values = tasks.get(task, {}).values()
+            table.add_row(task, label, *("" if value is None else f"{value:.2f}" for value in values))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvprune.evaluation.synthetic.heatmap import plot_depths
+from kvprune.evaluation.synthetic.heatmap import depth_maps, plot_depths
 from kvprune.evaluation.synthetic.suite import FAMILIES, NOTES_FAMILIES, Synthetic
 
-__all__ = ["FAMILIES", "NOTES_FAMILIES", "Synthetic", "plot_depths"]
+__all__ = ["FAMILIES", "NOTES_FAMILIES", "Synthetic", "depth_maps", "plot_depths"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvprune.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = 4  # panels side by side
 _CELLS_WITH_NUMBERS = 120  # in larger panels they would not be readable
@@ -18,11 +21,22 @@ Panel = dict[tuple[float, int], list[float]]
 
 
 def plot_depths(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw the mean score by depth (percent, down) and length (tokens, across), a panel for every task and label.
+    """Draw `depth_maps` into a file, and return its path."""
+    path = Path(path)
+    try:
+        depth_maps(rows).savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise (
+            error if isinstance(error, EvaluationError) else EvaluationError(f"cannot draw {path}: {error}")
+        ) from error
+    return path
+
+
+def depth_maps(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """The mean score by depth (percent, down) and length (tokens, across), a panel for every task and label.
 
     rows: results with task, label, length, depth and score, and with model where there are several; those without a
-    depth are left out. Returns the path. Raises EvaluationError where no row has a depth, or one that has lacks
-    something else.
+    depth are left out. Raises EvaluationError where no row has a depth, or one that has lacks something else.
     """
     from matplotlib.figure import Figure
 
@@ -43,9 +57,7 @@ def plot_depths(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
         axes.remove()
     figure.supxlabel("tokens of the prompt", fontsize=10)
     figure.colorbar(image, ax=figure.axes, label="mean score")
-    path = Path(path)
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
 def _panels(rows: Iterable[Mapping[str, Any]]) -> dict[str, Panel]:
@@ -64,7 +76,7 @@ def _panels(rows: Iterable[Mapping[str, Any]]) -> dict[str, Panel]:
         )
     models, tasks = {model for model, _, _ in panels}, {task for _, task, _ in panels}
     return {
-        ", ".join([str(model)] * (len(models) > 1) + [task] * (len(tasks) > 1) + [label]): panel
+        "\n".join([str(model)] * (len(models) > 1) + [task] * (len(tasks) > 1) + [label]): panel
         for (model, task, label), panel in panels.items()
     }
 
