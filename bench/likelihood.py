@@ -2,10 +2,8 @@
 
     python bench/likelihood.py --out bench/results/likelihood.json
 
-Text is cut into sequences of 512 tokens. The prompt of each is prefilled, which compresses it, and the remaining tokens
-are fed one by one. What counts are the predictions after each of those: all of them read the compressed cache, while
-the one at the end of the prompt attended to everything and is left out. The full cache is the stock one on the same
-sequences, fed the same way.
+`kvprune eval likelihood` measures any model on any text this way, and says what counts; this measures the policies of
+bench/README.md on one model and one text, in batches.
 
 Budgets are fractions of the prompt. Bytes are measured at the end, where the full cache holds prompt and continuation.
 """
@@ -15,27 +13,28 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from output import save, table
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvprune import PrunedCache
+from kvprune.evaluation.contenders import Contender, Held
+from kvprune.evaluation.likelihood import SEPARATOR, Predictions, compare, cut, logits
 from kvprune.policy import Policy
 from kvprune.registry import parse
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LENGTH = 512  # tokens of a sequence: the context of the model
-SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 FULL = "full cache"
+_FIGURES = ("nll", "nll_change", "kl", "agreement")
+_BYTES = ("nbytes", "dense_nbytes", "half_nbytes")
 
 EVICTING = ("h2o", "keyformer", "snapkv:interval=1", "tova", "streaming_llm", "a2sf", "a2sf:kernel_size=7")
 # A tenth of 256 prompt tokens is 26, but a fraction is never taken below sinks + recent, which is 36 by default, so the
@@ -83,31 +82,6 @@ class Result:
         return {**asdict(self), "ratio": self.ratio, "half_ratio": self.half_ratio}
 
 
-def cut(documents: Iterable[str], tokenizer: Any, sequences: int, length: int = LENGTH) -> Tensor:
-    """The first `sequences` pieces of `length` tokens, `[sequences, length]`, fewer where the text ends.
-
-    Documents are tokenized one by one, each with the special tokens that the tokenizer adds, and follow one another.
-    """
-    tokens: list[int] = []
-    for document in documents:
-        if len(tokens) >= sequences * length:
-            break
-        tokens += tokenizer(document, verbose=False)["input_ids"]
-    rows = min(sequences, len(tokens) // length)
-    return torch.tensor(tokens[: rows * length], dtype=torch.long).view(rows, length)
-
-
-@torch.inference_mode()
-def predict(model: Any, sequences: Tensor, prompt: int, cache: Cache) -> Tensor:
-    """Log-probabilities after each token that is fed one by one, float64 `[B, L - prompt - 1, vocab]`.
-
-    sequences: `[B, L]`, whose first `prompt` tokens are prefilled and whose last one is only predicted.
-    """
-    model(sequences[:, :prompt], past_key_values=cache, logits_to_keep=1)
-    steps = [model(token, past_key_values=cache).logits[:, -1] for token in sequences[:, prompt:-1, None].unbind(1)]
-    return torch.stack(steps, dim=1).double().log_softmax(-1)
-
-
 def measure(
     model: Any,
     sequences: Tensor,
@@ -118,47 +92,27 @@ def measure(
     tick: Callable[[str], None] = lambda policy: None,
 ) -> list[Result]:
     """The full cache, then each policy under its name, on `[N, L]` sequences. tick: called before every pass."""
-    figures: dict[str, list[Tensor]] = {name: [] for name in (FULL, *policies)}
-    nbytes = dict.fromkeys(figures, 0)
-    dense_nbytes = dict.fromkeys(figures, 0)
+    everyone = [Contender(FULL, None, None), *(Contender(name, None, policy) for name, policy in policies.items())]
+    found: dict[str, list[Predictions]] = {each.name: [] for each in everyone}
+    held: dict[str, list[Held]] = {each.name: [] for each in everyone}
     for batch in sequences.to(model.device).split(batch_size):
-        targets = batch[:, prompt + 1 :, None]
-        for name in figures:
-            tick(name)
-            cache = DynamicCache(config=model.config) if name == FULL else PrunedCache(model, policies[name])
-            found = predict(model, batch, prompt, cache)
-            if name == FULL:
-                full = found
-            nll = -found.gather(2, targets).squeeze(2)
-            change = nll + full.gather(2, targets).squeeze(2)
-            kl = F.kl_div(found, full, log_target=True, reduction="none").sum(-1)
-            agree = (found.argmax(-1) == full.argmax(-1)).double()
-            figures[name].append(torch.stack([figure.mean(1) for figure in (nll, change, kl, agree)], dim=1))
-            nbytes[name] += cache.nbytes if isinstance(cache, PrunedCache) else stock_nbytes(cache)
-            dense_nbytes[name] += cache.dense_nbytes if isinstance(cache, PrunedCache) else stock_nbytes(cache)
-    results = []
-    for name, batches in figures.items():
-        of_sequences = torch.cat(batches)  # [N, 4]
-        nll, change, kl, agree = of_sequences.mean(0).tolist()
-        dense = dense_nbytes[name] // len(sequences)
-        results.append(
-            Result(
-                policy=name,
-                nll=nll,
-                nll_change=change,
-                nll_error=standard_error(of_sequences[:, 1].tolist()),
-                kl=kl,
-                agreement=agree,
-                nbytes=nbytes[name] // len(sequences),
-                dense_nbytes=dense,
-                half_nbytes=dense * 16 // torch.finfo(model.dtype).bits,
-            )
-        )
-    return results
+        full: list[Tensor] = []
+        for contender in everyone:
+            tick(contender.name)
+            cache = contender.cache(model)
+            steps = list(logits(model, batch, prompt, cache))
+            full = full or steps
+            found[contender.name].append(compare(steps, full, batch[:, prompt + 1 :]))
+            held[contender.name].append(Held.by(cache, model))
+    return [_result(name, found[name], held[name]) for name in found]
 
 
-def stock_nbytes(cache: Cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def _result(name: str, batches: list[Predictions], held: list[Held]) -> Result:
+    of_sequences = {field: torch.cat([getattr(batch, field) for batch in batches]) for field in _FIGURES}
+    values: dict[str, Any] = {field: values.mean().item() for field, values in of_sequences.items()}
+    for field in _BYTES:
+        values[field] = sum(getattr(each, field) for each in held) // len(of_sequences["nll"])
+    return Result(policy=name, nll_error=standard_error(of_sequences["nll_change"].tolist()), **values)
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -208,7 +162,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     documents = arguments.text.read_text(encoding="utf-8").split(SEPARATOR)
-    sequences = cut((document.strip() for document in documents), tokenizer, arguments.sequences)
+    sequences = cut((document.strip() for document in documents), tokenizer, arguments.sequences, LENGTH)
     if len(sequences) < arguments.sequences:
         parser.error(f"{arguments.text} holds {len(sequences)} sequences of {LENGTH} tokens: ask for no more")
     console = Console()

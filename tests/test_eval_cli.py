@@ -35,7 +35,8 @@ def longbench(tmp_path):
     recall = generator.document(200, 4)
     row = {
         "context": decode(recall.document[1:]), "input": decode(recall.question(1)),
-        "answers": [decode(recall.values[1])], "length": 200, "dataset": "qasper", "language": "en", "all_classes": None, "_id": "0",
+        "answers": [decode(recall.values[1])], "length": 200, "all_classes": None,
+        "dataset": "qasper", "language": "en", "_id": "0",
     }  # fmt: skip
     for name in ("qasper.jsonl", "qasper_e.jsonl", "hotpotqa.jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + "\n" + json.dumps(row | {"_id": "1"}) + "\n")

@@ -1,4 +1,4 @@
-"""`bench/likelihood.py`: the full cache costs nothing, and its likelihood is that of one plain forward pass."""
+"""Likelihood from a cache: the full cache costs nothing, and its likelihood is that of one plain forward pass."""
 
 import sys
 
