@@ -417,9 +417,7 @@ class PrunedCache(Cache):
         """An independent copy: compress a document once, ask many questions."""
         self._check_closed()
         other = copy.copy(self)
-        other.layers = [
-            layer.fork() if isinstance(layer, PrunedLayer) else copy.deepcopy(layer) for layer in self.layers
-        ]
+        other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
         other._padding, other._stock_states = None, {}
         other.expect(None, None)
         return other
@@ -486,9 +484,9 @@ def _policy(policy: Policy | str) -> Policy:
 
 def _device(device: torch.device | str | None) -> torch.device | None:
     try:
-        return None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise CacheError(f'{device!r} is not a device: write one such as "cpu" or "cuda:0" ({error}).') from None
+        return None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise CacheError(f'{device!r} is not a device here: write one such as "cpu" or "cuda:0" ({error}).') from None
 
 
 def _backend(attention: str, model: Any, device: torch.device | None) -> Sdpa:
@@ -546,6 +544,12 @@ def _stock_tensors(layer: Any) -> list[Tensor]:
     """The tensors of a transformers cache layer."""
     values = [value.values() if isinstance(value, dict) else (value,) for value in vars(layer).values()]
     return [tensor for each in values for tensor in each if isinstance(tensor, Tensor) and tensor.ndim > 1]
+
+
+def _stock_copy(layer: Any) -> Any:
+    # deepcopy refuses tensors with a history, such as those of a prompt that was read without torch.no_grad().
+    memo = {id(tensor): tensor.clone() for tensor in _stock_tensors(layer) if tensor.grad_fn is not None}
+    return copy.deepcopy(layer, memo)
 
 
 def _stock_bytes(layer: Any) -> int:

@@ -27,6 +27,10 @@ class PromptFilter(Policy, ABC):
     def filters_prompt(self) -> bool:
         return True
 
+    @property
+    def needs_question(self) -> bool:
+        return True  # its newest token's query chooses
+
     @abstractmethod
     def filter_layer(self, config: Any, pruned: tuple[int, ...]) -> int:
         """The layer whose queries and keys choose, one of `pruned`; config is that of the text decoder.

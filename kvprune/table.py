@@ -440,8 +440,8 @@ class TokenTable:
         """An independent copy."""
         other = copy.copy(self)
         other._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        other._made_columns = None
         other.packed = [tier.clone() for tier in self.packed]
+        other._shape_changed()
         return other
 
     # -- saved and restored ----------------------------------------------------------------------------------------
