@@ -7,6 +7,7 @@ cache = PrunedCache(model, A2SF(budget=0.25))
 model.generate(**inputs, past_key_values=cache)
 """
 
+from kvprune.asking import Answers, ask
 from kvprune.budget import Budget
 from kvprune.cache import PrunedCache
 from kvprune.errors import (
@@ -15,6 +16,7 @@ from kvprune.errors import (
     EvaluationError,
     KVPruneError,
     PolicyError,
+    QuestionWarning,
     UnsupportedModelError,
 )
 from kvprune.eviction import Eviction
@@ -27,6 +29,7 @@ from kvprune.table import TokenTable
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answers",
     "Budget",
     "BudgetError",
     "CacheError",
@@ -40,10 +43,12 @@ __all__ = [
     "PolicyError",
     "PromptFilter",
     "PrunedCache",
+    "QuestionWarning",
     "RowWeights",
     "Scoring",
     "Step",
     "TokenTable",
     "UnsupportedModelError",
+    "ask",
     "attention_mass",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvprune import saving
 from kvprune.attention import PREFIX, PendingKeys, register
 from kvprune.backends import Sdpa, choose
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
@@ -93,6 +95,7 @@ class PrunedCache(Cache):
         self.attention = backend.name
         self.pruned_layers = tuple(pruned)
         self._model_name = type(model).__name__
+        self._model = weakref.ref(model)
         self._modules = weakref.WeakSet(model.modules())  # those that may attend to this cache
         self._open: int | None = None  # a layer whose keys came but whose attention has not run
         self._padding: tuple[Tensor, int, Tensor | None] | None = None
@@ -261,16 +264,7 @@ class PrunedCache(Cache):
                 for index, layer in enumerate(self.layers)
                 if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
             }
-        lengths = {
-            layer.get_seq_length() + (0 if isinstance(layer, PrunedLayer) else self._skipped)
-            for layer in self.layers
-            if isinstance(layer, CacheLayerMixin)
-        }
-        if len(lengths) > 1:
-            raise CacheError(
-                "a forward pass on this cache was interrupted, and its layers have seen different numbers of tokens "
-                f"({min(lengths)} to {max(lengths)}): call reset() and start over, or go on with a fork() made before."
-            )
+        self._check_lengths()
         for index in self.pruned_layers[:1]:
             table = self.layers[index].table
             if table is not None and table.batch_size != batch_size:
@@ -278,6 +272,23 @@ class PrunedCache(Cache):
                     f"this cache holds a batch of {table.batch_size}, and the model was called with a batch of "
                     f"{batch_size}. Make a new PrunedCache, or call reset() to start over."
                 )
+
+    @property
+    def lengths(self) -> set[int]:
+        """How many tokens the layers have seen: one number, but for a forward pass that is not complete."""
+        return {
+            layer.get_seq_length() + (0 if isinstance(layer, PrunedLayer) else self._skipped)
+            for layer in self.layers
+            if isinstance(layer, CacheLayerMixin)
+        }
+
+    def _check_lengths(self) -> None:
+        lengths = self.lengths
+        if len(lengths) > 1:
+            raise CacheError(
+                "a forward pass on this cache was interrupted, and its layers have seen different numbers of tokens "
+                f"({min(lengths)} to {max(lengths)}): call reset() and start over, or go on with a fork() made before."
+            )
 
     def bypassed(self) -> KVPruneError:
         """The error to raise where another attention than kvprune's was given a layer's keys."""
@@ -406,12 +417,58 @@ class PrunedCache(Cache):
         """An independent copy: compress a document once, ask many questions."""
         self._check_closed()
         other = copy.copy(self)
-        other.layers = [
-            layer.fork() if isinstance(layer, PrunedLayer) else copy.deepcopy(layer) for layer in self.layers
-        ]
-        other._padding = None
+        other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
+        other._padding, other._stock_states = None, {}
         other.expect(None, None)
         return other
+
+    # -- saved and loaded ------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole cache to a file, for `load` to go on with exactly where this one stands.
+
+        One safetensors file: rows, codes, scores, counts, the policy, and a fingerprint of the model, with checksums of
+        all of it. It is written beside the path and then takes its place, so that a file which was there stays whole
+        until the new one is. On the way, a copy of the cache is made in the CPU's memory.
+
+        Raises CacheError in the middle of a forward pass, while a step waits for `crop`, where the file cannot be
+        written, and where layers that are not pruned are of a kind that cannot be saved; PolicyError for a policy with
+        settings that cannot be written down.
+        """
+        if self._open is not None:
+            raise CacheError("a forward pass is under way: save the cache before it or after it.")
+        self._check_lengths()
+        model = self._model()
+        if model is None:
+            raise CacheError("the model of this cache is gone, and a saved cache says whose it is: save it before.")
+        saving.save(self, model, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        policy: Policy | str | None = None,
+        device: torch.device | str | None = None,
+        kernels: str = "auto",
+        attention: str = "auto",
+    ) -> PrunedCache:
+        """The cache that `save` wrote, with the model it was made for, in the same dtype.
+
+        Args:
+            path, model: as of `save`, and of the constructor. The model may be on another device than it was.
+            policy: needed only where its class is not registered (see `kvprune.policies`), with the settings of then.
+            device, kernels, attention: as of the constructor; they are settings of this machine, and are not saved.
+
+        Raises:
+            CacheError: a file that is none, is damaged, is of a newer format or of another model; a policy that is not
+                known, or not the one that was given. Nothing that is not registered is imported, and nothing unpickled.
+            UnsupportedModelError, PolicyError, CacheError: as the constructor.
+        """
+        _checked_config(model)
+        settings = {"device": device, "kernels": kernels, "attention": attention}
+        return saving.load(cls, path, model, None if policy is None else _policy(policy), **settings)
 
 
 def _policy(policy: Policy | str) -> Policy:
@@ -427,9 +484,9 @@ def _policy(policy: Policy | str) -> Policy:
 
 def _device(device: torch.device | str | None) -> torch.device | None:
     try:
-        return None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise CacheError(f'{device!r} is not a device: write one such as "cpu" or "cuda:0" ({error}).') from None
+        return None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise CacheError(f'{device!r} is not a device here: write one such as "cpu" or "cuda:0" ({error}).') from None
 
 
 def _backend(attention: str, model: Any, device: torch.device | None) -> Sdpa:
@@ -487,6 +544,12 @@ def _stock_tensors(layer: Any) -> list[Tensor]:
     """The tensors of a transformers cache layer."""
     values = [value.values() if isinstance(value, dict) else (value,) for value in vars(layer).values()]
     return [tensor for each in values for tensor in each if isinstance(tensor, Tensor) and tensor.ndim > 1]
+
+
+def _stock_copy(layer: Any) -> Any:
+    # deepcopy refuses tensors with a history, such as those of a prompt that was read without torch.no_grad().
+    memo = {id(tensor): tensor.clone() for tensor in _stock_tensors(layer) if tensor.grad_fn is not None}
+    return copy.deepcopy(layer, memo)
 
 
 def _stock_bytes(layer: Any) -> int:

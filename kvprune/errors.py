@@ -20,8 +20,12 @@ class UnsupportedModelError(KVPruneError):
 
 
 class CacheError(KVPruneError):
-    """A cache used in a way it cannot serve: another model, another batch size, rows that are gone."""
+    """A cache used in a way it cannot serve: another model or batch size, rows that are gone, a damaged file."""
 
 
 class EvaluationError(KVPruneError):
     """Data, settings or results that an evaluation cannot work with."""
+
+
+class QuestionWarning(UserWarning):
+    """A policy that keeps what a question looks at was given a document without one."""

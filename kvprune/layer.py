@@ -11,7 +11,7 @@ So the step that brings a token always attends over everything, and the table sh
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
 from kvprune.queries import Attended, Queries, Remembered
 from kvprune.selection import FilteredStep, Selection
+from kvprune.state import Saved, State
 from kvprune.steady import Counted, Steady, pin
 from kvprune.table import MOST_HOLES, TokenTable
 
@@ -498,14 +499,78 @@ class PrunedLayer(CacheLayerMixin):
         self.selection = self.selection and self.selection.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
-        """An independent copy: the table is copied; settings, and queries that are never written to, are shared."""
+        """An independent copy: every tensor is copied, settings are shared."""
         self.catch_up()
         other = copy.copy(self)
-        other.table = None if self.table is None else self.table.fork()
-        other.undecided = copy.copy(self.undecided)
+        other.table = self.table and self.table.fork()
+        other.remembered = self.remembered and self.remembered.clone()
+        other.selection = self.selection and self.selection.clone()
+        if self.undecided is not None:
+            queries = self.undecided.queries
+            other.undecided = replace(self.undecided, queries=queries.part(0, len(queries)))
         if self.steady is not None:
             other._enter_steady(other.table)  # type: ignore[arg-type]
         return other
+
+    # -- saved and restored ----------------------------------------------------------------------------------------
+
+    _COUNTS = ("seen", "generated", "last_eviction")
+
+    def state(self) -> State:
+        """Everything but the settings. Raises CacheError while a step waits for `crop`."""
+        if self.undecided is not None:
+            raise CacheError(
+                "the past is being recorded, and the newest step is neither accepted nor taken back, so there is "
+                "nothing to save yet: call crop(0) to accept all of its tokens, or crop(-n) to take n back."
+            )
+        state = State({name: getattr(self, name) for name in self._COUNTS})
+        state.facts |= {"tokens": self.tokens, "prompt_tokens": self.prompt_tokens}
+        state.facts |= {"record_past": self.record_past, "steady": self.steady is not None}
+        state.add("table", None if self.table is None else self.table.state())
+        state.add("remembered", None if self.remembered is None else self.remembered.state())
+        state.add("selection", None if self.selection is None else self.selection.state())
+        return state
+
+    def restore(self, saved: Saved) -> None:
+        """Take over a `state`; this layer is new. Raises CacheError for one that this layer cannot have."""
+        self.seen = saved.count("seen")
+        self.generated, self.last_eviction = (saved.count(name, self.seen) for name in self._COUNTS[1:])
+        self.record_past, steady = saved.flag("record_past"), saved.flag("steady")
+        table, remembered = saved.part("table", self.home), saved.part("remembered", self.home)
+        selection = saved.part("selection")
+        if table is None:
+            if self.seen:
+                raise saved.refused(f"has seen {self.seen} tokens, and has no table")
+            return
+        self.tokens = saved.counts("tokens", self.seen)
+        self.prompt_tokens = saved.counts("prompt_tokens", self.seen, length=len(self.tokens))
+        self.table = self._restored_table(table)
+        self.is_initialized = True
+        if remembered is not None:
+            heads, dim = (self.table.batch_size, self.table.kv_heads), self.table.keys.shape[3]
+            self.remembered = Remembered.restored(remembered, self._query_window(True) - 1, heads, dim)
+        if selection is not None:
+            self.selection = Selection.restored(selection, self.seen, self.tokens)
+        if steady:
+            if not self._static_decode or self.record_past:
+                raise saved.refused("is said to be steady, which the policy never is")
+            self._enter_steady(self.table)
+
+    def _restored_table(self, saved: Saved) -> TokenTable:
+        (shape, dtype), (value_shape, value_dtype) = saved.numbers("keys"), saved.numbers("values")
+        batch, heads, _, dim = shape
+        if batch != len(self.tokens) or value_shape[:3] != shape[:3] or value_dtype != dtype or 0 in (
+            batch, heads, dim, value_shape[3]
+        ):  # fmt: skip
+            raise saved.refused(f"has keys of shape {list(shape)} and values of shape {list(value_shape)}")
+        keys, values = (torch.empty(batch, heads, 0, each[3], dtype=dtype, device=saved.device)
+                        for each in (shape, value_shape))  # fmt: skip
+        positions = torch.empty(batch, heads, 0, dtype=torch.int32, device=saved.device)
+        table = self.new_table(keys, values, positions, dense=True)
+        table.restore(saved, self._codecs, max(self.tokens))
+        if table.length > self.seen:
+            raise saved.refused(f"has {table.length} rows of {self.seen} tokens")
+        return table
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.quantize import LARGEST, Codec, channel_scales, pack, quantize, unpack
+from kvprune.quantize import LARGEST, Codec, channel_scales, pack, packed_bytes, quantize, unpack
 from kvprune.rows import take_rows
+from kvprune.state import Saved, State
 
 # A block of decoded rows should stay in the cache of the processor.
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
@@ -192,6 +194,42 @@ class PackedRows:
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
 
+    # -- saved and restored ------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        facts = {"codec": asdict(self.codec), "rows": len(self), "blocks": self.blocks}
+        return State({**facts, "runs": [list(astuple(run)) for run in self.runs]}, dict(self.tensors))
+
+    @classmethod
+    def restored(
+        cls, saved: Saved, codecs: Sequence[Codec], heads: tuple[int, ...], key_dim: int, value_dim: int
+    ) -> PackedRows:
+        """The rows of a `state`. codecs: one of which it must be. heads: `(B, Hkv)`. Raises CacheError."""
+        told = saved.fact("codec", dict)
+        codec = next((codec for codec in codecs if asdict(codec) == told), None)
+        if codec is None:
+            raise saved.refused(f"is packed as {reprlib.repr(told)}, which the policy does not do")
+        rows, blocks = saved.count("rows"), saved.count("blocks", least=1)
+        groups = -(-value_dim // min(codec.channels or value_dim, value_dim))
+        expected = {
+            "key_codes": (rows, packed_bytes(key_dim, codec.bits)),
+            "value_codes": (rows, packed_bytes(value_dim, codec.bits)),
+            "value_scale": (rows, groups),
+            "value_zero_point": (rows, groups),
+            "key_scale": (blocks, key_dim),
+            "key_zero_point": (blocks, key_dim),
+        }
+        if codec.separable:
+            expected["channel_scale"] = (blocks, value_dim)
+        tensors = {
+            name: saved.tensor(name, (*heads, *shape), torch.uint8 if name.endswith("codes") else torch.float16)
+            for name, shape in expected.items()
+        }
+        if blocks > 1 or saved.has("block"):  # kernels read parameters wherever these numbers point
+            numbers = _number_type(blocks)
+            tensors["block"] = saved.tensor("block", (*heads, rows), numbers, within=(0, blocks - 1))
+        return cls(codec, key_dim, value_dim, tensors, _restored_runs(saved, rows, blocks))
+
     # -- decoded, a few rows at a time -------------------------------------------------------------------------------
 
     def stretches(self) -> Iterator[Stretch]:
@@ -289,6 +327,20 @@ class PackedRows:
                 part *= self.tensors["channel_scale"][:, :, stretch.blocks]
             total += part
         return total
+
+
+def _restored_runs(saved: Saved, rows: int, blocks: int) -> tuple[Run, ...]:
+    """Runs that follow one another, from the first row on, with no more rows and blocks than there are."""
+    listed = saved.fact("runs", list)
+    runs: list[Run] = []
+    for start, stop, block, each in saved.many_counts("runs", width=4):
+        begins = runs[-1].stop if runs else 0
+        if start != begins or stop > rows or not 0 < each <= stop - start or (stop - start) % each:
+            raise saved.refused(f"has runs {reprlib.repr(listed)} of {rows} rows")
+        runs.append(Run(start, stop, block, each))
+        if block + runs[-1].blocks > blocks:
+            raise saved.refused(f"has runs {reprlib.repr(listed)} of {blocks} blocks")
+    return tuple(runs)
 
 
 def _finite(numbers: Tensor) -> Tensor:

@@ -143,6 +143,11 @@ class Policy:
         return False
 
     @property
+    def needs_question(self) -> bool:
+        """Whether the last queries of a prompt decide what is dropped, so that a question has to be among them."""
+        return False
+
+    @property
     def static_decode(self) -> bool:
         """Whether, once sequences have reached their budget, every generated token costs one row: see `Steady`.
 
@@ -227,6 +232,10 @@ class Chain(Policy):
     @property
     def evicts(self) -> bool:
         return any(link.evicts for link in self.links)
+
+    @property
+    def needs_question(self) -> bool:
+        return any(link.needs_question for link in self.links)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:

@@ -11,6 +11,7 @@ from kvprune import packed
 from kvprune.attention import causal_attention, positional_attention
 from kvprune.backends import SDPA, Sdpa
 from kvprune.mass import RowWeights, Scoring
+from kvprune.state import Saved, State
 from kvprune.table import EMPTY, TokenTable
 
 
@@ -214,6 +215,22 @@ class Remembered:
             self.states.clone(memory_format=torch.contiguous_format),
             self.positions.expand(len(self.states), -1).clone(memory_format=torch.contiguous_format),
         )
+
+    def clone(self) -> Remembered:
+        return Remembered(self.states.clone(), self.positions.clone())
+
+    def state(self) -> State:
+        return State({}, {"states": self.states, "positions": self.positions})
+
+    @classmethod
+    def restored(cls, saved: Saved, most: int, heads: tuple[int, int], dim: int) -> Remembered:
+        """At most so many queries. heads: `(B, Hkv)`. dim: of a key. Raises CacheError."""
+        (batch, kv_heads), (shape, dtype) = heads, saved.numbers("states")
+        if shape[0] != batch or not shape[1] or shape[1] % kv_heads or not 0 < shape[2] <= most or shape[3] != dim:
+            raise saved.refused(f"has states of shape {list(shape)}")
+        placed, _ = saved.described("positions")
+        expected = (1 if placed[:1] == (1,) else batch, shape[2])
+        return cls(saved.tensor("states", shape, dtype), saved.tensor("positions", expected, torch.int64))
 
     def take(self, queries: Queries) -> None:
         """Forget the oldest query for a new one, in place."""

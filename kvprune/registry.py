@@ -6,9 +6,11 @@ Packages register theirs under the entry-point group `kvprune.policies`; the bui
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from numbers import Integral, Real
 from typing import Any
 
 from kvprune.errors import PolicyError
@@ -79,3 +81,70 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+# -- policies as plain data --------------------------------------------------------------------------------------------
+
+
+def described(policy: Policy) -> Any:
+    """A policy and all its settings as JSON: an object with `policy` and `settings`, or of a chain a list of them.
+
+    A class that is not registered goes by its module and name, and only its owner can make a policy of it again. Raises
+    PolicyError for a setting that is no number, text, truth value, None, or a tuple of those.
+    """
+    if isinstance(policy, Chain):
+        return [described(link) for link in policy.links]
+    settings = {field.name: _plain(policy, field.name) for field in fields(policy) if field.init}
+    return {"policy": _name_of(type(policy)), "settings": settings}
+
+
+def from_description(description: Any) -> Policy:
+    """The policy that `described` described. Nothing is imported but what is registered.
+
+    Raises PolicyError for a policy that is not registered, and for what describes none.
+    """
+    if isinstance(description, list):
+        return Chain(tuple(from_description(link) for link in description))
+    if not isinstance(description, dict) or description.keys() != {"policy", "settings"}:
+        raise PolicyError(f"{description!r} describes no policy.")
+    name, settings = description["policy"], description["settings"]
+    if not isinstance(name, str) or not isinstance(settings, dict):
+        raise PolicyError(f"{description!r} describes no policy.")
+    try:
+        return get(name, **{setting: _hashable(value) for setting, value in settings.items()})
+    except PolicyError:
+        raise
+    except Exception as error:  # whatever a class of somebody else makes of settings that it has never had
+        raise PolicyError(f"{name} cannot have the settings {settings!r}: {error}") from error
+
+
+def _name_of(policy: type[Policy]) -> str:
+    """The name it is registered under, else its module and name."""
+    for name, point in _entry_points().items():
+        if point.module in sys.modules and point.load() is policy:  # where it is not, no policy of it can exist
+            return name
+    return f"{policy.__module__}:{policy.__qualname__}"
+
+
+def _plain(policy: Policy, setting: str) -> Any:
+    try:
+        return _as_json(getattr(policy, setting))
+    except TypeError as error:
+        raise PolicyError(
+            f"{type(policy).__name__} cannot be written down: its setting {setting} is {error}, and should be a "
+            "number, text, True, False, None, or a tuple of those."
+        ) from None
+
+
+def _as_json(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, tuple):
+        return [_as_json(each) for each in value]
+    if isinstance(value, Integral | Real):  # of numpy, too
+        return int(value) if isinstance(value, Integral) else float(value)
+    raise TypeError(repr(value))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

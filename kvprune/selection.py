@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvprune.policy import Policy
+from kvprune.state import Saved, State
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class PromptFilter(Policy, ABC):
     @property
     def filters_prompt(self) -> bool:
         return True
+
+    @property
+    def needs_question(self) -> bool:
+        return True  # its newest token's query chooses
 
     @abstractmethod
     def filter_layer(self, config: Any, pruned: tuple[int, ...]) -> int:
@@ -76,6 +81,22 @@ class Selection:
     def crop(self, count: int) -> Selection:
         """Without the newest `count` columns, none of which came from a filtered prompt."""
         return self if self.columns is None else replace(self, columns=self.columns[:, :-count].clone())
+
+    def clone(self) -> Selection:
+        return replace(self, columns=None if self.columns is None else self.columns.clone())
+
+    def state(self) -> State:
+        facts = {name: getattr(self, name) for name in ("layer", "positions", "dropped", "skipped")}
+        return State(facts, {} if self.columns is None else {"columns": self.columns})
+
+    @classmethod
+    def restored(cls, saved: Saved, seen: int, tokens: tuple[int, ...]) -> Selection:
+        """seen: columns of the input so far. tokens: of each sequence. Raises CacheError."""
+        batch, most = len(tokens), max(tokens, default=0)
+        skipped = saved.count("skipped", seen)
+        columns = saved.tensor("columns", (batch, seen - skipped), torch.bool) if saved.has("columns") else None
+        positions = saved.many_counts("positions", most - 1, length=batch)
+        return cls(saved.count("layer"), positions, saved.counts("dropped", most, length=batch), skipped, columns)
 
     def select_batch(self, rows: Tensor) -> Selection:
         """These sequences, in this order."""

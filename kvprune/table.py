@@ -28,10 +28,13 @@ from kvprune.kernels import TORCH, Columns, Kernels
 from kvprune.packed_rows import PackedRows
 from kvprune.quantize import Codec
 from kvprune.rows import take_rows, true_rows
+from kvprune.state import Saved, State
 
 EMPTY = -1
 # Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.
 MOST_HOLES = 32
+# Spare slots that a saved table may have beyond the number of its rows.
+MOST_SPARE = 32
 
 
 def owned(tensor: Tensor) -> Tensor:
@@ -437,9 +440,54 @@ class TokenTable:
         """An independent copy."""
         other = copy.copy(self)
         other._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        other._made_columns = None
         other.packed = [tier.clone() for tier in self.packed]
+        other._shape_changed()
         return other
+
+    # -- saved and restored ----------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """All rows, in the order of their slots. Of spare slots, whose contents mean nothing, only how many there are.
+
+        A table may have far more of those than rows after a crop; no more come back than rows, and a few.
+        """
+        state = State(
+            {
+                "rows": self.length,
+                "spare": min(self.capacity - self.length, self.length + MOST_SPARE),
+                "dense": self.dense,
+                "most_rows": self._most_rows,
+                "closed_rows": self._closed_length,
+            },
+            {name: tensor[:, :, : self.length - self._first_slot(name)] for name, tensor in self._tensors.items()},
+        )
+        state.add_all("packed", (tier.state() for tier in self.packed))
+        return state
+
+    def restore(self, saved: Saved, codecs: Iterable[Codec], tokens: int) -> None:
+        """Take the rows of a `state`, into a table that has none; its own columns are those that must be there.
+
+        codecs: that its policies pack rows with. tokens: more than any position. Raises CacheError.
+        """
+        self.length = saved.count("rows")
+        spare = saved.count("spare", self.length + MOST_SPARE)
+        heads, (key_dim, value_dim) = self.positions.shape[:2], (self.keys.shape[3], self.values.shape[3])
+        known = list(codecs)
+        self.packed = [PackedRows.restored(tier, known, heads, key_dim, value_dim) for tier in saved.parts("packed")]
+        self.packed_length = sum(map(len, self.packed))
+        if self.packed_length > self.length:
+            raise saved.refused(f"has {self.packed_length} packed rows of {self.length}")
+        for name, empty in self._tensors.items():
+            shape = (*heads, self.length - self._first_slot(name), *empty.shape[3:])
+            within = (EMPTY, tokens - 1) if name == "positions" else None
+            self._tensors[name] = saved.tensor(name, shape, empty.dtype, spare=spare, within=within)
+        self.dense = saved.flag("dense")
+        if self.dense and bool((self.positions < 0).any()):
+            raise saved.refused("has empty rows, and says that it has none")
+        self._most_rows = saved.count("most_rows", self.length)
+        self._closed_length = saved.count("closed_rows")
+        self._borrowed = False
+        self._shape_changed()
 
     def check_step(self, keys: Tensor, values: Tensor) -> None:
         """Raise CacheError where new keys and values do not fit this table."""

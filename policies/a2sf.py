@@ -37,6 +37,10 @@ class A2SF(Eviction):
         check_number("forgetting_factor", self.forgetting_factor, low=0, high=1)
         check_number("epsilon", self.epsilon, low=0, high=1)
 
+    @property
+    def needs_question(self) -> bool:
+        return self.forgetting_factor < 1
+
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}
 

@@ -48,6 +48,10 @@ class SnapKV(Eviction):
     def query_window(self) -> int:
         return self.window
 
+    @property
+    def needs_question(self) -> bool:
+        return True
+
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}
 

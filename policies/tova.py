@@ -20,6 +20,10 @@ class TOVA(Eviction):
     sinks: int = 0
     recent: int | float = 1
 
+    @property
+    def needs_question(self) -> bool:
+        return True
+
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}
 

@@ -1,0 +1,224 @@
+"""Caches in files: one safetensors file each, which is believed in nothing.
+
+    {"format": "kvprune.cache", "version": "1", "header": JSON, "sha256": of the header}      the file's metadata
+    header: kvprune, policy, model (its fingerprint), seen, layers, tensors (sha256 of each)
+    layers.<index>.table.keys, ...                                                            the tensors
+
+Everything is checked before it is used, so that a file that is damaged, made for another model, or made up, raises
+CacheError and nothing else. Nothing is unpickled or imported but policies that are registered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvprune import stock
+from kvprune.errors import CacheError, PolicyError
+from kvprune.fingerprint import as_bytes, differences, fingerprint
+from kvprune.layer import PrunedLayer
+from kvprune.policy import Policy
+from kvprune.registry import described, from_description
+from kvprune.state import Saved, State
+from kvprune.table import owned
+
+if TYPE_CHECKING:
+    from kvprune.cache import PrunedCache
+
+FORMAT, VERSION = "kvprune.cache", 1
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+# -- to a file ---------------------------------------------------------------------------------------------------------
+
+
+def save(cache: PrunedCache, model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a cache; see `PrunedCache.save`."""
+    from kvprune import __version__
+
+    state = State({"kvprune": __version__, "policy": described(cache.policy), "model": fingerprint(model)})
+    state.facts["seen"] = cache.seen_tokens
+    state.add_all("layers", (_layer_state(layer) for layer in cache.layers))
+    tensors = {name: owned(tensor.detach()).cpu() for name, tensor in sorted(state.tensors.items())}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise CacheError(f"{name} is in {tensor.dtype}, which cannot be saved.")
+    state.facts["tensors"] = {name: _digest(tensor) for name, tensor in tensors.items()}
+    header = json.dumps(state.facts)
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": header, "sha256": _digest(header)}
+    _write(tensors, metadata, Path(os.path.realpath(path)))
+
+
+def _layer_state(layer: Any) -> State:
+    return layer.state() if isinstance(layer, PrunedLayer) else stock.state(layer)
+
+
+def _digest(content: Tensor | str) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else as_bytes(content)).hexdigest()
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """All of it or nothing: whatever happens, the folder holds the old file or the new one, and nothing else."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{FORMAT}.", dir=path.parent) as folder:
+            written = Path(folder) / "cache"
+            written.touch()
+            mode = written.stat().st_mode  # what the umask leaves; safetensors 0.8 makes files for their owner alone
+            save_file(tensors, written, metadata)
+            written.chmod(mode)
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+            written.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"the cache cannot be saved to {path}: {error}.") from error
+
+
+# -- from a file -------------------------------------------------------------------------------------------------------
+
+
+def load(
+    kind: type[PrunedCache], path: str | os.PathLike[str], model: Any, policy: Policy | None = None, **settings: Any
+) -> PrunedCache:
+    """Read a cache; see `PrunedCache.load`. settings: of its constructor."""
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as opened:
+            file = _File(path, opened)
+            header = Saved(file, file.header)
+            told = differences(header.fact("model", dict), fingerprint(model))
+            if told:
+                raise file.refused(f"it is of another model than this {type(model).__name__}: {'; '.join(told)}")
+            cache = kind(model, _policy(file, policy), **settings)
+            _restore(cache, header, model)
+            return cache
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"{path} cannot be loaded: it is no whole safetensors file ({error}).") from error
+
+
+class _File:
+    """An open file: its header, and its tensors as whoever reads them expects them. `Tensors` of state.py."""
+
+    def __init__(self, path: Path, opened: Any) -> None:
+        self._path, self._opened = path, opened
+        self.header = self._checked_header()
+        digests = self.header.get("tensors")
+        self._digests: dict[str, Any] = digests if isinstance(digests, dict) else {}
+        if set(opened.keys()) != self._digests.keys():
+            raise self.refused("tensors are missing, or there are some that its header does not know")
+
+    def refused(self, reason: str) -> CacheError:
+        return CacheError(f"{self._path} cannot be loaded: {reason}.")
+
+    def _checked_header(self) -> dict[str, Any]:
+        metadata = self._opened.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise self.refused("it is no cache that kvprune saved")
+        version = metadata.get("version", "")
+        if version.isascii() and version.isdigit() and len(version) < 10 and int(version) > VERSION:
+            raise self.refused(
+                f"its format is {version}, and this kvprune reads up to {VERSION}: install the kvprune that saved it, "
+                "or a later one"
+            )
+        text = metadata.get("header", "")
+        if version != str(VERSION) or metadata.get("sha256") != _digest(text):
+            raise self.refused("its header is damaged")
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise self.refused("its header is no JSON object")
+        return header
+
+    @cached_property
+    def _described(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        found = {}
+        for name in self._digests:
+            part = self._opened.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise self.refused(f"{name} is in {part.get_dtype()}, which no cache holds")
+            found[name] = tuple(part.get_shape()), dtype
+        return found
+
+    def described(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return self._described.get(name)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._opened.get_tensor(name)  # a view of the mapped file
+        if self._digests[name] != _digest(tensor):
+            raise self.refused(f"{name} is damaged")
+        return tensor
+
+
+def _policy(file: _File, given: Policy | None) -> Policy:
+    """The policy that the file names, or the one that was given, if it is the same."""
+    description = file.header.get("policy")
+    if given is not None:
+        if described(given) != description:
+            raise file.refused(f"its policy is {json.dumps(description)}, and not {given}")
+        return given
+    try:
+        return from_description(description)
+    except PolicyError as error:
+        raise file.refused(
+            f"its policy cannot be had ({error}) If it is a class of your own, give an object of it with the settings "
+            "that the file names: load(path, model, policy=...)"
+        ) from error
+
+
+def _restore(cache: PrunedCache, header: Saved, model: Any) -> None:
+    """Fill a new cache."""
+    devices = _devices(model)
+    states = [
+        replace(state, device=devices.get(index, model.device))
+        for index, state in enumerate(header.parts("layers", len(cache.layers)))
+    ]
+    batch = None
+    for index in cache.pruned_layers:
+        layer, state = cast(PrunedLayer, cache.layers[index]), states[index]
+        layer.restore(state)
+        _check_layer(cache, layer, state, model)
+        if batch not in (None, len(layer.tokens)):
+            raise state.refused(f"holds a batch of {len(layer.tokens)}, and others one of {batch}")
+        batch = len(layer.tokens)
+    for layer, state in zip(cache.layers, states, strict=True):
+        if not isinstance(layer, PrunedLayer):
+            stock.restore(layer, state, batch or None)
+    seen = header.count("seen")
+    if cache.lengths - {seen}:
+        raise header.refused(f"says that {seen} tokens were seen, and its layers that {sorted(cache.lengths)} were")
+
+
+def _check_layer(cache: PrunedCache, layer: PrunedLayer, state: Saved, model: Any) -> None:
+    query_heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    if layer.table is not None and isinstance(query_heads, int) and query_heads % layer.table.kv_heads:
+        raise state.refused(f"has {layer.table.kv_heads} KV heads, and the model {query_heads} query heads")
+    if layer.selection is not None and (
+        layer.index != cache.pruned_layers[0] or layer.selection.layer != cache.filter_layer
+    ):
+        raise state.refused("holds what a prompt filter chose that this policy is not")
+
+
+def _devices(model: Any) -> dict[int, torch.device]:
+    """Where the attention of each layer runs, as far as its weights tell."""
+    found: dict[int, torch.device] = {}
+    for module in model.get_decoder().modules():
+        weight = next(module.parameters(), None)
+        if isinstance(index := getattr(module, "layer_idx", None), int) and weight is not None and not weight.is_meta:
+            found.setdefault(index, weight.device)
+    return found
