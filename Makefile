@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
@@ -11,7 +12,7 @@ PEERS := bench/peers/.venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -30,6 +31,10 @@ peers: $(PEERS)
 
 $(INSTALLED): pyproject.toml constraints.txt kvprune/kernels/cpu.c
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(TESTED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
