@@ -205,6 +205,8 @@ class KVPruneLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
+        if not requests:
+            return []
         asked = self._requests(requests)
         rolling = any(texts is None for texts, *_ in requests)  # so HFLM hands over the windows of a text
         score = self._score_windows if rolling else self._score_continuations
@@ -238,8 +240,8 @@ class KVPruneLM(HFLM):
 
     def _rows(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> int:
         """Sequences of a batch."""
-        if self.batch_size != "auto" or not requests:
-            return int(self.batch_size) if self.batch_size != "auto" else 1
+        if self.batch_size != "auto":
+            return int(self.batch_size)
         longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
         return int(self._detect_batch_size([longest]))
 

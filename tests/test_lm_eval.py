@@ -9,6 +9,7 @@ from contextlib import suppress
 from copy import deepcopy
 from importlib.metadata import entry_points
 
+import families
 import pytest
 import torch
 import yaml
@@ -250,6 +251,20 @@ def test_the_batch_size_changes_nothing_in_rolling_texts(embedded, policy):
     small, large = (lm(embedded, read_policy(policy), batch_size=rows, max_length=200) for rows in (1, 8))
     alone, together = (ask(model, "loglikelihood_rolling", *texts) for model in (small, large))
     assert alone == pytest.approx(together, abs=2e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "gpt2", "opt"])
+def test_families_of_models_give_the_numbers_of_the_stock_model(embedded, family):
+    """Sliding windows, attention sinks and learned positions, in batches padded on both sides and in windows."""
+    ids = families.token_ids(100).tolist()
+    asked = [(("", ""), ids[start:40], ids[40 : 41 + start]) for start in (0, 3, 3, 17)]
+    windows = [(None, ids[:1], ids[1:60]), (None, ids[5:25], ids[25:65]), (None, ids[:1], ids[1:30])]
+    settings = {"tokenizer": embedded[1], "max_length": 64}
+    stock = HFLM(pretrained=families.stock(family), **settings)
+    pruned = KVPruneLM(families.shared(family), A2SF(64), batch_size=3, rolling_chunk=16, **settings)
+    for requests in (asked, windows):
+        found, expected = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (pruned, stock))
+        assert numbers(found) == pytest.approx(numbers(expected), abs=1e-3)
 
 
 def test_continuations_of_one_context_share_its_prefill(embedded):
