@@ -192,7 +192,7 @@ def embedded():
 
 def lm(embedded, policy, **settings):
     model, tokenizer = embedded
-    return KVPruneLM(model, policy, tokenizer=tokenizer, **{"max_length": WINDOW, "batch_size": 4, **settings})
+    return KVPruneLM(model, policy, tokenizer=tokenizer, **{"max_length": WINDOW, "batch_size": 8, **settings})
 
 
 def ask(model, kind, *arguments):
@@ -240,8 +240,9 @@ def test_a_continuation_is_scored_as_decoding_would(embedded, policy):
 @pytest.mark.parametrize("policy", ["full", "a2sf", "kivi:bits=4,residual=64,group_size=32", "gemfilter:budget=0.5"])
 def test_the_batch_size_changes_nothing(embedded, policy):
     small, large = (lm(embedded, read_policy(policy), batch_size=rows) for rows in (1, 8))
-    alone, together = (numbers(ask(model, "loglikelihood", *choices())) for model in (small, large))
-    assert alone == pytest.approx(together, abs=2e-3)
+    alone, together = (ask(model, "loglikelihood", *choices()) for model in (small, large))
+    assert numbers(alone) == pytest.approx(numbers(together), abs=2e-3)
+    assert [greedy for _, greedy in alone] == [greedy for _, greedy in together]
 
 
 @pytest.mark.parametrize("policy", ["full", "a2sf", "kivi:bits=4,residual=64,group_size=32"])
@@ -259,12 +260,16 @@ def test_families_of_models_give_the_numbers_of_the_stock_model(embedded, family
     ids = families.token_ids(100).tolist()
     asked = [(("", ""), ids[start:40], ids[40 : 41 + start]) for start in (0, 3, 3, 17)]
     windows = [(None, ids[:1], ids[1:60]), (None, ids[5:25], ids[25:65]), (None, ids[:1], ids[1:30])]
+    with torch.no_grad():
+        greedy = families.stock(family)(torch.tensor([ids[3:40]])).logits[0, -1].argmax().item()
+    asked.append((("", ""), ids[3:40], [greedy]))
     settings = {"tokenizer": embedded[1], "max_length": 64}
     stock = HFLM(pretrained=families.stock(family), **settings)
-    pruned = KVPruneLM(families.shared(family), A2SF(64), batch_size=3, rolling_chunk=16, **settings)
+    pruned = KVPruneLM(families.shared(family), A2SF(64), batch_size=8, rolling_chunk=16, **settings)
     for requests in (asked, windows):
         found, expected = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (pruned, stock))
         assert numbers(found) == pytest.approx(numbers(expected), abs=1e-3)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 def test_continuations_of_one_context_share_its_prefill(embedded):
@@ -341,6 +346,21 @@ def test_measured_bytes_are_those_of_the_caches(embedded):
     embedded[0](torch.tensor([embedded[1](context)["input_ids"][:-1]]), past_key_values=cache)
     assert (model.measured.nbytes, model.measured.dense_nbytes) == (cache.nbytes, cache.dense_nbytes)
     assert model.measured.sequences == 1
+
+
+def test_every_answer_is_kept_as_soon_as_it_is_there(embedded):
+    """For lm-eval's --use_cache, which goes on where an evaluation was interrupted."""
+
+    class Kept(dict):
+        def add_partial(self, kind, arguments, answer):
+            self[kind, arguments] = answer
+
+    model, kept = lm(embedded, A2SF(0.25)), Kept()
+    model.set_cache_hook(kept)
+    pairs, texts = choices()[:6], [(questions()[0]["prompt"],)]
+    answers = ask(model, "loglikelihood", *pairs) + ask(model, "loglikelihood_rolling", *texts)
+    asked = [("loglikelihood", pair) for pair in pairs] + [("loglikelihood_rolling", text) for text in texts]
+    assert kept == dict(zip(asked, answers, strict=True))
 
 
 def test_the_batch_size_can_be_found(embedded):
