@@ -793,6 +793,8 @@ def test_forks_share_no_tensor(family, policy, recording):
     assert not {storages(cache)[each] for each in shared_by_both}
     before = [contents(layer) for layer in fork.layers]
     if recording:
-        cache.crop(0)
-    feed(model, batch, cache, [1, 4, 1], begin=35 if recording else 32)
+        cache.crop(0)  # transformers 5.17 takes no step before
+        feed(model, batch, cache, [4], begin=35)
+    else:
+        feed(model, batch, cache, [1, 4, 1], begin=32)
     assert [contents(layer) for layer in fork.layers] == before
