@@ -558,15 +558,13 @@ class PrunedLayer(CacheLayerMixin):
 
     def _restored_table(self, saved: Saved) -> TokenTable:
         (shape, dtype), (value_shape, value_dtype) = saved.numbers("keys"), saved.numbers("values")
-        batch, heads, _, dim = shape
-        if batch != len(self.tokens) or value_shape[:3] != shape[:3] or value_dtype != dtype or 0 in (
-            batch, heads, dim, value_shape[3]
-        ):  # fmt: skip
+        batch, heads, rows, key_dim = shape
+        value_dim = value_shape[3]
+        alike = value_shape == (batch, heads, rows, value_dim) and value_dtype == dtype
+        if not alike or batch != len(self.tokens) or not all((batch, heads, key_dim, value_dim)):
             raise saved.refused(f"has keys of shape {list(shape)} and values of shape {list(value_shape)}")
-        keys, values = (torch.empty(batch, heads, 0, each[3], dtype=dtype, device=saved.device)
-                        for each in (shape, value_shape))  # fmt: skip
-        positions = torch.empty(batch, heads, 0, dtype=torch.int32, device=saved.device)
-        table = self.new_table(keys, values, positions, dense=True)
+        none = torch.empty(batch, heads, 0, key_dim + value_dim, dtype=dtype, device=saved.device)
+        table = self.new_table(none[..., :key_dim], none[..., key_dim:], none[..., 0], dense=True)
         table.restore(saved, self._codecs, max(self.tokens))
         if table.length > self.seen:
             raise saved.refused(f"has {table.length} rows of {self.seen} tokens")
