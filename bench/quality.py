@@ -25,6 +25,7 @@ from output import Log, markdown, provenance, save
 from press_worker import Presses, PressJob
 from quality_tables import FULL, Row, Rows
 from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from worker import PEERS, Worker
@@ -178,6 +179,21 @@ def likelihoods(sequences: int, log: Log) -> list[likelihood.Result]:
     return likelihood.measure(model, pieces, chosen, prompt=likelihood.LENGTH // 2, batch_size=16)
 
 
+def tables_of(
+    rows: Rows, language: Sequence[likelihood.Result], budgets: Sequence[float], itemsize: int
+) -> dict[str, list[Table]]:
+    """By their place in the report."""
+    trios = [pair.names for pair in PAIRS]
+    return {
+        "known": [tables.by_budget(rows, EVICTING, budgets, known=True, first=1)],
+        "unknown": [tables.by_budget(rows, EVICTING, budgets, known=False, first=first) for first in (0, 1)],
+        "bytes": [tables.bytes_by_budget(rows, EVICTING, budgets, itemsize)],
+        "packing": [tables.packing(rows, PACKING, itemsize)],
+        "side by side": [tables.side_by_side(rows, trios, budgets, known=known) for known in (True, False)],
+        "likelihood": [tables.likelihoods(language)],
+    }
+
+
 def origin(settings: str, peers: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The command, the machine, the versions, the defaults of the presses, and who was left out."""
     made = provenance()
@@ -232,16 +248,7 @@ def main() -> None:
         rows = run(candidates, log)
     language = likelihoods(arguments.texts, log)
 
-    parts = {
-        "known": [tables.by_budget(rows, EVICTING, budgets, known=True, first=1)],
-        "unknown": [tables.by_budget(rows, EVICTING, budgets, known=False, first=first) for first in (0, 1)],
-        "bytes": [tables.bytes_by_budget(rows, EVICTING, budgets, itemsize)],
-        "packing": [tables.packing(rows, PACKING, itemsize)],
-        "side by side": [
-            tables.side_by_side(rows, [pair.names for pair in PAIRS], budgets, known=known) for known in (True, False)
-        ],
-        "likelihood": [tables.likelihoods(language)],
-    }
+    parts = tables_of(rows, language, budgets, itemsize)
     for shown in parts.values():
         log.console.print(*shown)
     save(

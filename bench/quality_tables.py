@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,7 +57,7 @@ class Rows:
     def __init__(self, rows: Iterable[Row]) -> None:
         self._rows = {(row.name, row.budget, row.known): row for row in rows}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
 
     def get(self, name: str, budget: float | None, known: bool) -> Row | None:
