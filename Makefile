@@ -7,7 +7,7 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test lint bench peers wheels clean
+.PHONY: demo test lint bench quality peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -26,6 +26,11 @@ bench: $(BENCHED) $(PEERS)
 	$(BIN)/python bench/speed.py $(BENCH) --out bench/results/speed.json
 	$(BIN)/python bench/memory.py $(BENCH) --out bench/results/memory.json
 	$(BIN)/python bench/plots.py bench/results
+
+# What compression does to answers: half an hour on a quiet core. Without kvpress it says so and goes on.
+quality: $(INSTALLED)
+	-$(MAKE) peers
+	$(BIN)/python bench/quality.py $(QUALITY) --out bench/results/quality.json --report bench/quality.md
 
 peers: $(PEERS)
 
