@@ -174,7 +174,7 @@ def likelihoods(sequences: int, log: Log) -> list[likelihood.Result]:
         return []
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     documents = (document.strip() for document in text.read_text(encoding="utf-8").split(likelihood.SEPARATOR))
-    pieces = likelihood.cut(documents, AutoTokenizer.from_pretrained(folder), sequences)
+    pieces = likelihood.cut(documents, AutoTokenizer.from_pretrained(folder), sequences, likelihood.LENGTH)
     chosen = {text: parse(text) for text in likelihood.POLICIES}
     return likelihood.measure(model, pieces, chosen, prompt=likelihood.LENGTH // 2, batch_size=16)
 
