@@ -329,8 +329,8 @@ class PrunedLayer(CacheLayerMixin):
                 other_bytes=(other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens) * heads.size,
                 spare=2 * self._interval - 1 if self._interval else 0,
                 generated=generated,
-                heads=heads,
                 source=queries,
+                heads=heads,
             )
             step.weights = part.row_weights(step)
             plans.append(Plan(part, table.scoped(scope), step))

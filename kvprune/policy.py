@@ -58,14 +58,14 @@ class Step:
     """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
     generated: int | Tensor = 0
     """Tokens generated since the last prefill step, those of this step included; a scalar where steps are compiled."""
-    heads: Heads = ALL_HEADS
-    """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
     source: Queries | None = None
     """The queries themselves."""
     weights: RowWeights | None = None
     """The attention rows that the policy asked for."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
+    heads: Heads = ALL_HEADS
+    """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
 
     @property
     def mass(self) -> Tensor:
