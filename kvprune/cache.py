@@ -16,6 +16,7 @@ from kvprune import saving
 from kvprune.attention import PREFIX, PendingKeys, register
 from kvprune.backends import Sdpa, choose
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
+from kvprune.heads import Heads
 from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
@@ -36,6 +37,10 @@ class PrunedCache(Cache):
     Layers with full attention are pruned; sliding-window, chunked and linear layers of a hybrid model keep the layer
     that transformers gives them.
 
+    Where tensor parallelism splits the heads of a model (`tp_plan="auto"`), every process has a cache of its own, with
+    the rows of its own heads: all of them must make theirs with the same policy and see the same tokens, and then keep
+    what one process would. What a cache tells, bytes and positions, is of its process; a budget in bytes is of all.
+
     Args:
         model: a decoder-only transformers model. It is switched to the kvprune attention, which leaves every other
             cache to the attention the model was loaded with.
@@ -48,7 +53,8 @@ class PrunedCache(Cache):
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
-            not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids.
+            not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids. With
+            the first tokens, a tensor-parallel plan that splits query heads and KV heads differently.
         CacheError: an attention or a device that cannot be had.
         PolicyError: something that is no policy, a name that is not known, or a layer that this model does not have.
             Kernels that do not run on the cache's device raise it with the first tokens.
@@ -89,6 +95,7 @@ class PrunedCache(Cache):
                 device=_device(device),
                 kernels=kernels,
                 backend=backend,
+                heads=Heads.of(model, index),
             )
         super().__init__(layers=layers)
         self.policy = policy
@@ -320,12 +327,12 @@ class PrunedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that the cache holds now: keys, values, positions, scores, spare slots."""
+        """Bytes of every tensor that this process holds now: keys, values, positions, scores, spare slots."""
         return sum(layer.nbytes if isinstance(layer, PrunedLayer) else _stock_bytes(layer) for layer in self.layers)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes that a DynamicCache would hold for the same tokens."""
+        """Bytes that a DynamicCache would hold for the same tokens, in this process."""
         return sum(
             layer.seen * layer.table.kv_token_bytes
             if isinstance(layer, PrunedLayer) and layer.table is not None
@@ -334,7 +341,7 @@ class PrunedCache(Cache):
         )
 
     def kept_positions(self, layer: int) -> Tensor:
-        """Positions of the tokens that a layer keeps, LongTensor `[B, Hkv, rows]`, ascending.
+        """Positions of the tokens that a layer keeps, LongTensor `[B, Hkv, rows]`, ascending; Hkv of this process.
 
         Positions count the tokens of each sequence from 0, padding left out. Where a sequence keeps fewer rows than
         another, the row begins with -1. Raises CacheError for a layer that is not pruned.
@@ -429,7 +436,8 @@ class PrunedCache(Cache):
 
         One safetensors file: rows, codes, scores, counts, the policy, and a fingerprint of the model, with checksums of
         all of it. It is written beside the path and then takes its place, so that a file which was there stays whole
-        until the new one is. On the way, a copy of the cache is made in the CPU's memory.
+        until the new one is. On the way, a copy of the cache is made in the CPU's memory. Of a model that tensor
+        parallelism splits, every process saves its own heads: give each a path of its own, and load them likewise.
 
         Raises CacheError in the middle of a forward pass, while a step waits for `crop`, where the file cannot be
         written, and where layers that are not pruned are of a kind that cannot be saved; PolicyError for a policy with

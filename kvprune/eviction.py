@@ -33,7 +33,8 @@ class Eviction(Policy):
 
     Settings:
         budget: a float in (0, 1] is a fraction of the prompt tokens, rounded up and never below sinks + recent; an int
-            is tokens per KV head; a string such as "512MiB" is bytes of the whole cache.
+            is tokens per KV head; a string such as "512MiB" is bytes of the whole cache, that is, of all processes
+            together where tensor parallelism splits the heads.
         sinks: the first tokens of a sequence, always kept, part of the budget.
         recent: the newest tokens, always kept, part of the budget; a float is a share of the budget, rounded up.
         interval: generated tokens between two evictions. 1 evicts at every step and the cache never exceeds the budget

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvprune.attention import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.backends import SDPA, Sdpa
 from kvprune.errors import CacheError, KVPruneError
+from kvprune.heads import ALL_HEADS, Heads
 from kvprune.kernels import choose
 from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
@@ -89,12 +90,14 @@ class PrunedLayer(CacheLayerMixin):
         device: torch.device | None = None,
         kernels: str = "auto",
         backend: Sdpa = SDPA,
+        heads: Heads = ALL_HEADS,
     ) -> None:
         """Args:
         index: of the layer in the model. pruned_layers: how many layers share a budget in bytes.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
         device: where the table lives and is attended to; None for the model's.
         kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
+        heads: the share of the layer's heads that is here, if the model's plan splits attention.
         """
         super().__init__()
         self.policies = policy.parts()
@@ -109,6 +112,7 @@ class PrunedLayer(CacheLayerMixin):
         self.home = device
         self.kernels = kernels
         self.backend = backend
+        self.heads = heads
         self.reset()
 
     def reset(self) -> None:
@@ -267,6 +271,7 @@ class PrunedLayer(CacheLayerMixin):
         first = per_sequence(before, states.device)
         queries = Queries.of_step(states, first, valid, begins=self.table is None, placed=placed)
         if self.table is None:
+            self.heads.check(states.shape[1], keys.shape[1])
             self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
             self.is_initialized = True
         elif len(queries) == 1 and valid is None and placed is None:
@@ -302,6 +307,7 @@ class PrunedLayer(CacheLayerMixin):
         steady = self.steady if torch.compiler.is_dynamo_compiling() else None
         tokens = per_sequence(self.tokens, device) if steady is None else steady.tokens + 1
         generated = self.generated if steady is None else steady.generated + 1
+        heads = self.heads.present(table.kv_heads)
         token_bytes, other_bytes = self._costs(table)
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
         other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes
@@ -319,11 +325,12 @@ class PrunedLayer(CacheLayerMixin):
                 new_tokens=per_sequence(queries.tokens, device),
                 tokens=tokens,
                 prompt_tokens=self.prompt_tokens,
-                token_bytes=token_bytes * self.pruned_layers,
-                other_bytes=other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens,
+                token_bytes=token_bytes * self.pruned_layers * heads.size,
+                other_bytes=(other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens) * heads.size,
                 spare=2 * self._interval - 1 if self._interval else 0,
                 generated=generated,
                 source=queries,
+                heads=heads,
             )
             step.weights = part.row_weights(step)
             plans.append(Plan(part, table.scoped(scope), step))
