@@ -180,7 +180,7 @@ class PrunedCache(Cache):
         if first and self._selection is not None:
             layer.selection = self._selection
         if layer.index == self.pruned_layers[-1]:
-            self.expect(None, None)
+            self._forget_step()
         return output
 
     # Steps that change shapes look at counts, and some at what is in tensors: a compiler could make nothing of them.
@@ -222,6 +222,11 @@ class PrunedCache(Cache):
     def expect(self, filtered: FilteredStep | None, selection: Selection | None) -> None:
         """What a prompt filter left of the forward pass that comes now, and the selection that holds after it."""
         self._filtered, self._selection = filtered, selection
+
+    def _forget_step(self) -> None:
+        """Let go of what was of one forward pass alone, such as the tensors that sliding windows held before it."""
+        self._padding, self._stock_states = None, {}
+        self.expect(None, None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens seen, padding included, whatever a prompt filter kept from the layers."""
@@ -265,12 +270,6 @@ class PrunedCache(Cache):
 
     def _check_whole(self, batch_size: int) -> None:
         """Before a forward pass: all layers have seen the same, and the batch is the one they hold."""
-        if self.is_hybrid:
-            self._stock_states = {
-                index: dict(vars(layer))
-                for index, layer in enumerate(self.layers)
-                if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
-            }
         self._check_lengths()
         for index in self.pruned_layers[:1]:
             table = self.layers[index].table
@@ -279,6 +278,12 @@ class PrunedCache(Cache):
                     f"this cache holds a batch of {table.batch_size}, and the model was called with a batch of "
                     f"{batch_size}. Make a new PrunedCache, or call reset() to start over."
                 )
+        if self.is_hybrid:
+            self._stock_states = {
+                index: dict(vars(layer))
+                for index, layer in enumerate(self.layers)
+                if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
+            }
 
     @property
     def lengths(self) -> set[int]:
@@ -312,6 +317,7 @@ class PrunedCache(Cache):
             if self._open == self.pruned_layers[0]:  # nothing but stock layers has changed yet
                 for index, state in self._stock_states.items():
                     vars(self.layers[index]).update(state)
+                self._stock_states = {}
         self._open = None
         return error(
             f"this PrunedCache was made for {self._model_name}, but {reason}. "
@@ -407,7 +413,7 @@ class PrunedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
                 layer.check_crop(tokens_to_remove)
-            elif _is_past_its_window(layer) and not layer.record_past:
+            elif _has_lost_what_it_needs(layer, -tokens_to_remove):
                 raise CacheError(
                     "cannot crop: a sliding-window layer has dropped tokens that would be needed again. Call "
                     "activate_past_recording() before steps that you may want to take back, or keep a fork()."
@@ -416,8 +422,11 @@ class PrunedCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache; it may then be used with another batch size."""
-        self._open, self._padding, self._stock_states = None, None, {}
-        self.expect(None, None)
+        self._open = None
+        self._forget_step()
+        for layer in self.layers:
+            if getattr(layer, "record_past", False):  # a sliding window goes on recording (transformers 5.23)
+                layer.record_past = False
         super().reset()
 
     def fork(self) -> PrunedCache:
@@ -425,8 +434,7 @@ class PrunedCache(Cache):
         self._check_closed()
         other = copy.copy(self)
         other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
-        other._padding, other._stock_states = None, {}
-        other.expect(None, None)
+        other._forget_step()
         return other
 
     # -- saved and loaded ------------------------------------------------------------------------------------------
@@ -544,8 +552,13 @@ def _is_static(layer: Any, states: Tensor) -> bool:
     return isinstance(layer, PrunedLayer) and layer.is_compileable and states.shape[2] == 1
 
 
-def _is_past_its_window(layer: Any) -> bool:
-    return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+def _has_lost_what_it_needs(layer: Any, remove: int) -> bool:
+    """Whether a layer with a sliding window cannot be cropped by so many tokens."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.get_seq_length() < layer.sliding_window:
+        return False
+    # Recording may have begun when the window had already moved on: transformers 5.23 would then crop too much.
+    needed = min(layer.get_seq_length() - remove, layer.sliding_window - 1)
+    return not layer.record_past or layer.keys.shape[2] - remove < needed
 
 
 def _stock_tensors(layer: Any) -> list[Tensor]:

@@ -228,7 +228,7 @@ def along_positions(scores: Tensor, positions: Tensor, function: Callable[[Tenso
     scores, positions: `[B, Hkv, rows]`.
     """
     positions = positions.long()
-    axis = int(positions.max()) + 1
+    axis = max(1, int(positions.max()) + 1)  # of nothing but padding, too
     index = torch.where(positions < 0, axis, positions)
     dense = scores.new_full((*scores.shape[:2], axis + 1), fill).scatter_(2, index, scores)[:, :, :axis]
     result = function(dense)

@@ -446,7 +446,8 @@ class PrunedLayer(CacheLayerMixin):
             return
         remove = -tokens_to_remove
         if remove:
-            dropped = (self.table.positions[:, 0, self.table.length - remove :] >= 0).sum(-1).tolist()
+            newest = slice(max(0, self.table.length - remove), None)
+            dropped = (self.table.positions[:, 0, newest] >= 0).sum(-1).tolist()
             self.table.drop_newest(remove)
             self.seen -= remove
             self.tokens = tuple(a - b for a, b in zip(self.tokens, dropped, strict=True))
@@ -573,15 +574,15 @@ class PrunedLayer(CacheLayerMixin):
         none = torch.empty(batch, heads, 0, key_dim + value_dim, dtype=dtype, device=saved.device)
         table = self.new_table(none[..., :key_dim], none[..., key_dim:], none[..., 0], dense=True)
         table.restore(saved, self._codecs, max(self.tokens))
-        if table.length > self.seen:
-            raise saved.refused(f"has {table.length} rows of {self.seen} tokens")
+        if table.rows > self.seen:
+            raise saved.refused(f"has {table.rows} rows of {self.seen} tokens")
         return table
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
     def kept_positions(self) -> Tensor:
         """`[B, Hkv, rows]` int64, ascending, -1 for empty rows; rows that are empty everywhere are left out."""
-        if self.table is None or self.table.length == 0:
+        if self.table is None:
             return torch.empty(0, 0, 0, dtype=torch.int64)
         positions = self.table.positions.long().sort(dim=-1).values
         return positions[:, :, int((positions < 0).sum(-1).min()) :]
