@@ -20,7 +20,14 @@ from chains import a2sf, chains, h2o, streaming_llm, tova
 from families import PAD, build, kept, storage_nbytes, token_ids
 from hypothesis import settings as profile
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from slow import RULES, Rows, Rule, SlowCache, masked
 from torch import Tensor
 
