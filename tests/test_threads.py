@@ -34,7 +34,7 @@ POLICIES: dict[str, tuple[Policy, Policy, Policy, Policy]] = {
         SnapKV(16, window=8),
     ),
     "packing": (ZipCache(buffer=4), KIVI(group_size=4, residual=2), A | ZipCache(buffer=4), A | KIVI(group_size=4)),
-    "filtering": (GemFilter(14), GemFilter(20) | A, GemFilter(0.5, layer=0), A),
+    "filtering": (GemFilter(14), GemFilter(20) | A, GemFilter(0.5, layer=1), A),
     "one for all": (A, A, A, A),
 }
 
