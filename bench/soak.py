@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,8 @@ def main() -> None:
     torch.set_num_threads(1)
     log, soaks = Log(), []
     for name in arguments.policies:
-        soaks.append(
-            soak(name, arguments.budget, arguments.steps, lambda steps, name=name: track(
-                steps, name, console=log.console, transient=True
-            ))
-        )  # fmt: skip
+        bar = partial(track, description=name, console=log.console, transient=True)
+        soaks.append(soak(name, arguments.budget, arguments.steps, bar))
         for fault in soaks[-1].faults:
             log.note(f"{name}: {fault}")
         rows = [asdict(each) | {"slowdown": each.slowdown} for each in soaks]
