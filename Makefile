@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test lint bench peers wheels clean
+.PHONY: demo test lint bench quality peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -26,10 +27,19 @@ bench: $(BENCHED) $(PEERS)
 	$(BIN)/python bench/memory.py $(BENCH) --out bench/results/memory.json
 	$(BIN)/python bench/plots.py bench/results
 
+# What compression does to answers: half an hour on a quiet core. Without kvpress it says so and goes on.
+quality: $(INSTALLED)
+	-$(MAKE) peers
+	$(BIN)/python bench/quality.py $(QUALITY) --out bench/results/quality.json --report bench/quality.md
+
 peers: $(PEERS)
 
 $(INSTALLED): pyproject.toml constraints.txt kvprune/kernels/cpu.c
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(TESTED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 

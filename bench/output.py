@@ -72,15 +72,18 @@ def save_markdown(path: Path | None, tables: Iterable[Table], notes: Iterable[st
         path.with_suffix(".md").write_text("\n".join(part for part in parts if part))
 
 
+def provenance() -> dict[str, Any]:
+    """The command that runs, the machine and the versions."""
+    return {
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": {**machine(), "cores": os.cpu_count(), "python": sys.version.split()[0]},
+        "kvprune": kvprune.__version__,
+    }
+
+
 def save(path: Path | None, **results: Any) -> None:
     """Write results with the command, the machine and the versions, as JSON; nothing where no path is given."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    summary = {
-        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "machine": {**machine(), "cores": os.cpu_count(), "python": sys.version.split()[0]},
-        "kvprune": kvprune.__version__,
-        **results,
-    }
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    path.write_text(json.dumps({**provenance(), **results}, indent=1) + "\n")

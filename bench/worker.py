@@ -17,16 +17,19 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 import workload
 from contenders import CONTENDERS, missing_package
 from workload import Job, fingerprint, forget_models, model_for, warm_up
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PEERS = Path(__file__).parent / "peers" / ".venv" / "bin" / "python"
 PACKAGES = ("torch", "transformers", "kvprune", "kvpress", "optimum-quanto", "hqq")
@@ -39,18 +42,23 @@ class Here:
 
     def ask(self, measure: str, job: Job) -> dict[str, Any]:
         """What was measured, or `{"error": why not}`: one contender that fails does not end a run of many."""
-        try:
-            return _answer(measure, job)
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        # Outside the handler, where no traceback holds on to tensors any more.
-        _free()
-        return {"error": reason}
+        return reasoned(lambda: _answer(measure, job))
 
     def close(self) -> None:
         """Let go of the models."""
         forget_models()
         _free()
+
+
+def reasoned(answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer, or `{"error": why not}`."""
+    try:
+        return answer()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    # Outside the handler, where no traceback holds on to tensors any more.
+    _free()
+    return {"error": reason}
 
 
 def _free() -> None:
@@ -103,8 +111,9 @@ class Worker:
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, measure: str, job: Job) -> dict[str, Any]:
-        """As `Here.ask`; a process that has died is an error of this job, and the next job gets a new one."""
+    def ask(self, measure: str, job: DataclassInstance) -> dict[str, Any]:
+        """As `Here.ask`, of any job that the script understands; a process that has died is an error of this job, and
+        the next job gets a new one."""
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
@@ -134,15 +143,16 @@ class Worker:
         self.close()
 
 
-def serve() -> None:
+def serve(ask: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer every line of stdin, a measure and the fields of a job, until there are no more."""
     # Whatever a package prints goes to stderr, so that answers have the pipe for themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    here = Here()
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(here.ask(request["measure"], Job(**request["job"]))), file=answers, flush=True)
+        print(json.dumps(ask(request["measure"], request["job"])), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    here = Here()
+    serve(lambda measure, job: here.ask(measure, Job(**job)))

@@ -17,6 +17,7 @@ from kvprune import saving
 from kvprune.attention import PREFIX, PendingKeys, register
 from kvprune.backends import Sdpa, choose
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
+from kvprune.heads import Heads
 from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
@@ -40,6 +41,10 @@ class PrunedCache(Cache):
     Layers with full attention are pruned; sliding-window, chunked and linear layers of a hybrid model keep the layer
     that transformers gives them.
 
+    Where tensor parallelism splits the heads of a model (`tp_plan="auto"`), every process has a cache of its own, with
+    the rows of its own heads: all of them must make theirs with the same policy and see the same tokens, and then keep
+    what one process would. What a cache tells, bytes and positions, is of its process; a budget in bytes is of all.
+
     Args:
         model: a decoder-only transformers model. It is switched to the kvprune attention, which leaves every other
             cache to the attention the model was loaded with.
@@ -52,7 +57,8 @@ class PrunedCache(Cache):
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
-            not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids.
+            not made of keys and values per head, or, for a prompt filter, whose decoder takes no position ids. With
+            the first tokens, a tensor-parallel plan that splits query heads and KV heads differently.
         CacheError: an attention or a device that cannot be had.
         PolicyError: something that is no policy, a name that is not known, or a layer that this model does not have.
             Kernels that do not run on the cache's device raise it with the first tokens.
@@ -94,6 +100,7 @@ class PrunedCache(Cache):
                 device=_device(device),
                 kernels=kernels,
                 backend=backend,
+                heads=Heads.of(model, index),
             )
         super().__init__(layers=layers)
         self.policy = policy
@@ -190,7 +197,7 @@ class PrunedCache(Cache):
         if first and self._selection is not None:
             layer.selection = self._selection
         if layer.index == self.pruned_layers[-1]:
-            self.expect(None, None)
+            self._forget_step()
         return output
 
     # Steps that change shapes look at counts, and some at what is in tensors: a compiler could make nothing of them.
@@ -232,6 +239,11 @@ class PrunedCache(Cache):
     def expect(self, filtered: FilteredStep | None, selection: Selection | None) -> None:
         """What a prompt filter left of the forward pass that comes now, and the selection that holds after it."""
         self._filtered, self._selection = filtered, selection
+
+    def _forget_step(self) -> None:
+        """Let go of what was of one forward pass alone, such as the tensors that sliding windows held before it."""
+        self._padding, self._stock_states = None, {}
+        self.expect(None, None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens seen, padding included, whatever a prompt filter kept from the layers."""
@@ -284,12 +296,6 @@ class PrunedCache(Cache):
     def _check_whole(self, batch_size: int) -> None:
         """Before a forward pass: all layers have seen the same, and the batch is the one they hold."""
         self._check_complete()
-        if self.is_hybrid:
-            self._stock_states = {
-                index: dict(vars(layer))
-                for index, layer in enumerate(self.layers)
-                if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
-            }
         for index in self.pruned_layers[:1]:
             table = self.layers[index].table
             if table is not None and table.batch_size != batch_size:
@@ -297,6 +303,12 @@ class PrunedCache(Cache):
                     f"this cache holds a batch of {table.batch_size}, and the model was called with a batch of "
                     f"{batch_size}. Make a new PrunedCache, or call reset() to start over."
                 )
+        if self.is_hybrid:
+            self._stock_states = {
+                index: dict(vars(layer))
+                for index, layer in enumerate(self.layers)
+                if isinstance(layer, DynamicLayer)  # these replace their tensors and never write into them
+            }
 
     @property
     def lengths(self) -> set[int]:
@@ -329,6 +341,7 @@ class PrunedCache(Cache):
             if self._open == self.pruned_layers[0]:  # nothing but stock layers has changed yet
                 for index, state in self._stock_states.items():
                     vars(self.layers[index]).update(state)
+                self._stock_states = {}
                 if all(isinstance(layer, CacheLayerMixin) for layer in self.layers[: self._open]):
                     self._progress.forget()
         self._open = None
@@ -346,12 +359,12 @@ class PrunedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that the cache holds now: keys, values, positions, scores, spare slots."""
+        """Bytes of every tensor that this process holds now: keys, values, positions, scores, spare slots."""
         return sum(layer.nbytes if isinstance(layer, PrunedLayer) else _stock_bytes(layer) for layer in self.layers)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes that a DynamicCache would hold for the same tokens."""
+        """Bytes that a DynamicCache would hold for the same tokens, in this process."""
         return sum(
             layer.seen * layer.table.kv_token_bytes
             if isinstance(layer, PrunedLayer) and layer.table is not None
@@ -360,7 +373,7 @@ class PrunedCache(Cache):
         )
 
     def kept_positions(self, layer: int) -> Tensor:
-        """Positions of the tokens that a layer keeps, LongTensor `[B, Hkv, rows]`, ascending.
+        """Positions of the tokens that a layer keeps, LongTensor `[B, Hkv, rows]`, ascending; Hkv of this process.
 
         Positions count the tokens of each sequence from 0, padding left out. Where a sequence keeps fewer rows than
         another, the row begins with -1. Raises CacheError for a layer that is not pruned.
@@ -427,7 +440,7 @@ class PrunedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
                 layer.check_crop(tokens_to_remove)
-            elif _is_past_its_window(layer) and not layer.record_past:
+            elif _has_lost_what_it_needs(layer, -tokens_to_remove):
                 raise CacheError(
                     "cannot crop: a sliding-window layer has dropped tokens that would be needed again. Call "
                     "activate_past_recording() before steps that you may want to take back, or keep a fork()."
@@ -436,13 +449,13 @@ class PrunedCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache, whatever has happened to it; it may then be used with another batch size."""
-        self._open, self._padding, self._stock_states = None, None, {}
+        self._open = None
+        self._forget_step()
         self._progress.forget()
-        self.expect(None, None)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer):
                 layer.reset()
-            else:  # transformers' reset zeroes states, and still holds them for a batch of their size (5.23)
+            else:  # transformers' reset leaves states of a batch of their size, and the recording of the past (5.23)
                 self.layers[index] = copy.deepcopy(self._empty[index])
 
     def fork(self) -> PrunedCache:
@@ -452,8 +465,7 @@ class PrunedCache(Cache):
         other = copy.copy(self)
         other._progress = copy.copy(self._progress)
         other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
-        other._padding, other._stock_states = None, {}
-        other.expect(None, None)
+        other._forget_step()
         return other
 
     # -- saved and loaded ------------------------------------------------------------------------------------------
@@ -463,7 +475,8 @@ class PrunedCache(Cache):
 
         One safetensors file: rows, codes, scores, counts, the policy, and a fingerprint of the model, with checksums of
         all of it. It is written beside the path and then takes its place, so that a file which was there stays whole
-        until the new one is. On the way, a copy of the cache is made in the CPU's memory.
+        until the new one is. On the way, a copy of the cache is made in the CPU's memory. Of a model that tensor
+        parallelism splits, every process saves its own heads: give each a path of its own, and load them likewise.
 
         Raises CacheError in the middle of a forward pass, while a step waits for `crop`, where the file cannot be
         written, and where layers that are not pruned are of a kind that cannot be saved; PolicyError for a policy with
@@ -571,8 +584,13 @@ def _is_static(layer: Any, states: Tensor) -> bool:
     return isinstance(layer, PrunedLayer) and layer.is_compileable and states.shape[2] == 1
 
 
-def _is_past_its_window(layer: Any) -> bool:
-    return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+def _has_lost_what_it_needs(layer: Any, remove: int) -> bool:
+    """Whether a layer with a sliding window cannot be cropped by so many tokens."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.get_seq_length() < layer.sliding_window:
+        return False
+    # Recording may have begun when the window had already moved on: transformers 5.23 would then crop too much.
+    needed = min(layer.get_seq_length() - remove, layer.sliding_window - 1)
+    return not layer.record_past or layer.keys.shape[2] - remove < needed
 
 
 def _stock_tensors(layer: Any) -> list[Tensor]:

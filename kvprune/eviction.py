@@ -34,7 +34,8 @@ class Eviction(Policy):
 
     Settings:
         budget: a float in (0, 1] is a fraction of the prompt tokens, rounded up and never below sinks + recent; an int
-            is tokens per KV head; a string such as "512MiB" is bytes of the whole cache.
+            is tokens per KV head; a string such as "512MiB" is bytes of the whole cache, that is, of all processes
+            together where tensor parallelism splits the heads.
         sinks: the first tokens of a sequence, always kept, part of the budget.
         recent: the newest tokens, always kept, part of the budget; a float is a share of the budget, rounded up.
         interval: generated tokens between two evictions. 1 evicts at every step and the cache never exceeds the budget
@@ -245,7 +246,7 @@ def along_positions(scores: Tensor, positions: Tensor, function: Callable[[Tenso
     scores, positions: `[B, Hkv, rows]`.
     """
     positions = positions.long()
-    axis = int(positions.max()) + 1
+    axis = max(1, int(positions.max()) + 1)  # of nothing but padding, too
     index = torch.where(positions < 0, axis, positions)
     dense = scores.new_full((*scores.shape[:2], axis + 1), fill).scatter_(2, index, scores)[:, :, :axis]
     result = function(dense)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvprune.attention import PendingKeys
+from kvprune.heads import Heads
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import per_sequence
@@ -74,11 +75,12 @@ class FilterPass(Cache):
         row = layer.new_table(keys[:, :, :1], values[:, :, :1], one, dense=True)
         tokens = self._tokens(keys)
         held = sum(each.nbytes for each in self._cache.layers if isinstance(each, PrunedLayer))
+        processes = layer.heads.present(keys.shape[1]).size
         self._capacity = tuple(
             self._policy.capacity(
                 count,
-                token_bytes=row.token_bytes * layer.pruned_layers,
-                other_bytes=row.kv_token_bytes * layer.stock_tokens + held,
+                token_bytes=row.token_bytes * layer.pruned_layers * processes,
+                other_bytes=(row.kv_token_bytes * layer.stock_tokens + held) * processes,
             )
             or count
             for count in tokens
@@ -95,7 +97,7 @@ class FilterPass(Cache):
         self._incoming = None
         scoring = self._cache.scoring_of(module, query, layer, **settings)
         if layer.index == self._layer:
-            self.columns = self._choose(query, keys)
+            self.columns = self._choose(query, keys, layer.heads.present(keys.shape[1]))
             raise _Chosen
         return self._attend(layer, query, keys, values, scoring)
 
@@ -112,14 +114,14 @@ class FilterPass(Cache):
         output = queries.attend(seen, scoring, backend=layer.backend).output
         return output.transpose(1, 2).contiguous().to(device)
 
-    def _choose(self, query: Tensor, keys: Tensor) -> list[Tensor]:
+    def _choose(self, query: Tensor, keys: Tensor, heads: Heads) -> list[Tensor]:
         every = torch.arange(keys.shape[2], device=keys.device)
         chosen = []
         for row, (count, most) in enumerate(zip(self._tokens(keys), self._capacity, strict=True)):
             own = every if self._valid is None else every[self._valid[row].to(keys.device)]
             if count > most:  # padding is out before neighbours are averaged
                 states = keys[row] if count == len(every) else keys[row][:, own]
-                own = own[self._policy.choose(query[row, :, own[-1]], states, most)]
+                own = own[self._policy.choose(query[row, :, own[-1]], states, most, heads)]
             chosen.append(own)
         return chosen
 

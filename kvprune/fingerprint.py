@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.heads import Heads
+
 # What decides the keys and values of a token, and their positions, beside the weights.
 _FACTS = (
     "model_type",
@@ -32,6 +34,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     text = model.config.get_text_config(decoder=True)
     facts = {name: getattr(text, name, None) for name in _FACTS}
     facts["dtype"] = str(model.dtype).removeprefix("torch.")
+    facts["process"] = _process(model)
     facts["weights"] = _weights(model)
     return json.loads(json.dumps(facts, sort_keys=True, default=str))  # tuples are lists from here on
 
@@ -50,6 +53,12 @@ def differences(saved: Any, model: dict[str, Any]) -> list[str]:
     return told
 
 
+def _process(model: Any) -> str:
+    """Which share of a model this is, where tensor parallelism splits it: the weights and heads of others differ."""
+    share = Heads.of(model, 0)
+    return f"{share.rank + 1} of {share.size}"
+
+
 def _weights(model: Any) -> str:
     """A hash of some numbers of every parameter and every buffer that is saved with them.
 
@@ -59,8 +68,13 @@ def _weights(model: Any) -> str:
     for tensor in model.state_dict().values():
         if isinstance(tensor, Tensor) and not tensor.is_meta:  # accelerate leaves those of offloaded layers on "meta"
             digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(as_bytes(_sample(tensor.detach())))
+            digest.update(as_bytes(_sample(_local(tensor.detach()))))
     return digest.hexdigest()
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that tensor parallelism may have split (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvprune.attention import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.backends import SDPA, Sdpa
 from kvprune.errors import CacheError, KVPruneError
+from kvprune.heads import ALL_HEADS, Heads
 from kvprune.kernels import choose
 from kvprune.mass import RowWeights, Scoring
 from kvprune.policy import Policy, Step, per_sequence
@@ -91,12 +92,14 @@ class PrunedLayer(CacheLayerMixin):
         device: torch.device | None = None,
         kernels: str = "auto",
         backend: Sdpa = SDPA,
+        heads: Heads = ALL_HEADS,
     ) -> None:
         """Args:
         index: of the layer in the model. pruned_layers: how many layers share a budget in bytes.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
         device: where the table lives and is attended to; None for the model's.
         kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
+        heads: the share of the layer's heads that is here, if the model's plan splits attention.
         """
         super().__init__()
         self.policies = policy.parts()
@@ -111,6 +114,7 @@ class PrunedLayer(CacheLayerMixin):
         self.home = device
         self.kernels = kernels
         self.backend = backend
+        self.heads = heads
         self.reset()
 
     def reset(self) -> None:
@@ -269,6 +273,7 @@ class PrunedLayer(CacheLayerMixin):
         first = per_sequence(before, states.device)
         queries = Queries.of_step(states, first, valid, begins=self.table is None, placed=placed)
         if self.table is None:
+            self.heads.check(states.shape[1], keys.shape[1])
             self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
             self.is_initialized = True
         elif len(queries) == 1 and valid is None and placed is None:
@@ -308,6 +313,7 @@ class PrunedLayer(CacheLayerMixin):
         steady = self.steady if torch.compiler.is_dynamo_compiling() else None
         tokens = per_sequence(self.tokens, device) if steady is None else steady.tokens + 1
         generated = self.generated if steady is None else steady.generated + 1
+        heads = self.heads.present(table.kv_heads)
         token_bytes, other_bytes = self._costs(table)
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
         other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes
@@ -325,11 +331,12 @@ class PrunedLayer(CacheLayerMixin):
                 new_tokens=per_sequence(queries.tokens, device),
                 tokens=tokens,
                 prompt_tokens=self.prompt_tokens,
-                token_bytes=token_bytes * self.pruned_layers,
-                other_bytes=other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens,
+                token_bytes=token_bytes * self.pruned_layers * heads.size,
+                other_bytes=(other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens) * heads.size,
                 spare=2 * self._interval - 1 if self._interval else 0,
                 generated=generated,
                 source=queries,
+                heads=heads,
             )
             step.weights = part.row_weights(step)
             plans.append(Plan(part, table.scoped(scope), step))
@@ -445,7 +452,8 @@ class PrunedLayer(CacheLayerMixin):
             return
         remove = -tokens_to_remove
         if remove:
-            dropped = (self.table.positions[:, 0, self.table.length - remove :] >= 0).sum(-1).tolist()
+            newest = slice(max(0, self.table.length - remove), None)
+            dropped = (self.table.positions[:, 0, newest] >= 0).sum(-1).tolist()
             self.table.drop_newest(remove)
             self.seen -= remove
             self.tokens = tuple(a - b for a, b in zip(self.tokens, dropped, strict=True))
@@ -564,25 +572,23 @@ class PrunedLayer(CacheLayerMixin):
 
     def _restored_table(self, saved: Saved) -> TokenTable:
         (shape, dtype), (value_shape, value_dtype) = saved.numbers("keys"), saved.numbers("values")
-        batch, heads, _, dim = shape
-        if batch != len(self.tokens) or value_shape[:3] != shape[:3] or value_dtype != dtype or 0 in (
-            batch, heads, dim, value_shape[3]
-        ):  # fmt: skip
+        batch, heads, rows, key_dim = shape
+        value_dim = value_shape[3]
+        alike = value_shape == (batch, heads, rows, value_dim) and value_dtype == dtype
+        if not alike or batch != len(self.tokens) or not all((batch, heads, key_dim, value_dim)):
             raise saved.refused(f"has keys of shape {list(shape)} and values of shape {list(value_shape)}")
-        keys, values = (torch.empty(batch, heads, 0, each[3], dtype=dtype, device=saved.device)
-                        for each in (shape, value_shape))  # fmt: skip
-        positions = torch.empty(batch, heads, 0, dtype=torch.int32, device=saved.device)
-        table = self.new_table(keys, values, positions, dense=True)
+        none = torch.empty(batch, heads, 0, key_dim + value_dim, dtype=dtype, device=saved.device)
+        table = self.new_table(none[..., :key_dim], none[..., key_dim:], none[..., 0], dense=True)
         table.restore(saved, self._codecs, max(self.tokens))
-        if table.length > self.seen:
-            raise saved.refused(f"has {table.length} rows of {self.seen} tokens")
+        if table.rows > self.seen:
+            raise saved.refused(f"has {table.rows} rows of {self.seen} tokens")
         return table
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
     def kept_positions(self) -> Tensor:
         """`[B, Hkv, rows]` int64, ascending, -1 for empty rows; rows that are empty everywhere are left out."""
-        if self.table is None or self.table.length == 0:
+        if self.table is None:
             return torch.empty(0, 0, 0, dtype=torch.int64)
         positions = self.table.positions.long().sort(dim=-1).values
         return positions[:, :, int((positions < 0).sum(-1).min()) :]

@@ -6,12 +6,13 @@ a batch. Here a number is a hash of a seed and of counters such as a layer, a he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B9
+_GOLDEN_INVERSE = pow(_GOLDEN, -1, 1 << 32)
 # Rows and columns must not be the same function of a position: their exclusive or would vanish where they meet.
 _COLUMN = 0x7FEB352D
 
@@ -65,28 +66,32 @@ class Gumbel:
     head, and the positions of query and key in their sequence.
 
     temperature: a float, or a tensor `[L]` with one for each query. scale: multiplies the noise; 0 is none.
+    first_head: the number of the first query head, where a process has a share of them.
     """
 
     seed: int
     layer: int
     temperature: float | Tensor = 1.0
     scale: float = 1.0
+    first_head: int = 0
 
     def part(self, rows: slice | Tensor) -> Gumbel:
         """The same for some of the queries."""
         if isinstance(self.temperature, float):
             return self
-        return Gumbel(self.seed, self.layer, self.temperature[rows], self.scale)
+        return replace(self, temperature=self.temperature[rows])
 
     @property
     def word(self) -> int:
-        """A hash of seed and layer, below 2**32: where those of heads and positions begin."""
-        return hash_word(self.seed, self.layer)
+        """A hash of seed and layer, below 2**32: where those of heads, counted from 0, and positions begin."""
+        # The next hash is that of head + _GOLDEN * word + 1, so heads are shifted by a shift of the word.
+        return (hash_word(self.seed, self.layer) + self.first_head * _GOLDEN_INVERSE) & 0xFFFFFFFF
 
     def row_words(self, positions: Tensor, kv_heads: int, group: int) -> Tensor:
         """A hash of every query head and position `[B or 1, L]`: `[B or 1, Hkv, G, L]` int32."""
         # No arange: inductor (torch 2.13) knows its bounds, and takes it that sums and products stay within theirs.
-        heads = torch.ones(kv_heads * group, device=positions.device).cumsum(0).sub_(1).view(1, kv_heads, group, 1)
+        heads = torch.ones(kv_heads * group, device=positions.device).cumsum(0).add_(self.first_head - 1)
+        heads = heads.view(1, kv_heads, group, 1)
         return hashed(self.seed, self.layer, heads, positions[:, None, None, :])
 
     def column_words(self, positions: Tensor) -> Tensor:

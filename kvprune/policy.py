@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import PolicyError
+from kvprune.heads import ALL_HEADS, Heads
 from kvprune.mass import RowWeights
 from kvprune.quantize import Codec
 from kvprune.table import EMPTY, TokenTable
@@ -50,7 +51,7 @@ class Step:
     prompt_tokens: tuple[int, ...]
     """For each sequence, its tokens at the end of the last prefill step: what fractions are fractions of."""
     token_bytes: int
-    """Bytes that one kept token costs in the whole cache: all pruned layers, heads and sequences."""
+    """Bytes that one kept token costs in the whole cache: all pruned layers, sequences and heads, of all processes."""
     other_bytes: int
     """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
     spare: int
@@ -63,6 +64,8 @@ class Step:
     """The attention rows that the policy asked for."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
+    heads: Heads = ALL_HEADS
+    """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
 
     @property
     def mass(self) -> Tensor:

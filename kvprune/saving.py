@@ -53,7 +53,7 @@ def save(cache: PrunedCache, model: Any, path: str | os.PathLike[str]) -> None:
     state = State({"kvprune": __version__, "policy": described(cache.policy), "model": fingerprint(model)})
     state.facts["seen"] = cache.seen_tokens
     state.add_all("layers", (_layer_state(layer) for layer in cache.layers))
-    tensors = {name: owned(tensor.detach()).cpu() for name, tensor in sorted(state.tensors.items())}
+    tensors = {name: owned(tensor.detach().cpu()) for name, tensor in sorted(state.tensors.items())}
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES.values():
             raise CacheError(f"{name} is in {tensor.dtype}, which cannot be saved.")
@@ -106,7 +106,7 @@ def load(
             _restore(cache, header, model)
             return cache
     except (OSError, SafetensorError) as error:
-        raise CacheError(f"{path} cannot be loaded: it is no whole safetensors file ({error}).") from error
+        raise CacheError(f"{path} cannot be loaded, or is no whole safetensors file: {error}.") from error
 
 
 class _File:

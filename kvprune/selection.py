@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.heads import ALL_HEADS, Heads
 from kvprune.policy import Policy
 from kvprune.state import Saved, State
 
@@ -47,10 +48,12 @@ class PromptFilter(Policy, ABC):
         """
 
     @abstractmethod
-    def choose(self, query: Tensor, keys: Tensor, count: int) -> Tensor:
+    def choose(self, query: Tensor, keys: Tensor, count: int, heads: Heads = ALL_HEADS) -> Tensor:
         """The `count` tokens of one sequence that the model runs on, LongTensor `[count]`, ascending.
 
         query: of its newest token, `[Hq, D]`. keys: `[Hkv, n, D]`. Both with rotary positions, count < n.
+        heads: whose they are. Every process of a model that is split must choose the same: add up what heads say by
+        `heads.sum`.
         """
 
 

@@ -105,12 +105,8 @@ class TokenTable:
 
     def _shape_changed(self) -> None:
         self._made_columns = None
-        batch, heads, device = self.batch_size, self.kv_heads, self._tensors["keys"].device
-        sequences = torch.arange(batch, device=device)[:, None, None]
-        each_head = torch.arange(heads, device=device)[:, None]
-        self._index = sequences, each_head  # to index slots with
         row_bytes = {
-            name: tensor.itemsize * math.prod(tensor.shape[3:]) * batch * heads
+            name: tensor.itemsize * math.prod(tensor.shape[3:]) * self.batch_size * self.kv_heads
             for name, tensor in self._tensors.items()
         }
         self.token_bytes = sum(row_bytes.values())
@@ -233,6 +229,8 @@ class TokenTable:
         self.dense &= dense
         if self.length + added > self.capacity:
             self._resize(self.length + max(added, room))
+        else:
+            self.own()
         new = slice(self.length, self.length + added)
         unpacked = slice(new.start - self.packed_length, new.stop - self.packed_length)
         if added == 1 and not self.packed and not isinstance(positions, Tensor):
@@ -289,12 +287,16 @@ class TokenTable:
         self._shape_changed()
 
     def drop_empty(self) -> None:
-        """Free the slots that are padding in every sequence."""
+        """Free the first slots, as far as they are padding in every sequence.
+
+        Those behind a token stay, until rows are evicted: `drop_newest` goes by slots.
+        """
         if self.dense or self.packed:
             return
-        kept = true_rows(self.positions >= 0)
-        if kept.shape[2] < self.length:
-            self.compact(kept)
+        taken = (self.positions >= 0).any(dim=1).any(dim=0)
+        first = int((taken.cumsum(0) == 0).sum())
+        if first:
+            self.compact(self._slots(first, self.length))
 
     def evict(self, slots: Tensor) -> None:
         """Drop `k` rows per head in place: the last `k` rows move into their slots. Nothing is allocated or freed.
@@ -320,12 +322,18 @@ class TokenTable:
             tail = torch.arange(rest, self.length, device=slots.device)
             victim = (slots[:, :, :, None] == tail).any(dim=2)
             source = tail[victim.to(torch.int8).argsort(dim=-1, stable=True)]
+            sequences = torch.arange(self.batch_size, device=slots.device)[:, None, None]
+            heads = torch.arange(self.kv_heads, device=slots.device)[:, None]
             for tensor in self._tensors.values():
-                tensor[(*self._index, slots)] = tensor[(*self._index, source)]
+                tensor[sequences, heads, slots] = tensor[sequences, heads, source]
         self.length = self._most_rows = rest
 
     def drop_newest(self, count: int) -> None:
-        """Forget the `count` rows that were appended last; nothing may have been evicted since."""
+        """Forget the `count` rows that were appended last; nothing may have been evicted since.
+
+        All rows, if there are not so many: the first ones were padding, and have been freed.
+        """
+        count = min(count, self.length)
         self.length -= count
         self._most_rows -= count
 

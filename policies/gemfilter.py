@@ -14,6 +14,7 @@ from torch import Tensor
 from kvprune.budget import Budget
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.eviction import check_count, check_kernel, reach
+from kvprune.heads import ALL_HEADS, Heads
 from kvprune.selection import PromptFilter
 
 # Zero-based, as in the paper: of Llama-3.1-8B, Mistral-Nemo-12B and Phi-3.5-mini, by (type, layers, hidden size).
@@ -96,8 +97,8 @@ class GemFilter(PromptFilter):
             return None
         return self._budget.tokens(tokens, floor=self._least, token_bytes=token_bytes or 1, other_bytes=other_bytes)
 
-    def choose(self, query: Tensor, keys: Tensor, count: int) -> Tensor:
-        z = self._smooth(_dots(query, keys))
+    def choose(self, query: Tensor, keys: Tensor, count: int, heads: Heads = ALL_HEADS) -> Tensor:
+        z = self._smooth(heads.sum(_dots(query, keys)))
         z[: self.keep_first] = math.inf
         z[len(z) - self.keep_last :] = math.inf
         # Ascending and stable: of two equals the more recent one comes later, so it is chosen first.
@@ -110,7 +111,7 @@ class GemFilter(PromptFilter):
 
 
 def _dots(query: Tensor, keys: Tensor) -> Tensor:
-    """Sum of the raw dot products of all heads, `[n]`, at least float32. query: `[Hq, D]`. keys: `[Hkv, n, D]`."""
+    """Sum of the raw dot products of these heads, `[n]`, at least float32. query: `[Hq, D]`. keys: `[Hkv, n, D]`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Heads that share keys add up before the product.
     grouped = query.to(dtype).unflatten(0, (keys.shape[0], -1)).sum(1)

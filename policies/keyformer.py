@@ -73,8 +73,9 @@ class Keyformer(Eviction):
         return self.tau_init + (self.tau_end - self.tau_init) * (generated / self.generation_length)
 
     def row_weights(self, step: Step) -> RowWeights:
+        first = step.heads.first_query_head
         return RowWeights.uniform(step.queries).noisy(
-            Gumbel(self.seed, step.layer, self.temperature(step), float(self.noise))
+            Gumbel(self.seed, step.layer, self.temperature(step), float(self.noise), first)
         )
 
     def observe(self, table: TokenTable, step: Step) -> None:

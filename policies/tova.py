@@ -32,8 +32,8 @@ class TOVA(Eviction):
 
     def observe(self, table: TokenTable, step: Step) -> None:
         if table.one_policy:  # then all heads hold the same tokens in the same slots
-            table["score"] = step.mass.mean(1, keepdim=True)
-        else:
+            table["score"] = step.heads.mean(step.mass)
+        else:  # in every process the last position is that of this step's newest row, so all of them add up as many
             table["score"] = along_positions(
-                step.mass, table.positions, lambda mass: mass.mean(1, keepdim=True).expand_as(mass), 0
+                step.mass, table.positions, lambda mass: step.heads.mean(mass).expand_as(mass), 0
             )

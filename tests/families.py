@@ -7,7 +7,7 @@ end a sequence: every generation has the length that was asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -234,6 +234,33 @@ def assert_same_rows(
         assert kept(cache, layer, row) == kept(other, layer, other_row)
         mine, theirs = rows(cache, layer, row), rows(other, layer, other_row)
         torch.testing.assert_close(mine, theirs, atol=atol, rtol=rtol)
+
+
+def storage_nbytes(cache: PrunedCache) -> int:
+    """Bytes of the storages behind every tensor that can be reached from a cache, but through its model."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors_in(cache, set())
+    }
+    return sum(storages.values())
+
+
+def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        if thing.ndim and not isinstance(thing, torch.nn.Parameter):
+            yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from _tensors_in(value, seen)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tensors_in(value, seen)
+    elif isinstance(thing, Policy):
+        assert not any(isinstance(getattr(thing, field.name), Tensor) for field in fields(thing))
+    elif is_dataclass(thing) or type(thing).__module__.startswith(("kvprune", "transformers.cache_utils")):
+        yield from _tensors_in(vars(thing), seen)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,9 @@ def test_packed_single_query(
     torch.testing.assert_close(found, TORCH.packed_single_query(queries, table, Scoring(dim**-0.5)), **ROUNDING)
 
 
-@pytest.mark.parametrize("noise", [None, Gumbel(3, 5), Gumbel(3, 5, 1.7), Gumbel(3, 5, 1.0, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "noise", [None, Gumbel(3, 5), Gumbel(3, 5, 1.7), Gumbel(3, 5, 1.0, 0.5), Gumbel(3, 5, first_head=6)], ids=str
+)
 @given(batch=batches, kv_heads=heads, group=groups, length=lengths, seed=seeds)
 def test_query_mass(threads, noise, batch, kv_heads, group, length, seed):
     """The mean over query heads, of plain and of noisy probabilities."""

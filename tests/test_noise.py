@@ -29,11 +29,13 @@ def unsigned(bits: Tensor) -> list[int]:
     return [int(word) % 2**32 for word in bits.flatten()]
 
 
-def gumbel(seed: int, layer: int, heads: int, queries: list[int], keys: list[int], *, scale: float = 1.0) -> Tensor:
+def gumbel(
+    seed: int, layer: int, heads: int, queries: list[int], keys: list[int], *, scale: float = 1.0, first_head: int = 0
+) -> Tensor:
     """The noise that is added to logits of zero, `[heads, L, S]`, each head a KV head of its own."""
     logits = torch.zeros(1, heads, 1, len(queries), len(keys))
-    noise = Gumbel(seed, layer, scale=scale).perturb(logits, torch.tensor([queries]), torch.tensor([[keys]]))
-    return noise[0, :, 0]
+    noise = Gumbel(seed, layer, scale=scale, first_head=first_head)
+    return noise.perturb(logits, torch.tensor([queries]), torch.tensor([[keys]]))[0, :, 0]
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------
@@ -101,6 +103,16 @@ def test_gumbel_noise(seed, layer, queries, keys):
     """Noise is -log(-log u) of the hash of seed, layer, query head and both positions."""
     expected = reference.gumbel(seed, layer, 3, queries, keys)
     np.testing.assert_allclose(gumbel(seed, layer, 3, queries, keys), expected, atol=1e-5, rtol=1e-5)
+
+
+@given(seed=seeds, layer=st.integers(0, 200), first=st.integers(0, 300), heads=st.integers(1, 4))
+def test_noise_of_a_share_of_the_heads(seed, layer, first, heads):
+    """Heads that are counted from another one have the noise that they have among all heads."""
+    queries, keys = [7, 8], [0, 5, 8]
+    every = gumbel(seed, layer, first + heads, queries, keys)
+    assert torch.equal(gumbel(seed, layer, heads, queries, keys, first_head=first), every[first:])
+    word = Gumbel(seed, layer, first_head=first).word  # what kernels go on with, whose heads count from 0
+    assert reference.murmur((word * 0x9E3779B9 + 1) % 2**32) == hash_word(seed, layer, first)
 
 
 @given(scale=st.sampled_from([0, 0.5, 2.0]), temperature=st.sampled_from([0.5, 1.0, 3.0]), seed=seeds)

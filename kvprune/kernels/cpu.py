@@ -6,6 +6,7 @@ They run on PyTorch's own threads: both are built on OpenMP, and the library tha
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 from ctypes import c_float, c_int, c_int32, c_int64, c_long, c_uint32, c_void_p
 from functools import cache, lru_cache
@@ -398,7 +399,9 @@ class _Tier(ctypes.Structure):
 def _native(columns: Columns) -> Any:
     """`column`s of cpu.c: for each tensor, where it begins, and bytes of its rows."""
     if columns.native is None:
-        numbers = [number for each in columns for number in (each.data_ptr(), each.stride(2) * each.itemsize)]
+        # Not by stride(2), which means nothing where there is a single slot.
+        sizes = (each.itemsize * math.prod(each.shape[3:]) for each in columns)
+        numbers = [number for each, size in zip(columns, sizes, strict=True) for number in (each.data_ptr(), size)]
         columns.native = (c_int64 * len(numbers))(*numbers)
     return columns.native
 

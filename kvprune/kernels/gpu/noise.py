@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kvprune import noise
-from kvprune.noise import Gumbel, hash_word
+from kvprune.noise import Gumbel
 
 _GOLDEN = tl.constexpr(noise._GOLDEN)
 _COLUMN = tl.constexpr(noise._COLUMN)
@@ -12,7 +12,7 @@ _COLUMN = tl.constexpr(noise._COLUMN)
 
 def layer_word(gumbel: Gumbel) -> int:
     """The hash of seed and layer, ready for the next counter, as an int32, which is what kernels take."""
-    return noise._signed(hash_word(gumbel.seed, gumbel.layer) * noise._GOLDEN + 1)
+    return noise._signed(gumbel.word * noise._GOLDEN + 1)
 
 
 @triton.jit

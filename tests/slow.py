@@ -1,0 +1,380 @@
+"""What a pruned cache should do, slowly: its table in plain Python, and the stock model seeing just the rows of it.
+
+Nothing is cached here. Of every token and KV head it is written down how long its sequence was when the row left, so
+what any query could see is known for good, and the stock model, run over the whole history with masks that say so,
+gives the logits and the attention of the newest step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from families import PAD, build
+from torch import Tensor
+
+from kvprune import Eviction
+from kvprune.policies import A2SF, H2O, TOVA, StreamingLLM
+
+Rows = list[list[list[list[int]]]]
+"""Positions of kept rows, ascending: `[layer][sequence][KV head]`."""
+
+ROUNDING = 1e-5
+"""Scores of kvprune are float32; so near to each other, and either row may be the one that stays."""
+
+
+# -- the stock model -----------------------------------------------------------------------------------------------
+
+
+class Masked:
+    """A stock model whose full-attention layers see what they are told to, and whose attention can be looked at."""
+
+    def __init__(self, family: str) -> None:
+        self.model = build(family, dtype=torch.float64)
+        self.model.set_attn_implementation("eager")
+        config = self.model.config
+        self.kv_heads, self.group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+        self.window = None if len(self.layers) == len(kinds) else config.sliding_window
+        self._visible: dict[int, Tensor] = {}
+        self._attention: dict[int, Tensor] = {}
+        for index in self.layers:
+            attention = self.model.model.layers[index].self_attn
+            attention.register_forward_pre_hook(partial(self._hide, index), with_kwargs=True)
+            attention.register_forward_hook(partial(self._note, index))
+
+    def _hide(self, index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = torch.zeros(self._visible[index].shape, dtype=torch.float64)
+        return args, {**kwargs, "attention_mask": hidden.masked_fill(~self._visible[index], -math.inf)}
+
+    def _note(self, index: int, module: Any, args: Any, output: Any) -> None:
+        self._attention[index] = output[1]
+
+    @torch.no_grad()
+    def run(self, ids: list[list[int]], left: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """Logits `[B, T, vocab]`, and of every full-attention layer the probabilities `[B, Hkv, G, T, T]`.
+
+        ids: of each sequence. left: of each such layer and sequence, how many tokens there were when a row left,
+        `[Hkv, tokens]`.
+        """
+        longest = max(map(len, ids))
+        tokens = torch.arange(longest)
+        padded = torch.tensor([[*each, *[PAD] * (longest - len(each))] for each in ids])
+        for index, rows in zip(self.layers, left, strict=True):
+            gone = torch.stack([F.pad(each, (0, longest - each.shape[1]), value=math.inf) for each in rows])
+            visible = (tokens <= tokens[:, None]) & (tokens[:, None] < gone[:, :, None])
+            self._visible[index] = visible.repeat_interleave(self.group, dim=1)
+        logits = self.model(padded, position_ids=tokens.expand_as(padded), use_cache=False).logits
+        return logits, [self._attention[index].unflatten(1, (self.kv_heads, self.group)) for index in self.layers]
+
+
+masked = cache(Masked)
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+Scores = list[list[float]]
+"""Of one layer and sequence, `[KV head][position]`."""
+Rule = Callable[[Any, Scores, Any], Scores]
+"""Scores after a step: of a policy, the scores before, and what each KV head's new queries saw, `[head][query]`."""
+
+
+def forgetting(factor: Callable[[Any], float]) -> Rule:
+    """F <- factor * F + P[q], query by query: A2SF, and H2O, which forgets nothing."""
+
+    def scores(policy: Any, before: Scores, seen: Any) -> Scores:
+        after = []
+        for score, rows in zip(before, seen, strict=True):
+            for row in rows:
+                score = [factor(policy) * old + new for old, new in zip(score, row, strict=True)]
+            after.append(score)
+        return after
+
+    return scores
+
+
+def newest(policy: Any, before: Scores, seen: Any) -> Scores:
+    """TOVA: the newest query's attention, averaged over all heads."""
+    if not seen[0]:
+        return before
+    rows = [head[-1] for head in seen]
+    return [[sum(column) / len(rows) for column in zip(*rows, strict=True)]] * len(rows)
+
+
+def by_age(policy: Any, before: Scores, seen: Any) -> Scores:
+    """StreamingLLM: the newer the better."""
+    return [[float(position) for position in range(len(score))] for score in before]
+
+
+RULES: dict[type, Rule] = {
+    A2SF: forgetting(lambda policy: policy.forgetting_factor),
+    H2O: forgetting(lambda policy: 1.0),
+    TOVA: newest,
+    StreamingLLM: by_age,
+}
+
+
+def recent_tokens(policy: Eviction, capacity: int) -> int:
+    if isinstance(policy.recent, float):
+        return math.ceil(Fraction(str(policy.recent)) * capacity)
+    return policy.recent
+
+
+def capacity_of(policy: Eviction, prompt_tokens: int) -> int | None:
+    """Rows that a KV head may keep; None for a budget in bytes."""
+    if isinstance(policy.budget, str):
+        return None
+    if isinstance(policy.budget, int):
+        return policy.budget
+    least = next(n for n in range(1, 1000) if policy.sinks + recent_tokens(policy, n) <= n)
+    return max(least, math.ceil(Fraction(str(policy.budget)) * prompt_tokens))
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """One sequence. `left` and `score` are of `[layer][KV head][position]`."""
+
+    layers: int
+    kv_heads: int
+    ids: list[int] = field(default_factory=list)
+    columns: list[bool] = field(default_factory=list)
+    """Of the model's input so far, which are no padding."""
+    prompt_tokens: int = 0
+    left: list[list[list[float]]] = field(init=False)
+    """How many tokens there were when a row left; infinite while it is here."""
+    score: list[Scores] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left, self.score = ([[[] for _ in range(self.kv_heads)] for _ in range(self.layers)] for _ in range(2))
+
+    def append(self, ids: list[int], columns: list[bool]) -> None:
+        self.ids += ids
+        self.columns += columns
+        for layer, filling in ((self.left, math.inf), (self.score, 0.0)):
+            for heads in layer:
+                for head in heads:
+                    head += [filling] * len(ids)
+
+    def drop_newest(self, columns: int) -> int:
+        """Forget so many columns; how many tokens that were."""
+        dropped = sum(self.columns[len(self.columns) - columns :])
+        tokens = len(self.ids) - dropped
+        del self.columns[len(self.columns) - columns :], self.ids[tokens:]
+        for layer in (*self.left, *self.score):
+            for head in layer:
+                del head[tokens:]
+        self.prompt_tokens = min(self.prompt_tokens, tokens)
+        return dropped
+
+    def kept(self, layer: int, head: int) -> list[int]:
+        return [position for position, left in enumerate(self.left[layer][head]) if left == math.inf]
+
+
+@dataclass
+class Undecided:
+    """A step whose newest columns may still be taken back."""
+
+    columns: int
+    prefill: bool
+
+
+class SlowCache:
+    """The table of a `PrunedCache`, which it follows from step to step: what is done to the one is done to the other.
+
+    It says how many rows stay, and which have to; and which ones do, of a policy whose rule it is told, one of `RULES`.
+    Either way it takes over what it was shown: rows whose scores differ by a rounding are the cache's to choose.
+    """
+
+    def __init__(self, model: Masked, links: Sequence[Any], *, exact: bool, rule: Rule | None = None) -> None:
+        """exact: whether rows keep their precision, and a prompt all of its tokens, so that logits can be foretold."""
+        self.model, self.exact = model, exact
+        self.evicting = tuple(link for link in links if isinstance(link, Eviction))
+        self.rule = rule
+        self.reset()
+
+    def reset(self) -> None:
+        self.sequences: list[History] = []
+        self.seen = self.generated = self.last_eviction = 0
+        self.undecided: Undecided | None = None
+        self.oldest = 0  # column that sliding windows still hold
+        self.recording = False
+        self.due: list[Eviction] = []
+
+    def fork(self) -> SlowCache:
+        return copy.deepcopy(self, {id(shared): shared for shared in (self.model, self.evicting)})
+
+    @property
+    def tokens(self) -> list[int]:
+        return [len(each.ids) for each in self.sequences]
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def step(
+        self, ids: list[list[int]], width: int, found: Rows, chosen: list[list[int]] | None = None
+    ) -> list[Tensor] | None:
+        """Feed new tokens, left-padded to a width; of each sequence, the logits of its new tokens, if it can tell.
+
+        found: what the cache keeps after the step. chosen: of each sequence, what a prompt filter has let in.
+        """
+        if self.undecided is not None:
+            self.undecided.prefill |= self.undecided.columns > 1
+            self._commit(self._older(found))
+        first = not self.sequences
+        if first:
+            self.sequences = [History(len(self.model.layers), self.model.kv_heads) for _ in ids]
+        prefill = first or (width > 1 and not self.recording)
+        for each, new in zip(self.sequences, ids, strict=True):
+            each.append(new, [False] * (width - len(new)) + [True] * len(new))
+        self.seen += width
+        if not self.recording:
+            self._move_window()
+        if chosen is not None:
+            self._leave_out(ids, chosen)
+        if prefill:
+            self._begin_generating()
+        else:
+            self.generated += max(map(len, ids))
+        attended = self._attend() if self.exact and any(self.tokens) else None
+        if self.recording:
+            self.undecided, self.due = Undecided(width, prefill), []
+            self.check(found)
+        else:
+            self._decide(width, prefill, attended, found)
+        if attended is None:
+            return None
+        return [row[len(each.ids) - len(new) : len(each.ids)]
+                for row, each, new in zip(attended[0], self.sequences, ids, strict=True)]  # fmt: skip
+
+    def _older(self, found: Rows) -> Rows:
+        """Without the rows of tokens that are still to come."""
+        return [
+            [
+                [[position for position in head if position < len(each.ids)] for head in heads]
+                for each, heads in zip(self.sequences, layer, strict=True)
+            ]
+            for layer in found
+        ]
+
+    def _leave_out(self, ids: list[list[int]], chosen: list[list[int]]) -> None:
+        for each, new, staying in zip(self.sequences, ids, chosen, strict=True):
+            for position in set(range(len(each.ids) - len(new), len(each.ids))) - set(staying):
+                for layer in each.left:
+                    for head in layer:
+                        head[position] = 0
+        self.last_eviction = self.seen
+
+    def _begin_generating(self) -> None:
+        self.generated = 0
+        for each in self.sequences:
+            each.prompt_tokens = len(each.ids)
+
+    def _attend(self) -> tuple[Tensor, list[Tensor]]:
+        left = [[torch.tensor(each.left[layer]).double() for each in self.sequences]
+                for layer in range(len(self.model.layers))]  # fmt: skip
+        return self.model.run([each.ids for each in self.sequences], left)
+
+    def _commit(self, found: Rows) -> None:
+        """Decide about a step that waited: its columns are all accepted."""
+        undecided, self.undecided = self.undecided, None
+        if undecided.prefill:
+            self._begin_generating()
+        attended = self._attend() if self.rule and any(self.tokens) else None
+        self._decide(undecided.columns, undecided.prefill, attended, found)
+
+    def _decide(self, columns: int, prefill: bool, attended: tuple[Tensor, list[Tensor]] | None, found: Rows) -> None:
+        added = [sum(each.columns[len(each.columns) - columns :]) for each in self.sequences]
+        if self.rule is not None and attended is not None:
+            for row, (each, new) in enumerate(zip(self.sequences, added, strict=True)):
+                self._score(each, new, [layer[row] for layer in attended[1]])
+        before = self.generated - max(added)
+        self.due = [
+            link
+            for link in self.evicting
+            if prefill or (link.interval and self.generated // link.interval != before // link.interval)
+        ]
+        self.check(found, self.due)
+
+    def _score(self, each: History, new: int, attention: list[Tensor]) -> None:
+        tokens, policy = len(each.ids), self.evicting[0]
+        for layer, probabilities in enumerate(attention):
+            seen = probabilities[:, :, tokens - new : tokens, :tokens]
+            seen = seen.amax(1) if policy.group == "max" else seen.mean(1)
+            each.score[layer] = self.rule(policy, each.score[layer], seen.tolist())
+
+    # -- rows that stay --------------------------------------------------------------------------------------------
+
+    def check(self, found: Rows, due: Sequence[Eviction] = ()) -> None:
+        """Compare with the rows that the cache keeps, after these links of its chain have decided."""
+        for layer, sequences in enumerate(found):
+            for each, heads in zip(self.sequences, sequences, strict=True):
+                for head, kept in enumerate(heads):
+                    before = each.kept(layer, head)
+                    self._check_head(each, before, kept, each.score[layer][head], due)
+                    for position in set(before) - set(kept):
+                        each.left[layer][head][position], self.last_eviction = len(each.ids), self.seen
+
+    def _check_head(
+        self, each: History, before: list[int], kept: list[int], score: list[float], due: Sequence[Eviction]
+    ) -> None:
+        assert kept == sorted(set(kept))
+        assert set(kept) <= set(before), "a row came back, or is of no token"
+        limits = [capacity_of(link, each.prompt_tokens) for link in due]
+        if None not in limits:
+            assert len(kept) == min([len(before), *limits])
+        always = set(before)
+        for link, limit in zip(due, limits, strict=True):
+            window = len(each.ids) - recent_tokens(link, limit or 1)
+            always &= {position for position in before if position < link.sinks or position >= window}
+        assert always <= set(kept), "a sink or a recent token is gone"
+        if self.rule is None or None in limits:
+            return
+        best_first = sorted(set(before) - always, key=lambda position: (score[position], position), reverse=True)
+        expected = always.union(best_first[: len(kept) - len(always)])
+        if expected != set(kept):
+            missed = max(score[position] for position in expected - set(kept))
+            instead = min(score[position] for position in set(kept) - expected)
+            assert missed - instead <= ROUNDING * max(1.0, missed), "a row of lower score stayed"
+
+    # -- everything else -------------------------------------------------------------------------------------------
+
+    def _first_in_window(self, seen: int) -> int:
+        """The oldest column that a sliding window shows to the token after so many."""
+        return 0 if self.model.window is None else max(0, seen - self.model.window + 1)
+
+    def _move_window(self) -> None:
+        self.oldest = max(self.oldest, self._first_in_window(self.seen))
+
+    def can_crop(self, columns: int) -> bool:
+        """Whether nothing is gone that was there so many columns ago."""
+        if self.model.window is not None and self.seen >= self.model.window and not self.recording:
+            return False
+        left = self.seen - columns
+        return left >= self.last_eviction and self.oldest <= self._first_in_window(left)
+
+    def crop(self, columns: int, found: Rows) -> None:
+        """Forget the newest columns, and decide about those that waited. found: what the cache keeps after it."""
+        self.seen -= columns
+        self._move_window()
+        if columns:
+            self.generated = max(0, self.generated - max(each.drop_newest(columns) for each in self.sequences))
+        if self.undecided is not None:
+            self.undecided.columns -= columns
+            if self.undecided.columns > 0:
+                self._commit(found)
+                return
+            self.undecided = None
+        self.check(found)
+
+    def select(self, rows: list[int]) -> None:
+        self.sequences = [copy.deepcopy(self.sequences[row]) for row in rows]

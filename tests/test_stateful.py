@@ -1,0 +1,372 @@
+"""Whatever is done to a cache, in any order: after every operation it is what the slow model of `slow.py` says.
+
+`COUNT_RULES=1` prints how many operations were tried, of each kind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chains import a2sf, chains, h2o, streaming_llm, tova
+from families import PAD, build, kept, storage_nbytes, token_ids
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from slow import RULES, Rows, Rule, SlowCache, masked
+from torch import Tensor
+
+from kvprune import BudgetError, CacheError, Policy, PrunedCache
+from kvprune.budget import Budget
+
+MOST_SEQUENCES, MOST_PAIRS, MOST_TOKENS = 4, 3, 300
+COUNTS: Counter[tuple[str, str]] = Counter()
+
+
+def counted(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
+    """A rule, and how often it was run."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        @wraps(function)
+        def run(self: CacheMachine, **drawn: Any) -> None:
+            COUNTS[type(self).__name__, function.__name__] += 1
+            function(self, **drawn)
+
+        return rule(**strategies)(run)
+
+    return decorate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rules_are_counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if os.environ.get("COUNT_RULES"):
+        write = request.config.get_terminal_writer().line
+        write()
+        for (machine, name), count in sorted(COUNTS.items()):
+            write(f"{machine}.{name}: {count:,}")
+        write(f"rules run: {sum(COUNTS.values()):,}")
+
+
+@dataclass
+class Pair:
+    """A cache, and what it should be."""
+
+    fast: PrunedCache
+    slow: SlowCache
+
+    @property
+    def batch(self) -> int:
+        return len(self.slow.sequences)
+
+    def found(self) -> Rows:
+        return [[kept(self.fast, layer, row) for row in range(self.batch)] for layer in self.fast.pruned_layers]
+
+    def mask(self, ids: list[list[int]], width: int) -> Tensor:
+        """The padding mask of everything so far and these tokens."""
+        columns = [each.columns for each in self.slow.sequences] or [[] for _ in ids]
+        new = [[False] * (width - len(each)) + [True] * len(each) for each in ids]
+        return torch.tensor([old + more for old, more in zip(columns, new, strict=True)]).long()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Caches with one policy, on one model. The last pair is the one that rules work on; others were left behind."""
+
+    family = "llama"
+
+    def start(self, policy: Policy, recording: bool, rule: Rule | None = None) -> None:
+        self.model, links = _model(self.family), policy.parts()
+        self.exact = not any(link.codecs or link.filters_prompt for link in links)
+        self.packs = bool(policy.codecs)
+        self.sizes = [link.budget for link in links if link.evicts and isinstance(link.budget, str)]
+        slow = SlowCache(masked(self.family), links, exact=self.exact, rule=rule)
+        self.pairs = [Pair(PrunedCache(self.model, policy), slow)]
+        self.folder = tempfile.TemporaryDirectory()
+        if recording:
+            self.record()
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    @property
+    def pair(self) -> Pair:
+        return self.pairs[-1]
+
+    fast = property(lambda self: self.pair.fast)
+    slow = property(lambda self: self.pair.slow)
+
+    def is_filled(self) -> bool:
+        return bool(self.pair.batch)
+
+    def has_room(self) -> bool:
+        return self.slow.seen < MOST_TOKENS
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def step(self, ids: list[list[int]], width: int) -> bool:
+        """Feed new tokens, left-padded to a width; whether they came in: bytes may not suffice for what has to stay."""
+        padded = torch.tensor([[PAD] * (width - len(each)) + each for each in ids])
+        mask = self.pair.mask(ids, width)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        dropped = self.dropped()
+        try:
+            with torch.no_grad():
+                logits = self.model(
+                    padded, attention_mask=mask, position_ids=positions, past_key_values=self.fast
+                ).logits
+        except BudgetError:
+            assert self.sizes
+            if self.is_filled():  # where it refuses the first prompt, the cache is empty as it is
+                self.fast.reset()
+                self.slow.reset()
+            return False
+        self.compare_logits(logits, ids, self.slow.step(ids, width, self.found_after(ids), self.chosen(ids, dropped)))
+        for size in self.sizes if self.slow.due else ():
+            assert self.fast.nbytes <= Budget.parse(size).amount
+        return True
+
+    def found_after(self, ids: list[list[int]]) -> Rows:
+        return [[kept(self.fast, layer, row) for row in range(len(ids))] for layer in self.fast.pruned_layers]
+
+    def compare_logits(self, logits: Tensor, ids: list[list[int]], expected: list[Tensor] | None) -> None:
+        for row, new in enumerate(ids):
+            mine = logits[row, -len(new) :] if self.exact else logits[row, -1:]
+            if new:
+                assert mine.isfinite().all()
+            if new and expected is not None:
+                torch.testing.assert_close(mine, expected[row], atol=1e-5, rtol=1e-4)
+
+    def dropped(self) -> int:
+        """Tokens that a prompt filter has kept from the layers."""
+        selection = self.fast.layers[self.fast.pruned_layers[0]].selection
+        return sum(selection.dropped) if selection else 0
+
+    def chosen(self, ids: list[list[int]], dropped: int) -> list[list[int]] | None:
+        """Positions of each sequence that a prompt filter let in now, None if it let all of them in."""
+        if self.dropped() == dropped:
+            return None
+        return [positions.tolist() for positions in self.fast.selected_positions]
+
+    def drawn(self, counts: list[int], seed: int) -> list[list[int]]:
+        return [token_ids(count, seed=seed + row).tolist() for row, count in enumerate(counts)]
+
+    @precondition(has_room)
+    @counted(
+        batch=st.integers(1, 3),
+        counts=st.lists(st.integers(0, 20), min_size=MOST_SEQUENCES, max_size=MOST_SEQUENCES),
+        padding=st.one_of(st.just(0), st.integers(1, 4)),
+        seed=st.integers(0, 2**16),
+    )
+    def prompt(self, batch: int, counts: list[int], padding: int, seed: int) -> None:
+        """A prompt, a chunk of one, or another turn, of sequences of any lengths."""
+        tokens = self.slow.tokens or [0] * batch
+        counts = counts[: len(tokens)]
+        width = max(1, max(counts) + padding)
+        if width == 1 or self.family != "llama":
+            # A single column is a token that was generated; and padding behind a token counts in a sliding window.
+            counts = [width if begun else count for begun, count in zip(tokens, counts, strict=True)]
+        self.step(self.drawn(counts, seed), width)
+
+    @precondition(lambda self: self.is_filled() and self.has_room())
+    @counted(steps=st.integers(1, 6), seed=st.integers(0, 2**16))
+    def generate(self, steps: int, seed: int) -> None:
+        """Tokens that are generated one by one, other ones by every sequence."""
+        for index in range(steps):
+            if not self.step(self.drawn([1] * self.pair.batch, seed + 10 * index), 1):
+                break
+
+    @precondition(lambda self: self.is_filled() and self.has_room() and self.slow.recording)
+    @counted(length=st.integers(1, 6), rejected=st.integers(0, 6), seed=st.integers(0, 2**16))
+    def draft(self, length: int, rejected: int, seed: int) -> None:
+        """A draft, of which the newest tokens are rejected."""
+        if self.step(self.drawn([length] * self.pair.batch, seed), length):
+            self.take_back(min(rejected, length))  # a draft comes behind other tokens, so some are left
+
+    # -- back ------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.is_filled() and not self.slow.recording)
+    @counted()
+    def record_the_past(self) -> None:
+        self.record()
+
+    def record(self) -> None:
+        self.fast.activate_past_recording()
+        self.slow.recording = True
+
+    @precondition(is_filled)
+    @counted(columns=st.integers(0, 12))
+    def crop(self, columns: int) -> None:
+        """The newest columns are forgotten, or that is refused and nothing has changed."""
+        # To none at all, only where every layer is pruned: others then keep their batch size (transformers 5.23).
+        least = 0 if self.family == "llama" else 1
+        self.take_back(min(columns, self.slow.seen - least))
+
+    def take_back(self, columns: int) -> None:
+        if not self.slow.can_crop(columns):
+            with pytest.raises(CacheError):
+                self.fast.crop(-columns)
+            return
+        try:
+            self.fast.crop(-columns)
+        except CacheError:
+            # Packed rows cannot go, and among padding, slots may have been rearranged where no token was evicted.
+            padded = any(not all(each.columns) for each in self.slow.sequences)
+            assert self.packs or (padded and self.slow.evicting)
+        except BudgetError:
+            assert self.sizes
+            self.fast.reset()
+            self.slow.reset()
+        else:
+            self.slow.crop(columns, self.pair.found())
+
+    @precondition(lambda self: self.slow.seen > 30)  # else few histories are long
+    @counted()
+    def reset(self) -> None:
+        self.fast.reset()
+        self.slow.reset()
+
+    # -- the batch changes -----------------------------------------------------------------------------------------
+
+    picks = st.lists(st.integers(0, MOST_SEQUENCES - 1), min_size=1, max_size=MOST_SEQUENCES)
+
+    @precondition(is_filled)
+    @counted(picks=st.lists(st.integers(0, 3), min_size=MOST_SEQUENCES, max_size=MOST_SEQUENCES))
+    def reorder_beams(self, picks: list[int]) -> None:
+        rows = [pick % self.pair.batch for pick in picks[: self.pair.batch]]
+        self.fast.reorder_cache(torch.tensor(rows))
+        self.slow.select(rows)
+
+    @precondition(lambda self: self.is_filled() and 2 * self.pair.batch <= MOST_SEQUENCES)
+    @counted()
+    def repeat_each_sequence(self) -> None:
+        self.fast.batch_repeat_interleave(2)
+        self.slow.select([row for row in range(self.pair.batch) for _ in range(2)])
+
+    @precondition(is_filled)
+    @counted(picks=picks, as_mask=st.booleans())
+    def select_sequences(self, picks: list[int], as_mask: bool) -> None:
+        rows = [pick % self.pair.batch for pick in picks]
+        if as_mask:
+            rows = sorted(set(rows))
+            self.fast.batch_select_indices(torch.isin(torch.arange(self.pair.batch), torch.tensor(rows)))
+        else:
+            self.fast.batch_select_indices(torch.tensor(rows))
+        self.slow.select(rows)
+
+    @precondition(lambda self: self.is_filled() and self.slow.seen > 40)  # else there would be little else
+    @counted()
+    def call_with_another_batch_size(self) -> None:
+        with pytest.raises(CacheError), torch.no_grad():
+            self.model(token_ids(self.pair.batch + 1, 2), past_key_values=self.fast)
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.is_filled() and len(self.pairs) < MOST_PAIRS)
+    @counted()
+    def fork(self) -> None:
+        self.pairs.append(Pair(self.fast.fork(), self.slow.fork()))
+
+    @precondition(lambda self: len(self.pairs) > 1)
+    @counted(index=st.integers(0, MOST_PAIRS - 2))
+    def go_on_with_another(self, index: int) -> None:
+        self.pairs.append(self.pairs.pop(index % (len(self.pairs) - 1)))
+
+    @precondition(lambda self: len(self.pairs) == MOST_PAIRS)
+    @counted()
+    def drop_this_one(self) -> None:
+        self.pairs.pop()
+
+    @precondition(is_filled)
+    @counted()
+    def save_and_load(self) -> None:
+        """A cache that was saved and loaded again takes the place of the one that was saved."""
+        path = Path(self.folder.name) / "cache.safetensors"
+        if self.slow.undecided is not None:
+            with pytest.raises(CacheError):
+                self.fast.save(path)
+            return
+        self.fast.save(path)
+        self.pair.fast = PrunedCache.load(path, self.model)
+
+    # -- what is always so -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def every_cache_keeps_what_it_should(self) -> None:
+        """Also those that were left behind: what was done to others has not changed them."""
+        for pair in getattr(self, "pairs", ()):
+            pair.slow.check(pair.found())
+            for layer in pair.fast.pruned_layers if pair.batch else ():
+                positions = pair.fast.kept_positions(layer)
+                assert positions.dtype == torch.int64
+                assert positions.shape[:2] == (pair.batch, pair.slow.model.kv_heads)
+                assert all(head == sorted(head) for head in positions.flatten(0, 1).tolist())
+
+    @invariant()
+    def tokens_and_padding_are_counted(self) -> None:
+        for pair in getattr(self, "pairs", ()):
+            assert pair.fast.seen_tokens == pair.fast.get_seq_length() == pair.slow.seen
+            assert all(list(pair.fast.layers[layer].tokens) == pair.slow.tokens for layer in pair.fast.pruned_layers)
+
+    @invariant()
+    def bytes_are_those_of_the_storages(self) -> None:
+        for pair in getattr(self, "pairs", ()):
+            assert pair.fast.nbytes == storage_nbytes(pair.fast)
+
+
+_models: dict[str, Any] = {}
+
+
+def _model(family: str) -> Any:
+    if family not in _models:
+        _models[family] = build(family, dtype=torch.float64)
+    return _models[family]
+
+
+# -- the machines ------------------------------------------------------------------------------------------------------
+
+seldom = st.sampled_from([False, False, False, True])
+foretold = {"in_bytes": False, "kernel_size": st.just(1)}
+simple = st.one_of(a2sf(epsilon=st.just(0.0), **foretold), h2o(**foretold), tova(**foretold), streaming_llm(**foretold))
+
+
+class Simple(CacheMachine):
+    """Policies whose scores plain Python can tell from the stock model's attention."""
+
+    @initialize(policy=simple, recording=seldom)
+    def begin(self, policy: Policy, recording: bool) -> None:
+        self.start(policy, recording, RULES[type(policy)])
+
+
+class SimpleOfHybrid(Simple):
+    """The same where a layer with a sliding window lies between two that are pruned."""
+
+    family = "qwen3-hybrid"
+
+
+class AnyChain(CacheMachine):
+    """Any policy and any chain."""
+
+    @initialize(policy=chains(), recording=seldom)
+    def begin(self, policy: Policy, recording: bool) -> None:
+        self.start(policy, recording)
+
+
+class AnyChainOfHybrid(AnyChain):
+    family = "qwen3-hybrid"
+
+
+@pytest.mark.parametrize("machine", [Simple, SimpleOfHybrid, AnyChain, AnyChainOfHybrid])
+def test_any_sequence_of_operations(machine):
+    """Rows, logits, counts and bytes are those of the slow model, whatever came before."""
+    run_state_machine_as_test(
+        machine, settings=profile(max_examples=2 * profile.default.max_examples, stateful_step_count=20)
+    )
