@@ -18,6 +18,7 @@ _UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+_MOST_DIGITS = 100  # of a number of tokens: int() refuses thousands, and floats above 1 are refused here
 _HELP = (
     "write a float in (0, 1] for a fraction of the prompt tokens (0.25), an int of at least 1 for a number of tokens "
     'per KV head (1024), or a string with a unit for the bytes of the whole cache ("512MiB")'
@@ -57,7 +58,7 @@ class Budget:
             raise BudgetError(f"a budget cannot be {text!r}: {_HELP}.")
         number, unit = match.groups()
         if unit == "":
-            return cls.parse(int(number) if number.isdigit() else float(number))
+            return cls.parse(float(number) if len(number) > _MOST_DIGITS or not number.isdigit() else int(number))
         if unit == "%":
             return cls.parse(float(number) / 100)
         if unit not in _UNITS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -21,11 +22,14 @@ from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.policy import Policy
+from kvprune.progress import Progress
 from kvprune.prompt_filter import install
 from kvprune.registry import parse
 from kvprune.report import CacheReport, LayerReport
 from kvprune.selection import FilteredStep, PromptFilter, Selection
 from kvprune.table import owned
+
+_switching = threading.Lock()
 
 
 class PrunedCache(Cache):
@@ -86,6 +90,7 @@ class PrunedCache(Cache):
             )
         backend = _backend(attention, model, _device(device))
         stock_tokens = sum(getattr(layer, "sliding_window", 0) for layer in layers)
+        self._empty = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in pruned}
         for index in pruned:
             layers[index] = PrunedLayer(
                 policy,
@@ -107,6 +112,7 @@ class PrunedCache(Cache):
         self._open: int | None = None  # a layer whose keys came but whose attention has not run
         self._padding: tuple[Tensor, int, Tensor | None] | None = None
         self._stock_states: dict[int, dict[str, Any]] = {}
+        self._progress = Progress(max(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)))
         self.is_hybrid = len(pruned) < len(layers)
         self.prompt_filter: PromptFilter | None = None
         self.filter_layer: int | None = None
@@ -129,16 +135,26 @@ class PrunedCache(Cache):
         if torch.compiler.is_dynamo_compiling() and not _is_static(layer, key_states):
             return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
         self._check_closed()
-        if layer_idx == 0 and not torch.compiler.is_dynamo_compiling():
-            self._check_whole(key_states.shape[0])
+        self._come_to(layer_idx, "keys", key_states.shape[0])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PrunedLayer):
             self._open = layer_idx
+            self._progress.changing = True
             return PendingKeys(keys, self), values  # type: ignore[return-value]
         if isinstance(layer, DynamicLayer) and key_states.shape[2] > 1:
             # A sliding window is a view of the whole prompt otherwise (transformers 5.23), which would stay in memory.
             layer.keys, layer.values = owned(layer.keys), owned(layer.values)
         return keys, values
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Of a layer with linear attention; transformers' own."""
+        self._come_to(layer_idx, f"conv {state_idx}", conv_states.shape[0])
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(self, states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Of a layer with linear attention; transformers' own."""
+        self._come_to(layer_idx, f"recurrent {state_idx}", states.shape[0])
+        return super().update_recurrent_state(states, layer_idx, state_idx, **kwargs)
 
     def attend(
         self,
@@ -177,6 +193,7 @@ class PrunedCache(Cache):
             if first and begins:  # a budget that cannot hold this prompt leaves the cache as it was: empty
                 self.reset()
             raise
+        self._progress.changing = False
         if first and self._selection is not None:
             layer.selection = self._selection
         if layer.index == self.pruned_layers[-1]:
@@ -268,9 +285,17 @@ class PrunedCache(Cache):
         if self._open is not None:
             raise self.bypassed()
 
+    def _come_to(self, layer: int, call: str, batch_size: int) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._progress.forget()
+            return
+        if self._progress.begins(layer, call):
+            self._check_whole(batch_size)
+        self._progress.note(layer, call)
+
     def _check_whole(self, batch_size: int) -> None:
         """Before a forward pass: all layers have seen the same, and the batch is the one they hold."""
-        self._check_lengths()
+        self._check_complete()
         for index in self.pruned_layers[:1]:
             table = self.layers[index].table
             if table is not None and table.batch_size != batch_size:
@@ -294,12 +319,11 @@ class PrunedCache(Cache):
             if isinstance(layer, CacheLayerMixin)
         }
 
-    def _check_lengths(self) -> None:
-        lengths = self.lengths
-        if len(lengths) > 1:
+    def _check_complete(self) -> None:
+        if not self._progress.is_complete or len(self.lengths) > 1:
             raise CacheError(
-                "a forward pass on this cache was interrupted, and its layers have seen different numbers of tokens "
-                f"({min(lengths)} to {max(lengths)}): call reset() and start over, or go on with a fork() made before."
+                "a forward pass on this cache was interrupted, and not all of its layers have seen the same tokens: "
+                "call reset() and start over, or go on with a fork() made before."
             )
 
     def bypassed(self) -> KVPruneError:
@@ -318,6 +342,8 @@ class PrunedCache(Cache):
                 for index, state in self._stock_states.items():
                     vars(self.layers[index]).update(state)
                 self._stock_states = {}
+                if all(isinstance(layer, CacheLayerMixin) for layer in self.layers[: self._open]):
+                    self._progress.forget()
         self._open = None
         return error(
             f"this PrunedCache was made for {self._model_name}, but {reason}. "
@@ -409,6 +435,7 @@ class PrunedCache(Cache):
         Raises CacheError, before anything has changed, where rows were evicted since.
         """
         self._check_closed()
+        self._check_complete()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
@@ -421,18 +448,22 @@ class PrunedCache(Cache):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        """Empty the cache; it may then be used with another batch size."""
+        """Empty the cache, whatever has happened to it; it may then be used with another batch size."""
         self._open = None
         self._forget_step()
-        for layer in self.layers:
-            if getattr(layer, "record_past", False):  # a sliding window goes on recording (transformers 5.23)
-                layer.record_past = False
-        super().reset()
+        self._progress.forget()
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PrunedLayer):
+                layer.reset()
+            else:  # transformers' reset leaves states of a batch of their size, and the recording of the past (5.23)
+                self.layers[index] = copy.deepcopy(self._empty[index])
 
     def fork(self) -> PrunedCache:
-        """An independent copy: compress a document once, ask many questions."""
+        """An independent copy: compress a document once, ask many questions. Raises CacheError in a forward pass."""
         self._check_closed()
+        self._check_complete()
         other = copy.copy(self)
+        other._progress = copy.copy(self._progress)
         other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
         other._forget_step()
         return other
@@ -453,7 +484,7 @@ class PrunedCache(Cache):
         """
         if self._open is not None:
             raise CacheError("a forward pass is under way: save the cache before it or after it.")
-        self._check_lengths()
+        self._check_complete()
         model = self._model()
         if model is None:
             raise CacheError("the model of this cache is gone, and a saved cache says whose it is: save it before.")
@@ -542,9 +573,10 @@ def _checked_config(model: Any) -> Any:
 
 
 def _switch_attention(model: Any) -> None:
-    base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
-    if not base.startswith(PREFIX):
-        model.set_attn_implementation(register(base))
+    with _switching:  # another thread must not find a model that is switched in part
+        base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
+        if not base.startswith(PREFIX):
+            model.set_attn_implementation(register(base))
 
 
 def _is_static(layer: Any, states: Tensor) -> bool:

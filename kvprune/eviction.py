@@ -18,6 +18,7 @@ from kvprune.errors import BudgetError, PolicyError
 from kvprune.kernels import ranked
 from kvprune.mass import GROUPS
 from kvprune.policy import Decision, Policy, Step, per_sequence
+from kvprune.state import MOST_TOKENS
 from kvprune.table import EMPTY, TokenTable
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
@@ -59,7 +60,7 @@ class Eviction(Policy):
         budget = self._budget  # parses, and raises for nonsense
         check_count("sinks", self.sinks, least=0)
         check_kernel(self.kernel_size)
-        check_count("seed", self.seed, least=0)
+        check_seed(self.seed)
         if self.interval is not None:
             check_count("interval", self.interval, least=1)
         if self.group not in GROUPS:
@@ -196,10 +197,17 @@ class Eviction(Policy):
         return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
 
 
-def check_count(name: str, value: int, *, least: int) -> None:
-    """Raise PolicyError unless a setting is an int of at least `least`."""
+def check_count(name: str, value: int, *, least: int, most: int = MOST_TOKENS) -> None:
+    """Raise PolicyError unless a setting is an int of at least `least`, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise PolicyError(f"{name} must be an int of at least {least}, not {value!r}.")
+    if value > most:
+        raise PolicyError(f"{name} must be an int of at most {most}, not {value!r}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise PolicyError unless a seed is an int of 64 bits."""
+    check_count("seed", seed, least=0, most=2**64 - 1)
 
 
 def check_number(name: str, value: float, *, low: float, high: float) -> None:
@@ -219,7 +227,17 @@ def check_kernel(kernel_size: int) -> None:
 
 def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
     """The largest of `kernel_size` neighbours, along the last dimension; there are none beyond its ends."""
-    return lambda dense: F.max_pool1d(dense, kernel_size, stride=1, padding=kernel_size // 2)
+
+    def pool(dense: Tensor) -> Tensor:
+        size = reach(kernel_size, dense.shape[-1])
+        return F.max_pool1d(dense, size, stride=1, padding=size // 2)
+
+    return pool
+
+
+def reach(kernel_size: int, length: int) -> int:
+    """A kernel no wider than it takes to reach all of a length from everywhere: more would only cost memory."""
+    return min(kernel_size, 2 * length - 1)
 
 
 def along_positions(scores: Tensor, positions: Tensor, function: Callable[[Tensor], Tensor], fill: float) -> Tensor:

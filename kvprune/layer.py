@@ -34,6 +34,8 @@ from kvprune.table import MOST_HOLES, TokenTable
 _UNDECIDED = 128
 # A table that grows token by token takes 1/64 of its length as room, at least 8 slots.
 _ROOM_SHARE, _LEAST_ROOM = 64, 8
+# One that is cut back every so many tokens takes room for all of them, unless it would more than double by that.
+_MOST_ROOM = 1024
 
 
 @dataclass
@@ -298,7 +300,11 @@ class PrunedLayer(CacheLayerMixin):
         """Slots to add when the table is full and tokens come one by one."""
         if table.packed:
             return _LEAST_ROOM  # what comes in is packed before long
-        return self._interval or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
+        return self._interval_room(table.length) or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
+
+    def _interval_room(self, rows: int) -> int:
+        """Slots to hold beside so many rows for the tokens of an interval; 0 where nothing is evicted by intervals."""
+        return min(self._interval, max(rows, _MOST_ROOM))
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
@@ -394,7 +400,7 @@ class PrunedLayer(CacheLayerMixin):
                 self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
                 continue
             if decision.keep is not None:
-                table.compact(decision.keep, room=self._interval)
+                table.compact(decision.keep, room=self._interval_room(decision.keep.shape[2]))
             elif decision.evict is not None:
                 table.evict(decision.evict)
                 table.shrink(plan.step.spare)

@@ -83,7 +83,7 @@ class RowWeights:
         if self.rows is not None:
             return self.rows.to(device), self.weights.to(device)  # type: ignore[union-attr]
         used = min(self.last, queries)
-        return torch.arange(queries - used, queries, device=device), self.suffix(device)[self.last - used :]
+        return torch.arange(queries - used, queries, device=device), self.suffix(device, used)
 
     def noisy(self, noise: Gumbel) -> RowWeights:
         """The same rows of a noisy, tempered softmax (Keyformer)."""
@@ -97,11 +97,11 @@ class RowWeights:
             return (self.last, self.decay) == (other.last, other.decay)
         return self.rows is other.rows and self.weights is other.weights
 
-    def suffix(self, device: torch.device) -> Tensor:
-        """Weights of the last rows, oldest first, `[last]` float32."""
+    def suffix(self, device: torch.device, count: int) -> Tensor:
+        """Weights of the newest `count` rows, oldest first, `[count]` float32."""
         if self.decay == 1.0:
-            return torch.ones(self.last, device=device)
-        ages = torch.arange(self.last - 1, -1, -1, device=device, dtype=torch.float64)
+            return torch.ones(count, device=device)
+        ages = torch.arange(count - 1, -1, -1, device=device, dtype=torch.float64)
         return torch.pow(self.decay, ages).float()  # from exponents: repeated products would drift
 
 
@@ -209,7 +209,7 @@ def weighed_rows(queries: Tensor, row_weights: RowWeights, positions: Any) -> tu
         used = min(row_weights.last, length)
         chosen = slice(length - used, None)
         queries = queries[:, :, chosen]
-        weights = row_weights.suffix(queries.device)[row_weights.last - used :].expand(batch, -1)
+        weights = row_weights.suffix(queries.device, used).expand(batch, -1)
         positions = None if positions is None else positions[:, chosen]
     if positions is not None:
         weights = weights * (positions >= 0)

@@ -40,7 +40,7 @@ def find(name: str) -> type[Policy]:
     return policy
 
 
-def get(name: str, **settings: Any) -> Policy:
+def get(name: str, /, **settings: Any) -> Policy:
     """A policy by name: `get("a2sf", budget=0.25)`. Raises PolicyError for an unknown name or setting."""
     policy = find(name)
     known = [field.name for field in fields(policy)]
@@ -52,7 +52,7 @@ def get(name: str, **settings: Any) -> Policy:
     return policy(**settings)
 
 
-def parse(text: str, **defaults: Any) -> Policy:
+def parse(text: str, /, **defaults: Any) -> Policy:
     """A policy or a chain from text: "a2sf", "a2sf:budget=0.25,kernel_size=7", "a2sf:budget=0.5 | streaming_llm".
 
     defaults: settings for every link that has such a setting and does not give it itself. Raises PolicyError.

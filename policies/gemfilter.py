@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvprune.budget import Budget
 from kvprune.errors import BudgetError, PolicyError
-from kvprune.eviction import check_count, check_kernel
+from kvprune.eviction import check_count, check_kernel, reach
 from kvprune.heads import ALL_HEADS, Heads
 from kvprune.selection import PromptFilter
 
@@ -105,7 +105,8 @@ class GemFilter(PromptFilter):
         return z.sort(stable=True).indices[-count:].sort().values
 
     def _smooth(self, z: Tensor) -> Tensor:
-        pooled = F.avg_pool1d(z[None, None], self.kernel_size, stride=1, padding=self.kernel_size // 2)[0, 0]
+        size = reach(self.kernel_size, len(z))
+        pooled = F.avg_pool1d(z[None, None], size, stride=1, padding=size // 2)[0, 0]
         return torch.nan_to_num(pooled, nan=-math.inf, posinf=torch.finfo(z.dtype).max, neginf=-math.inf)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvprune.errors import PolicyError
-from kvprune.eviction import Eviction, along_positions, check_count
+from kvprune.eviction import Eviction, along_positions, check_count, reach
 from kvprune.mass import RowWeights
 from kvprune.policy import Step
 from kvprune.table import TokenTable
@@ -65,9 +65,8 @@ class SnapKV(Eviction):
     def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
         if self.pooling == "max":
             return super().pool(scores, table, recent)
-        return along_positions(
-            scores.masked_fill(recent, 0.0),
-            table.positions,
-            lambda dense: F.avg_pool1d(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2),
-            fill=0.0,
-        )
+        return along_positions(scores.masked_fill(recent, 0.0), table.positions, self._average, fill=0.0)
+
+    def _average(self, dense: Tensor) -> Tensor:
+        size = reach(self.kernel_size, dense.shape[-1])
+        return F.avg_pool1d(dense, size, stride=1, padding=size // 2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvprune.budget import share
 from kvprune.errors import PolicyError
-from kvprune.eviction import along_positions, check_count, check_kernel, check_number, max_pool
+from kvprune.eviction import along_positions, check_count, check_kernel, check_number, check_seed, max_pool
 from kvprune.kernels import ranked
 from kvprune.mass import GROUPS, RowWeights
 from kvprune.noise import hash_word, hashed
@@ -78,7 +78,7 @@ class ZipCache(Policy):
         check_kernel(self.kernel_size)
         if self.group_size is not None:
             check_count("group_size", self.group_size, least=1)
-        check_count("seed", self.seed, least=0)
+        check_seed(self.seed)
         if self.normalizer not in ("probes", "official"):
             raise PolicyError(f'normalizer must be "probes" or "official", not {self.normalizer!r}.')
         if self.group not in GROUPS:

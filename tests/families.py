@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from kvprune import Policy, PrunedCache, Step, TokenTable
@@ -115,6 +116,18 @@ def shared(family: str = "llama") -> PreTrainedModel:
 def stock(family: str = "llama") -> PreTrainedModel:
     """The same model, which kvprune never touches."""
     return build(family)
+
+
+@cache
+def linear_hybrid() -> PreTrainedModel:
+    """A model with linear attention, whose layers hold states."""
+    config = Qwen3NextConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"] * 2, eos_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def token_ids(*shape: int, seed: int = 0) -> Tensor:

@@ -223,7 +223,7 @@ def test_all_rows_are_read_where_none_may_be_left_out(decay, epsilon):
 @pytest.mark.parametrize("decay", [0.2, 0.95])
 def test_weights_of_long_ago_underflow_to_zero(decay):
     """Weights come from exponents: the oldest are 0, the newest is 1, and none is NaN."""
-    weights = RowWeights.geometric(100_000, decay).suffix(torch.device("cpu"))
+    weights = RowWeights.geometric(100_000, decay).suffix(torch.device("cpu"), 100_000)
     assert weights[0] == 0
     assert weights[-1] == 1
     assert weights.isfinite().all()

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, STOCK_ONLY, build, feed, generate, left_padded, shared, token_ids
+from families import FAMILIES, STOCK_ONLY, build, feed, generate, left_padded, linear_hybrid, shared, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3NextConfig
+from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import CacheError, Chain, Eviction, KVPruneError, Policy, PolicyError, PrunedCache, registry, saving
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
@@ -52,18 +52,6 @@ POLICIES = {
 }
 PRUNABLE = tuple(family for family in FAMILIES if family not in STOCK_ONLY)
 policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-
-
-@cache
-def linear_hybrid() -> PreTrainedModel:
-    """A model with linear attention, whose layers hold states."""
-    config = Qwen3NextConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, num_experts=2,
-        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"] * 2, eos_token_id=None,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture
