@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,6 +122,13 @@ class Decision:
 @dataclass(frozen=True)
 class Policy:
     """Base of all policies: keeps everything and asks for nothing."""
+
+    def __post_init__(self) -> None:
+        """Settings that are numbers of numpy become Python's, whose arithmetic has no end to wrap around at."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, each.name, value.item())
 
     @property
     def interval(self) -> int | None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from kvprune import Budget, BudgetError, PolicyError, PrunedCache, RowWeights, registry
-from kvprune.noise import hash_word
-from kvprune.policies import A2SF, TOVA, GemFilter, SnapKV
+from kvprune.policies import A2SF, KIVI, TOVA, GemFilter, Keyformer, SnapKV, ZipCache
 
 CASES = {"budgets": 2000, "policies": 150, "strings": 1000, "files": 60, "longbench": 200, "lm_eval": 500}
 
@@ -112,5 +111,13 @@ def test_weights_of_rows_that_are_there():
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64, np.uint64], ids=lambda kind: kind.__name__)
-def test_seeds_of_numpy_draw_what_ints_draw(kind):
-    assert hash_word(kind(7), 3) == hash_word(7, 3)
+def test_numbers_of_numpy_are_numbers(kind):
+    """Eleven sinks and three rows are no -8 in eight bits without a sign; hashes of seeds wrapped around as well."""
+    made = [Keyformer(0.5, sinks=number(11), recent=number(2), seed=number(7)) for number in (kind, int)]
+    assert made[0] == made[1]
+    assert {type(getattr(made[0], name)) for name in ("sinks", "recent", "seed")} == {int}
+    assert [
+        type(ZipCache(kind(1)).salient),
+        type(KIVI(kind(4)).bits),
+        type(GemFilter(keep_last=kind(3)).keep_last),
+    ] == [int] * 3
