@@ -13,9 +13,9 @@ and `observe`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,11 +124,11 @@ class Policy:
     """Base of all policies: keeps everything and asks for nothing."""
 
     def __post_init__(self) -> None:
-        """Settings that are numbers of numpy become Python's, whose arithmetic has no end to wrap around at."""
+        """Numbers of other kinds become ints and floats: numpy's wrap around, and no file can say Fraction(1, 3)."""
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, each.name, value.item())
+            if isinstance(value, Real) and type(value) not in (bool, int, float):
+                object.__setattr__(self, each.name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
     def interval(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 
 import fuzz
 import numpy as np
@@ -108,6 +109,11 @@ def test_weights_of_rows_that_are_there():
     rows, weights = RowWeights(2**40, 0.5).chosen(3, torch.device("cpu"))
     assert rows.tolist() == [0, 1, 2]
     assert weights.tolist() == [0.25, 0.5, 1.0]
+
+
+def test_a_fraction_comes_back_from_its_description():
+    policy = TOVA(Fraction(1, 3))
+    assert registry.from_description(registry.described(policy)) == policy == TOVA(1 / 3)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64, np.uint64], ids=lambda kind: kind.__name__)
