@@ -86,7 +86,8 @@ def test_seeds_have_64_bits():
 @pytest.mark.parametrize(
     "policy",
     [TOVA(8, interval=2**31 - 1), TOVA(8, kernel_size=2**31 - 1), SnapKV(8, window=2**31 - 1, recent=2),
-     SnapKV(8, window=4, pooling="avg", kernel_size=2**31 - 1), GemFilter(8, kernel_size=2**31 - 1)],
+     SnapKV(8, window=4, pooling="avg", kernel_size=2**31 - 1), GemFilter(8, kernel_size=2**31 - 1),
+     ZipCache(group_size=2**31 - 1), KIVI(group_size=2**31 - 1)],
     ids=str,
 )  # fmt: skip
 def test_settings_beyond_any_sequence_cost_no_memory(policy):
@@ -97,11 +98,12 @@ def test_settings_beyond_any_sequence_cost_no_memory(policy):
 
 
 def test_a_wide_kernel_pools_like_one_that_reaches_everything():
-    """The widest kernel that makes a difference is twice the length."""
-    scores = torch.randn(1, 1, 20)
-    for pool in (SnapKV(8, window=4, pooling="avg", kernel_size=999)._average, GemFilter(8, kernel_size=999)._smooth):
-        pooled = pool(scores if pool.__name__ == "_average" else scores[0, 0])
-        torch.testing.assert_close(pooled, pooled.flatten()[0].expand_as(pooled))
+    """Nothing is left to tell one token from another by, however much wider it is than the sequence."""
+    scores = torch.randn(20)
+    averaged = SnapKV(8, window=4, pooling="avg", kernel_size=999)._average(scores[None, None])
+    smoothed = GemFilter(8, kernel_size=999)._smooth(scores)
+    for pooled in (averaged, smoothed):  # every token has the same neighbours: all of them
+        torch.testing.assert_close(pooled, pooled.mean().expand_as(pooled))
 
 
 def test_weights_of_rows_that_are_there():
@@ -109,6 +111,11 @@ def test_weights_of_rows_that_are_there():
     rows, weights = RowWeights(2**40, 0.5).chosen(3, torch.device("cpu"))
     assert rows.tolist() == [0, 1, 2]
     assert weights.tolist() == [0.25, 0.5, 1.0]
+
+
+def test_an_epsilon_too_small_to_be_multiplied():
+    """5e-324 times anything below one half is zero, which has no logarithm."""
+    assert RowWeights.geometric(10**6, 0.95, 5e-324).last == 14_572
 
 
 def test_a_fraction_comes_back_from_its_description():
