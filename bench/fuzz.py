@@ -418,7 +418,7 @@ def fuzz(name: str, first: int, cases: int, seconds: float = 20.0, seed: int = 0
     for case in range(first, first + cases):
         shown, run = TARGETS[name].make(random.Random(f"{seed} {name} {case}"))
         try:
-            with at_most(seconds):
+            with at_most(seconds), np.errstate(over="raise"):  # where an int of numpy wraps around
                 run()
         except KVPruneError as error:
             outcome.refused[type(error).__name__] += 1

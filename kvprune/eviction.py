@@ -57,6 +57,7 @@ class Eviction(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         budget = self._budget  # parses, and raises for nonsense
         check_count("sinks", self.sinks, least=0)
         check_kernel(self.kernel_size)

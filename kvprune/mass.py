@@ -62,7 +62,7 @@ class RowWeights:
         sum to less than `decay**T / (1 - decay)`, and no probability exceeds 1.
         """
         if epsilon > 0 and 0 < decay < 1:
-            rows = math.ceil(math.log(epsilon * (1 - decay)) / math.log(decay))
+            rows = math.ceil((math.log(epsilon) + math.log(1 - decay)) / math.log(decay))
             queries = min(queries, max(rows, 1))
         elif decay == 0:
             queries = min(queries, 1)

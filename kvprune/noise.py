@@ -44,7 +44,7 @@ def _signed_multiple(bits: int | Tensor) -> int | Tensor:
 
 def hash_word(seed: int, *counters: int) -> int:
     """The same of ints alone, as an int below 2**32."""
-    word, seed = 0, int(seed)  # numpy's ints overflow
+    word = 0
     for counter in (seed, seed >> 32, *counters):
         word = (word * _GOLDEN + counter + 1) & 0xFFFFFFFF
         word = (word ^ word >> 16) * 0x85EBCA6B & 0xFFFFFFFF

@@ -69,7 +69,8 @@ class PackedRows:
         empty: bool `[B, Hkv, R]`, rows that are nothing and influence nothing.
         """
         key_dim, value_dim = keys.shape[3], values.shape[3]
-        rows, tokens = keys.shape[2], codec.tokens or keys.shape[2]
+        rows = keys.shape[2]
+        tokens = min(codec.tokens or rows, rows)  # a block that is not full is not filled up with nothing
         blocks = -(-rows // tokens)
         missing = blocks * tokens - rows
         if missing and empty is None:

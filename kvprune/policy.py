@@ -13,6 +13,7 @@ and `observe`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,6 +122,13 @@ class Decision:
 @dataclass(frozen=True)
 class Policy:
     """Base of all policies: keeps everything and asks for nothing."""
+
+    def __post_init__(self) -> None:
+        """Numbers of other kinds become ints and floats: numpy's wrap around, and no file can say Fraction(1, 3)."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Real) and type(value) not in (bool, int, float):
+                object.__setattr__(self, each.name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
     def interval(self) -> int | None:

@@ -60,6 +60,7 @@ class GemFilter(PromptFilter):
     keep_last: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         budget = self._budget  # parses, and raises for nonsense
         for name in ("keep_first", "keep_last"):
             check_count(name, getattr(self, name), least=0)

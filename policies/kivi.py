@@ -33,6 +33,7 @@ class KIVI(Policy):
     residual: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_width(self.bits):
             raise PolicyError(f"bits={self.bits!r} is not supported: choose 2, 3, 4 or 8.")
         check_count("group_size", self.group_size, least=1)

@@ -64,6 +64,7 @@ class ZipCache(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("salient", "probe_recent", "probe_random"):
             check_number(name, getattr(self, name), low=0, high=1)
         for name in ("high_bits", "low_bits"):

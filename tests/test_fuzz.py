@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 
 import fuzz
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 import torch
 
 from kvprune import Budget, BudgetError, PolicyError, PrunedCache, RowWeights, registry
-from kvprune.noise import hash_word
-from kvprune.policies import A2SF, TOVA, GemFilter, SnapKV
+from kvprune.policies import A2SF, KIVI, TOVA, GemFilter, Keyformer, SnapKV, ZipCache
 
 CASES = {"budgets": 2000, "policies": 150, "strings": 1000, "files": 60, "longbench": 200, "lm_eval": 500}
 
@@ -86,7 +86,8 @@ def test_seeds_have_64_bits():
 @pytest.mark.parametrize(
     "policy",
     [TOVA(8, interval=2**31 - 1), TOVA(8, kernel_size=2**31 - 1), SnapKV(8, window=2**31 - 1, recent=2),
-     SnapKV(8, window=4, pooling="avg", kernel_size=2**31 - 1), GemFilter(8, kernel_size=2**31 - 1)],
+     SnapKV(8, window=4, pooling="avg", kernel_size=2**31 - 1), GemFilter(8, kernel_size=2**31 - 1),
+     ZipCache(group_size=2**31 - 1), KIVI(group_size=2**31 - 1)],
     ids=str,
 )  # fmt: skip
 def test_settings_beyond_any_sequence_cost_no_memory(policy):
@@ -97,11 +98,12 @@ def test_settings_beyond_any_sequence_cost_no_memory(policy):
 
 
 def test_a_wide_kernel_pools_like_one_that_reaches_everything():
-    """The widest kernel that makes a difference is twice the length."""
-    scores = torch.randn(1, 1, 20)
-    for pool in (SnapKV(8, window=4, pooling="avg", kernel_size=999)._average, GemFilter(8, kernel_size=999)._smooth):
-        pooled = pool(scores if pool.__name__ == "_average" else scores[0, 0])
-        torch.testing.assert_close(pooled, pooled.flatten()[0].expand_as(pooled))
+    """Nothing is left to tell one token from another by, however much wider it is than the sequence."""
+    scores = torch.randn(20)
+    averaged = SnapKV(8, window=4, pooling="avg", kernel_size=999)._average(scores[None, None])
+    smoothed = GemFilter(8, kernel_size=999)._smooth(scores)
+    for pooled in (averaged, smoothed):  # every token has the same neighbours: all of them
+        torch.testing.assert_close(pooled, pooled.mean().expand_as(pooled))
 
 
 def test_weights_of_rows_that_are_there():
@@ -111,6 +113,24 @@ def test_weights_of_rows_that_are_there():
     assert weights.tolist() == [0.25, 0.5, 1.0]
 
 
+def test_an_epsilon_too_small_to_be_multiplied():
+    """5e-324 times anything below one half is zero, which has no logarithm."""
+    assert RowWeights.geometric(10**6, 0.95, 5e-324).last == 14_572
+
+
+def test_a_fraction_comes_back_from_its_description():
+    policy = TOVA(Fraction(1, 3))
+    assert registry.from_description(registry.described(policy)) == policy == TOVA(1 / 3)
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.int64, np.uint64], ids=lambda kind: kind.__name__)
-def test_seeds_of_numpy_draw_what_ints_draw(kind):
-    assert hash_word(kind(7), 3) == hash_word(7, 3)
+def test_numbers_of_numpy_are_numbers(kind):
+    """Eleven sinks and three rows are no -8 in eight bits without a sign; hashes of seeds wrapped around as well."""
+    made = [Keyformer(0.5, sinks=number(11), recent=number(2), seed=number(7)) for number in (kind, int)]
+    assert made[0] == made[1]
+    assert {type(getattr(made[0], name)) for name in ("sinks", "recent", "seed")} == {int}
+    assert [
+        type(ZipCache(kind(1)).salient),
+        type(KIVI(kind(4)).bits),
+        type(GemFilter(keep_last=kind(3)).keep_last),
+    ] == [int] * 3
