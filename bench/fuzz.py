@@ -20,23 +20,24 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from output import Log, save, table
+from output import Log, save, save_markdown, table
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvprune import Budget, KVPruneError, Policy, PrunedCache, registry, saving
+from kvprune.evaluation.contenders import contenders
 from kvprune.integrations.longbench import LongBench
 from kvprune.integrations.longbench_tasks import TASKS
 
@@ -194,18 +195,26 @@ def policies(draw: random.Random) -> tuple[str, Run]:
 
 
 def policy_text(draw: random.Random) -> str:
+    """A chain in words: half of them as somebody would write them, if with strange numbers, and half of them damaged."""
     links = []
     for _ in range(draw.choice((1, 1, 2, 3))):
         name = draw.choice(registry.names())
-        known = [field.name for field in fields(registry.find(name))] + ["name", "self", "text", "nothing"]
-        given = [f"{draw.choice(known)}={number(draw)}" for _ in range(draw.randrange(3))]
-        links.append(f"{name}:{','.join(given)}" if given else name)
-    return mutated(draw, draw.choice(("|", " | ", "||")).join(links))
+        defaults = {field.name: field.default for field in fields(registry.find(name))}
+        given = draw.sample(sorted(defaults), min(len(defaults), draw.randrange(3)))
+        values = [number(draw) if draw.random() < 0.5 else defaults[setting] for setting in given]
+        settings = ",".join(f"{setting}={value}" for setting, value in zip(given, values, strict=True))
+        links.append(f"{name}:{settings}" if settings else name)
+    text = draw.choice(("|", " | ")).join(links)
+    if draw.random() < 0.5:
+        return text
+    if draw.random() < 0.3:
+        text += draw.choice((":", ",")) + draw.choice(("name", "self", "text", "nothing", "")) + draw.choice(("", "=1"))
+    return mutated(draw, text)
 
 
 @target()
 def strings(draw: random.Random) -> tuple[str, Run]:
-    """`registry.parse`, as the command line and other tools call it, with and without a default budget."""
+    """`registry.parse`, with and without a default budget; what it reads can be written down and read again."""
     text, defaults = policy_text(draw), {"budget": as_budget(draw)} if draw.random() < 0.3 else {}
 
     def run() -> None:
@@ -215,6 +224,19 @@ def strings(draw: random.Random) -> tuple[str, Run]:
             raise AssertionError("a description describes another policy")
 
     return f"{text!r} {defaults!r}", run
+
+
+@target()
+def command_line(draw: random.Random) -> tuple[str, Run]:
+    """What `kvprune eval` makes of its options `--policy` and `--budget`, each of which may be repeated."""
+    texts = [draw.choice((policy_text(draw), registry.names()[0], "full")) for _ in range(draw.randrange(3))]
+    budgets = [str(as_budget(draw)) for _ in range(draw.randrange(3))]
+
+    def run() -> None:
+        if not all(contender.label for contender in contenders(texts, budgets)):
+            raise AssertionError("a contender without a name")
+
+    return f"{texts!r} {budgets!r}", run
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -230,13 +252,12 @@ class Saved:
 
 
 @cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="kvprune-fuzz-")  # removed when the process ends
+
+
 def folder() -> Path:
-    made = tempfile.TemporaryDirectory(prefix="kvprune-fuzz-")
-    _KEPT.append(made)
-    return Path(made.name)
-
-
-_KEPT: list[Any] = []  # removes the folder when the process ends
+    return Path(_temporary().name)
 
 
 @cache
@@ -412,10 +433,17 @@ class Outcome:
     bugs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def fuzz(name: str, first: int, cases: int, seconds: float = 20.0, seed: int = 0) -> Outcome:
+def fuzz(
+    name: str,
+    first: int,
+    cases: int,
+    seconds: float = 20.0,
+    seed: int = 0,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Outcome:
     """Run cases `first .. first + cases - 1` of a target."""
     outcome = Outcome()
-    for case in range(first, first + cases):
+    for case in progress(range(first, first + cases)):
         shown, run = TARGETS[name].make(random.Random(f"{seed} {name} {case}"))
         try:
             with at_most(seconds), np.errstate(over="raise"):  # where an int of numpy wraps around
@@ -447,43 +475,25 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
     log, results = Log(), {}
-    shown = table(
-        "fuzzing",
-        "Cases taken, cases refused with a KVPruneError, and bugs.",
-        "target",
-        "taken",
-        "refused",
-        "bugs",
-        "s",
-    )
+    caption = "Cases taken, cases refused with a KVPruneError, and places where something else was raised."
+    shown = table("fuzzing", caption, "target", "taken", "refused", "bugs", "s")
     for name in arguments.only or TARGETS:
         if (missing := TARGETS[name].missing) is not None:
             log.note(f"left out: {name}: {missing}")
             continue
-        outcome, begin = Outcome(), time.perf_counter()
-        for part in track(range(0, arguments.cases, 500), name, console=log.console, transient=True):
-            more = fuzz(
-                name, arguments.first + part, min(500, arguments.cases - part), arguments.seconds, arguments.seed
-            )
-            outcome.taken += more.taken
-            outcome.refused += more.refused
-            for where, bug in more.bugs.items():
-                known = outcome.bugs.setdefault(where, bug | {"count": 0})
-                known["count"] += bug["count"]
+        begin, bar = time.perf_counter(), partial(track, description=name, console=log.console, transient=True)
+        outcome = fuzz(name, arguments.first, arguments.cases, arguments.seconds, arguments.seed, bar)
         taken = time.perf_counter() - begin
-        results[name] = {
-            "taken": outcome.taken,
-            "refused": dict(outcome.refused),
-            "bugs": outcome.bugs,
-            "seconds": round(taken),
-        }
+        results[name] = asdict(outcome) | {"seconds": round(taken)}
         for where, bug in outcome.bugs.items():
-            log.note(
-                f"{name}, case {bug['case']}, and {bug['count'] - 1} others: {where}: {bug['error']} for {bug['input']}"
-            )
-        shown.add_row(name, str(outcome.taken), str(outcome.refused.total()), str(len(outcome.bugs)), f"{taken:.0f}")
+            log.note(f"{name}: {where}, {bug['count']:,} times, first in case {bug['case']}: {bug['error']}")
+            log.note(f"    {bug['input']}")
+        shown.add_row(
+            name, f"{outcome.taken:,}", f"{outcome.refused.total():,}", str(len(outcome.bugs)), f"{taken:.0f}"
+        )
         save(arguments.out, cases=arguments.cases, seed=arguments.seed, notes=log.notes, targets=results)
     log.console.print(shown)
+    save_markdown(arguments.out, [shown], log.notes)
     if any(result["bugs"] for result in results.values()):
         sys.exit(1)
 

@@ -13,7 +13,15 @@ import torch
 from kvprune import Budget, BudgetError, PolicyError, PrunedCache, RowWeights, registry
 from kvprune.policies import A2SF, KIVI, TOVA, GemFilter, Keyformer, SnapKV, ZipCache
 
-CASES = {"budgets": 2000, "policies": 150, "strings": 1000, "files": 60, "longbench": 200, "lm_eval": 500}
+CASES = {
+    "budgets": 2000,
+    "policies": 150,
+    "strings": 1000,
+    "command_line": 500,
+    "files": 60,
+    "longbench": 200,
+    "lm_eval": 500,
+}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
