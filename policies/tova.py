@@ -32,8 +32,9 @@ class TOVA(Eviction):
 
     def observe(self, table: TokenTable, step: Step) -> None:
         if table.one_policy:  # then all heads hold the same tokens in the same slots
-            table["score"] = step.heads.mean(step.mass)
+            score = step.heads.mean(step.mass)
         else:  # in every process the last position is that of this step's newest row, so all of them add up as many
-            table["score"] = along_positions(
-                step.mass, table.positions, lambda mass: step.heads.mean(mass).expand_as(mass), 0
-            )
+            score = along_positions(step.mass, table.positions, lambda mass: step.heads.mean(mass).expand_as(mass), 0)
+        if not isinstance(step.new_tokens, int):  # a sequence to which this step was padding alone has no newer query
+            score = torch.where(step.new_tokens > 0, score, table["score"])
+        table["score"] = score

@@ -36,8 +36,8 @@ def retention(
     sinks = draw(st.integers(0, 3))
     window = draw(st.one_of(st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.25, 0.5])) if recent is None else recent)
     least = sinks + (window if isinstance(window, int) else 5)  # so many as half of the budget, and the sinks, take
-    settings = st.fixed_dictionaries({"interval": intervals, "group": groups, "kernel_size": kernels, **others})
     budget = draw(budgets(max(1, least), in_bytes=in_bytes))
+    settings = st.fixed_dictionaries({"interval": intervals, "group": groups, "kernel_size": kernels, **others})
     return {"budget": budget, "sinks": sinks, "recent": window, **draw(settings)}
 
 
@@ -105,7 +105,7 @@ evicting = st.one_of(a2sf(), h2o(), tova(), streaming_llm(), keyformer, snapkv)
 
 @st.composite
 def chains(draw: st.DrawFn) -> Policy:
-    """A policy or a chain: at most one prompt filter, which comes first, and one that packs, which comes last."""
+    """A policy or a chain: at most one prompt filter, which comes first, and at most one that packs, which is last."""
     links: list[Policy] = draw(st.lists(evicting, max_size=2))
     if draw(st.sampled_from([False, False, True])):
         links.insert(0, draw(gemfilter()))

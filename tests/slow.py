@@ -12,12 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from families import PAD, build
+from masked import Masked
 from torch import Tensor
 
 from kvprune import Eviction
@@ -26,57 +24,10 @@ from kvprune.policies import A2SF, H2O, TOVA, StreamingLLM
 Rows = list[list[list[list[int]]]]
 """Positions of kept rows, ascending: `[layer][sequence][KV head]`."""
 
-ROUNDING = 1e-5
-"""Scores of kvprune are float32; so near to each other, and either row may be the one that stays."""
-
-
-# -- the stock model -----------------------------------------------------------------------------------------------
-
-
-class Masked:
-    """A stock model whose full-attention layers see what they are told to, and whose attention can be looked at."""
-
-    def __init__(self, family: str) -> None:
-        self.model = build(family, dtype=torch.float64)
-        self.model.set_attn_implementation("eager")
-        config = self.model.config
-        self.kv_heads, self.group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        self.layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-        self.window = None if len(self.layers) == len(kinds) else config.sliding_window
-        self._visible: dict[int, Tensor] = {}
-        self._attention: dict[int, Tensor] = {}
-        for index in self.layers:
-            attention = self.model.model.layers[index].self_attn
-            attention.register_forward_pre_hook(partial(self._hide, index), with_kwargs=True)
-            attention.register_forward_hook(partial(self._note, index))
-
-    def _hide(self, index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden = torch.zeros(self._visible[index].shape, dtype=torch.float64)
-        return args, {**kwargs, "attention_mask": hidden.masked_fill(~self._visible[index], -math.inf)}
-
-    def _note(self, index: int, module: Any, args: Any, output: Any) -> None:
-        self._attention[index] = output[1]
-
-    @torch.no_grad()
-    def run(self, ids: list[list[int]], left: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        """Logits `[B, T, vocab]`, and of every full-attention layer the probabilities `[B, Hkv, G, T, T]`.
-
-        ids: of each sequence. left: of each such layer and sequence, how many tokens there were when a row left,
-        `[Hkv, tokens]`.
-        """
-        longest = max(map(len, ids))
-        tokens = torch.arange(longest)
-        padded = torch.tensor([[*each, *[PAD] * (longest - len(each))] for each in ids])
-        for index, rows in zip(self.layers, left, strict=True):
-            gone = torch.stack([F.pad(each, (0, longest - each.shape[1]), value=math.inf) for each in rows])
-            visible = (tokens <= tokens[:, None]) & (tokens[:, None] < gone[:, :, None])
-            self._visible[index] = visible.repeat_interleave(self.group, dim=1)
-        logits = self.model(padded, position_ids=tokens.expand_as(padded), use_cache=False).logits
-        return logits, [self._attention[index].unflatten(1, (self.kv_heads, self.group)) for index in self.layers]
-
-
-masked = cache(Masked)
+MOST_UNDECIDED = 8
+"""Newest queries of a step whose observation waits for `crop`, while the past is recorded."""
+ROUNDING = 1e-4
+"""Scores of kvprune are float32: where one is less than this share above another, either row may stay."""
 
 
 # -- scores --------------------------------------------------------------------------------------------------------
@@ -166,9 +117,13 @@ class History:
                 for head in heads:
                     head += [filling] * len(ids)
 
+    def newest(self, columns: int) -> int:
+        """How many tokens there are in the newest columns."""
+        return sum(self.columns[len(self.columns) - columns :])
+
     def drop_newest(self, columns: int) -> int:
         """Forget so many columns; how many tokens that were."""
-        dropped = sum(self.columns[len(self.columns) - columns :])
+        dropped = self.newest(columns)
         tokens = len(self.ids) - dropped
         del self.columns[len(self.columns) - columns :], self.ids[tokens:]
         for layer in (*self.left, *self.score):
@@ -207,7 +162,8 @@ class SlowCache:
         self.sequences: list[History] = []
         self.seen = self.generated = self.last_eviction = 0
         self.undecided: Undecided | None = None
-        self.oldest = 0  # column that sliding windows still hold
+        self.shown = 0  # columns that layers have seen: all but those that a prompt filter kept from them
+        self.oldest = 0  # of these, that sliding windows still hold
         self.recording = False
         self.due: list[Eviction] = []
 
@@ -237,17 +193,18 @@ class SlowCache:
         for each, new in zip(self.sequences, ids, strict=True):
             each.append(new, [False] * (width - len(new)) + [True] * len(new))
         self.seen += width
+        self.shown += width if chosen is None else self._leave_out(ids, chosen)
         if not self.recording:
             self._move_window()
-        if chosen is not None:
-            self._leave_out(ids, chosen)
         if prefill:
             self._begin_generating()
         else:
             self.generated += max(map(len, ids))
         attended = self._attend() if self.exact and any(self.tokens) else None
         if self.recording:
-            self.undecided, self.due = Undecided(width, prefill), []
+            waiting = min(width, MOST_UNDECIDED)
+            self._observe(width, waiting, attended)
+            self.undecided, self.due = Undecided(waiting, prefill), []
             self.check(found)
         else:
             self._decide(width, prefill, attended, found)
@@ -266,13 +223,18 @@ class SlowCache:
             for layer in found
         ]
 
-    def _leave_out(self, ids: list[list[int]], chosen: list[list[int]]) -> None:
+    def _leave_out(self, ids: list[list[int]], chosen: list[list[int]]) -> int:
+        """Of the newest tokens, those that were not chosen; how many columns that leaves."""
+        most = 0
         for each, new, staying in zip(self.sequences, ids, chosen, strict=True):
-            for position in set(range(len(each.ids) - len(new), len(each.ids))) - set(staying):
+            came = set(range(len(each.ids) - len(new), len(each.ids)))
+            most = max(most, len(came & set(staying)))
+            for position in came - set(staying):
                 for layer in each.left:
                     for head in layer:
                         head[position] = 0
         self.last_eviction = self.seen
+        return most
 
     def _begin_generating(self) -> None:
         self.generated = 0
@@ -293,11 +255,8 @@ class SlowCache:
         self._decide(undecided.columns, undecided.prefill, attended, found)
 
     def _decide(self, columns: int, prefill: bool, attended: tuple[Tensor, list[Tensor]] | None, found: Rows) -> None:
-        added = [sum(each.columns[len(each.columns) - columns :]) for each in self.sequences]
-        if self.rule is not None and attended is not None:
-            for row, (each, new) in enumerate(zip(self.sequences, added, strict=True)):
-                self._score(each, new, [layer[row] for layer in attended[1]])
-        before = self.generated - max(added)
+        self._observe(columns, 0, attended)
+        before = self.generated - max(each.newest(columns) for each in self.sequences)
         self.due = [
             link
             for link in self.evicting
@@ -305,12 +264,18 @@ class SlowCache:
         ]
         self.check(found, self.due)
 
-    def _score(self, each: History, new: int, attention: list[Tensor]) -> None:
-        tokens, policy = len(each.ids), self.evicting[0]
-        for layer, probabilities in enumerate(attention):
-            seen = probabilities[:, :, tokens - new : tokens, :tokens]
-            seen = seen.amax(1) if policy.group == "max" else seen.mean(1)
-            each.score[layer] = self.rule(policy, each.score[layer], seen.tolist())
+    def _observe(self, columns: int, waiting: int, attended: tuple[Tensor, list[Tensor]] | None) -> None:
+        """Update the scores by the newest columns, without those that wait."""
+        if self.rule is None or attended is None:
+            return
+        policy = self.evicting[0]
+        for row, each in enumerate(self.sequences):
+            tokens = len(each.ids)
+            queries = slice(tokens - each.newest(columns), tokens - each.newest(waiting))
+            for layer, probabilities in enumerate(attended[1]):
+                seen = probabilities[row, :, :, queries, :tokens]
+                seen = seen.amax(1) if policy.group == "max" else seen.mean(1)
+                each.score[layer] = self.rule(policy, each.score[layer], seen.tolist())
 
     # -- rows that stay --------------------------------------------------------------------------------------------
 
@@ -344,27 +309,27 @@ class SlowCache:
         if expected != set(kept):
             missed = max(score[position] for position in expected - set(kept))
             instead = min(score[position] for position in set(kept) - expected)
-            assert missed - instead <= ROUNDING * max(1.0, missed), "a row of lower score stayed"
+            assert missed - instead <= ROUNDING * missed, "a row of lower score stayed"
 
     # -- everything else -------------------------------------------------------------------------------------------
 
-    def _first_in_window(self, seen: int) -> int:
+    def _first_in_window(self, columns: int) -> int:
         """The oldest column that a sliding window shows to the token after so many."""
-        return 0 if self.model.window is None else max(0, seen - self.model.window + 1)
+        return 0 if self.model.window is None else max(0, columns - self.model.window + 1)
 
     def _move_window(self) -> None:
-        self.oldest = max(self.oldest, self._first_in_window(self.seen))
+        self.oldest = max(self.oldest, self._first_in_window(self.shown))
 
     def can_crop(self, columns: int) -> bool:
         """Whether nothing is gone that was there so many columns ago."""
-        if self.model.window is not None and self.seen >= self.model.window and not self.recording:
-            return False
-        left = self.seen - columns
-        return left >= self.last_eviction and self.oldest <= self._first_in_window(left)
+        if self.model.window is not None and self.shown >= self.model.window and not self.recording:
+            return False  # not even by none, as transformers has it
+        return self.seen - columns >= self.last_eviction and self.oldest <= self._first_in_window(self.shown - columns)
 
     def crop(self, columns: int, found: Rows) -> None:
         """Forget the newest columns, and decide about those that waited. found: what the cache keeps after it."""
         self.seen -= columns
+        self.shown -= columns
         self._move_window()
         if columns:
             self.generated = max(0, self.generated - max(each.drop_newest(columns) for each in self.sequences))

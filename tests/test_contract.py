@@ -1,13 +1,11 @@
 """The contract of a transformers cache, kept by `PrunedCache`: on a tiny Llama, method by method."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any
 
 import pytest
 import torch
 from families import (
+    PAD,
     Spy,
     assert_same_rows,
     build,
@@ -21,14 +19,15 @@ from families import (
     shared,
     stepwise,
     stock,
+    storage_nbytes,
     token_ids,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvprune import CacheError, Chain, Policy, PrunedCache
+from kvprune import CacheError, Chain, PrunedCache
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
@@ -73,6 +72,12 @@ def follow_up(batch: dict[str, Tensor], ids: Tensor, count: int, *, seed: int) -
 def as_batch(ids: Tensor) -> dict[str, Tensor]:
     """A batch without padding."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def masked_ids(mask: Tensor, *, seed: int) -> dict[str, Tensor]:
+    """Random ids where a mask says so, column by column the same for any width."""
+    ids = torch.stack([token_ids(len(mask), seed=seed + column) for column in range(mask.shape[1])], dim=1)
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
 
 
 def copied_rows(cache: PrunedCache) -> dict[tuple[int, str], Tensor]:
@@ -340,6 +345,50 @@ def test_crop_refuses_what_was_evicted(policy, remove):
     torch.testing.assert_close(logits, feed(shared(), batch, untouched, [1, 3], begin=42), atol=0, rtol=0)
 
 
+wide_turns = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(2, 4))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+@given(turns=st.lists(wide_turns, min_size=1, max_size=3), left=st.integers(0, 30), recording=st.booleans())
+@example(turns=[(1, 1, 0)], left=0, recording=False)  # a table of one slot, whose strides mean nothing
+@example(turns=[(4, 4, 0)], left=0, recording=True)  # rows that are still where the model has put them
+def test_crop_goes_by_columns_whatever_the_padding(kernels, turns, left, recording):
+    """Turns of two sequences, padded wider than either needs, can be taken back to any column, the first included."""
+    widths = [max(first, second) + padding for first, second, padding in turns]
+    masks = [left_padded([first, second], width=width)["attention_mask"]
+             for (first, second, _), width in zip(turns, widths, strict=True)]  # fmt: skip
+    left = min(left, sum(widths))
+    fed = masked_ids(torch.cat(masks, dim=1), seed=0)
+    batch = masked_ids(torch.cat([fed["attention_mask"][:, :left], torch.ones(2, 3, dtype=torch.long)], dim=1), seed=0)
+    cropped, straight = (PrunedCache(shared(), Full(), kernels=kernels) for _ in range(2))
+    if recording:
+        cropped.activate_past_recording()
+    feed(shared(), fed, cropped, widths)
+    cropped.crop(left - sum(widths))
+    assert cropped.seen_tokens == left
+    logits = feed(shared(), batch, cropped, [1, 1, 1], begin=left)
+    expected = feed(shared(), batch, straight, [left, 1, 1, 1] if left else [1, 1, 1])
+    torch.testing.assert_close(logits, expected[:, left:], atol=1e-5, rtol=1e-4)
+    for row in range(2):
+        assert_same_rows(cropped, straight, row, row, atol=1e-5, rtol=1e-4)
+
+
+def test_recording_that_began_too_late_for_a_window_takes_nothing_back():
+    """Where a sliding window had moved on before the past was recorded, crop raises, and changes nothing."""
+    model, batch = shared("qwen3-hybrid"), left_padded([33])
+    cache, untouched = PrunedCache(model, Full()), PrunedCache(model, Full())
+    for one in (cache, untouched):
+        feed(model, batch, one, [30])
+        one.activate_past_recording()
+        feed(model, batch, one, [2], begin=30)
+    with pytest.raises(CacheError):
+        cache.crop(-3)
+    cache.crop(-2)
+    untouched.crop(-2)
+    logits = [feed(model, batch, one, [2, 1], begin=30) for one in (cache, untouched)]
+    torch.testing.assert_close(*logits, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("remove", [1, -21, 5, -1000])
 def test_crop_refuses_numbers_without_meaning(remove):
     """A positive number, or more tokens than there are, raises CacheError and changes nothing."""
@@ -390,14 +439,46 @@ def test_reset_makes_a_new_cache_of_it(policy, first, second):
 
 
 @evicting_and_packing
-def test_reset_ends_the_recording_of_the_past(policy):
-    """After reset() of a cache that recorded the past, evictions wait for nothing."""
-    cache, new = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
-    generate(shared(), repetitive(30), 6, past_key_values=cache, prompt_lookup_num_tokens=3)
+@pytest.mark.parametrize("family", ["llama", "qwen3-hybrid"])
+def test_reset_ends_the_recording_of_the_past(policy, family):
+    """After reset() of a cache that recorded the past, evictions wait for nothing, and windows move on."""
+    model = shared(family)
+    cache, new = PrunedCache(model, policy), PrunedCache(model, policy)
+    generate(model, repetitive(30), 6, past_key_values=cache, prompt_lookup_num_tokens=3)
     cache.reset()
     for one in (cache, new):
-        feed(shared(), left_padded([30]), one, [25, 1, 1])
+        feed(model, left_padded([30]), one, [25, 1, 1])
     assert_same_rows(cache, new)
+    assert cache.nbytes == new.nbytes
+
+
+@pytest.mark.parametrize("policy", [TOVA(8, interval=6), TOVA(9, interval=6) | TOVA(8, interval=6)], ids=str)
+def test_a_chunk_that_is_padding_to_a_sequence_evicts_by_the_scores_it_had(policy):
+    """Where a chunk of a turn brings tokens to other sequences alone, no query has said anything new of this one."""
+    batch = left_padded([28, 28], seed=5)
+    batch["attention_mask"][1, 24:] = 0
+    cache = PrunedCache(shared(), policy)
+    feed(shared(), batch, cache, [20, 1, 1, 1, 1])
+    before = rows(cache, 0, 1)
+    feed(shared(), batch, cache, [4], begin=24)
+    score = next(column for name, column in before.items() if name.endswith("score"))
+    assert score.shape[1] == 12
+    for head in range(2):
+        best = score[head, :-1].topk(7).indices.sort().values
+        assert kept(cache, 0, 1)[head] == before["positions"][head, [*best, -1]].tolist()
+
+
+@pytest.mark.parametrize("policy", [*EVICTING.values(), *PACKING.values(), ZipCache(buffer=4, kernel_size=3)], ids=str)
+def test_a_step_of_nothing_but_padding(policy):
+    """A chunk in which no sequence has begun leaves no rows, and no trace in what comes after."""
+    batch = left_padded([20, 12], width=26)
+    cache, straight = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
+    feed(shared(), batch, cache, [4])
+    assert cache.kept_positions(0).shape == (2, 2, 0)
+    feed(shared(), batch, cache, [22], begin=4)
+    feed(shared(), batch, straight, [26])
+    for row in range(2):
+        assert_same_rows(cache, straight, row, row, atol=1e-5, rtol=1e-4)
 
 
 def test_another_batch_size_is_refused():
@@ -578,41 +659,18 @@ def test_report_is_a_picture(reported, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that can be reached from an object, but for the index tensors of a table."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        for name, value in thing.items():
-            if name != "_index":
-                yield from tensors_in(value, seen)
-    elif isinstance(thing, list | tuple):
-        for value in thing:
-            yield from tensors_in(value, seen)
-    elif isinstance(thing, Policy):
-        assert not any(isinstance(getattr(thing, field.name), Tensor) for field in fields(thing))
-    elif hasattr(thing, "__dict__") and (is_dataclass(thing) or "kvprune" in type(thing).__module__):
-        yield from tensors_in(vars(thing), seen)
-
-
 @all_and_packing
+@pytest.mark.parametrize("family", ["llama", "qwen3-hybrid"])
 @pytest.mark.parametrize("recording", [False, True], ids=["", "recording"])
 @given(lengths=lengths, decoded=st.integers(0, 5))
-def test_nbytes_is_the_sum_of_the_storages(policy, recording, lengths, decoded):
-    """nbytes counts the storage of every tensor the layers hold: rows, spare slots, remembered queries."""
-    cache = PrunedCache(shared(), policy)
+def test_nbytes_is_the_sum_of_the_storages(policy, family, recording, lengths, decoded):
+    """nbytes counts the storage of every tensor the cache holds: rows, spare slots, remembered queries, windows."""
+    cache = PrunedCache(shared(family), policy)
     if recording:
         cache.activate_past_recording()
     batch = left_padded([length + decoded for length in lengths])
-    for _ in stepwise(shared(), batch, cache, [max(lengths)] + [1] * decoded):
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in tensors_in(list(cache.layers), set())
-        }
-        assert cache.nbytes == sum(storages.values())
+    for _ in stepwise(shared(family), batch, cache, [max(lengths)] + [1] * decoded):
+        assert cache.nbytes == storage_nbytes(cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-hybrid", "gpt2"])

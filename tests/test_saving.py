@@ -121,6 +121,17 @@ def test_a_loaded_cache_goes_on_where_the_saved_one_stopped(policy, generated, p
     assert_goes_on_alike(shared(), batch, [cache, loaded], 30 + generated)
 
 
+@pytest.mark.parametrize("lengths", [[6, 8, 17], [20, 3], [9, 40, 22]], ids=str)
+def test_packed_rows_of_a_padded_batch_come_back(lengths, path):
+    """Packed or not, the rows of each head are as many as the longest has: together they may be more than tokens."""
+    batch = left_padded([length + 10 for length in lengths])
+    cache = PrunedCache(shared(), KIVI(group_size=3, residual=4))
+    feed(shared(), batch, cache, [max(lengths)])
+    loaded = again(cache, path)
+    assert_same(cache, loaded)
+    assert_goes_on_alike(shared(), batch, [cache, loaded], max(lengths))
+
+
 @pytest.mark.parametrize("family", [*PRUNABLE, "linear"])
 @pytest.mark.parametrize("policy", [A, GemFilter(20) | A2SF(16, recent=4) | KIVI(group_size=4, residual=2)], ids=str)
 def test_every_family_comes_back(family, policy, path):
