@@ -195,7 +195,7 @@ def policies(draw: random.Random) -> tuple[str, Run]:
 
 
 def policy_text(draw: random.Random) -> str:
-    """A chain in words: half of them as somebody would write them, if with strange numbers, and half of them damaged."""
+    """A chain in words: half of them as somebody might write them, with strange numbers; the others damaged."""
     links = []
     for _ in range(draw.choice((1, 1, 2, 3))):
         name = draw.choice(registry.names())

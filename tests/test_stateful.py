@@ -58,11 +58,9 @@ def counted(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
 def rules_are_counted(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if os.environ.get("COUNT_RULES"):
-        write = request.config.get_terminal_writer().line
-        write()
-        for (machine, name), count in sorted(COUNTS.items()):
-            write(f"{machine}.{name}: {count:,}")
-        write(f"rules run: {sum(COUNTS.values()):,}")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("\n", *(f"{count:,} {machine}.{name}" for (machine, name), count in sorted(COUNTS.items())), sep="\n")
+            print(f"{sum(COUNTS.values()):,} operations")
 
 
 @dataclass
