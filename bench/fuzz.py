@@ -22,7 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -484,7 +484,7 @@ def main() -> None:
         begin, bar = time.perf_counter(), partial(track, description=name, console=log.console, transient=True)
         outcome = fuzz(name, arguments.first, arguments.cases, arguments.seconds, arguments.seed, bar)
         taken = time.perf_counter() - begin
-        results[name] = asdict(outcome) | {"seconds": round(taken)}
+        results[name] = vars(outcome) | {"seconds": round(taken)}
         for where, bug in outcome.bugs.items():
             log.note(f"{name}: {where}, {bug['count']:,} times, first in case {bug['case']}: {bug['error']}")
             log.note(f"    {bug['input']}")
