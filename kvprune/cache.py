@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from kvprune.heads import Heads
 from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
+from kvprune.modes import cast, no_autocast, untrainable, without_modes
 from kvprune.policy import Policy
 from kvprune.progress import Progress
 from kvprune.prompt_filter import install
@@ -136,11 +137,12 @@ class PrunedCache(Cache):
             return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
         self._check_closed()
         self._come_to(layer_idx, "keys", key_states.shape[0])
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PrunedLayer):
+            super().update(cast(key_states), cast(value_states), layer_idx, *args, **kwargs)
             self._open = layer_idx
             self._progress.changing = True
-            return PendingKeys(keys, self), values  # type: ignore[return-value]
+            return PendingKeys(key_states, self), value_states  # type: ignore[return-value]
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, DynamicLayer) and key_states.shape[2] > 1:
             # A sliding window is a view of the whole prompt otherwise (transformers 5.23), which would stay in memory.
             layer.keys, layer.values = owned(layer.keys), owned(layer.values)
@@ -161,28 +163,27 @@ class PrunedCache(Cache):
         module: torch.nn.Module,
         query: Tensor,
         mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        sliding_window: int | None = None,
-        position_bias: Tensor | None = None,
-        **_: Any,
+        **settings: Any,
     ) -> Tensor:
         """The attention of the layer that was updated last; called by the registered attention function.
 
+        settings: of the module's attention, see `scoring_of`.
         query: `[B, Hq, L, D]`. mask: the two-dimensional padding mask, or None. Returns `[B, L, Hq, Dv]`.
         """
+        if self._open is None:
+            raise self.misused("its attention runs more than once on the same keys", UnsupportedModelError)
+        query = cast(query)
+        if torch.is_autocast_enabled(query.device.type):
+            with no_autocast(query.device):
+                return self.attend(module, query, mask, **settings)
+        return untrainable(self._attend(module, query, mask, settings), query)
+
+    @without_modes
+    def _attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> Tensor:
         layer = self.layers[self._open]
         if torch.compiler.is_dynamo_compiling() and not _is_static(layer, query):
-            return self._attend_uncompiled(
-                module, query, mask, scaling=scaling, softcap=softcap, s_aux=s_aux,
-                sliding_window=sliding_window, position_bias=position_bias,
-            )  # fmt: skip
-        scoring = self.scoring_of(
-            module, query, layer, scaling=scaling, softcap=softcap, s_aux=s_aux,
-            sliding_window=sliding_window, position_bias=position_bias,
-        )  # fmt: skip
+            return self._attend_uncompiled(module, query, mask, settings)
+        scoring = self.scoring_of(module, query, layer, **settings)
         valid = self._valid(mask, query.shape[2], layer)
         first = self._open == self.pruned_layers[0]
         begins = layer.table is None
@@ -208,7 +209,7 @@ class PrunedCache(Cache):
 
     @torch.compiler.disable
     def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.attend(*args, **kwargs)
+        return self._attend(*args, **kwargs)
 
     def scoring_of(
         self,
@@ -429,6 +430,7 @@ class PrunedCache(Cache):
 
     # -- the rest of the Cache contract ----------------------------------------------------------------------------
 
+    @without_modes
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, e.g. `crop(-3)`; while the past is recorded, `crop(0)` ends a step.
 
@@ -458,15 +460,43 @@ class PrunedCache(Cache):
             else:  # transformers' reset leaves states of a batch of their size, and the recording of the past (5.23)
                 self.layers[index] = copy.deepcopy(self._empty[index])
 
+    @without_modes
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these sequences, LongTensor `[B]`, in this order: what beam search does after every step."""
+        super().reorder_cache(beam_idx)
+
+    @without_modes
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let every sequence stand so many times, side by side."""
+        super().batch_repeat_interleave(repeats)
+
+    @without_modes
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, LongTensor `[n]` or bool `[B]`, in this order."""
+        super().batch_select_indices(indices)
+
+    @without_modes
     def fork(self) -> PrunedCache:
         """An independent copy: compress a document once, ask many questions. Raises CacheError in a forward pass."""
         self._check_closed()
         self._check_complete()
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._progress = copy.copy(self._progress)
         other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
         other._forget_step()
         return other
+
+    def __copy__(self) -> PrunedCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        return self.fork()  # which does not copy the model along
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CacheError(
+            "a PrunedCache is not pickled: save(path) writes it, and PrunedCache.load(path, model) reads it."
+        )
 
     # -- saved and loaded ------------------------------------------------------------------------------------------
 
@@ -491,6 +521,7 @@ class PrunedCache(Cache):
         saving.save(self, model, path)
 
     @classmethod
+    @without_modes
     def load(
         cls,
         path: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from kvprune.attention import PendingKeys
 from kvprune.heads import Heads
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
+from kvprune.modes import cast, no_autocast
 from kvprune.policy import per_sequence
 from kvprune.queries import Queries
 from kvprune.selection import PromptFilter
@@ -66,7 +67,7 @@ class FilterPass(Cache):
             layer.table.check_step(key_states, value_states)
         if not self._capacity:
             self._weigh_budget(layer, key_states, value_states)
-        self._incoming = layer, key_states, value_states
+        self._incoming = layer, cast(key_states), cast(value_states)
         return PendingKeys(key_states, self), value_states  # type: ignore[return-value]
 
     def _weigh_budget(self, layer: PrunedLayer, keys: Tensor, values: Tensor) -> None:
@@ -93,15 +94,20 @@ class FilterPass(Cache):
 
     def attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
         """As `PrunedCache.attend`, but the new keys are forgotten."""
+        query = cast(query)
+        with no_autocast(query.device):
+            return self._attend(module, query, settings)
+
+    def _attend(self, module: torch.nn.Module, query: Tensor, settings: dict[str, Any]) -> Tensor:
         layer, keys, values = self._incoming  # type: ignore[misc]
         self._incoming = None
         scoring = self._cache.scoring_of(module, query, layer, **settings)
         if layer.index == self._layer:
             self.columns = self._choose(query, keys, layer.heads.present(keys.shape[1]))
             raise _Chosen
-        return self._attend(layer, query, keys, values, scoring)
+        return self._attended(layer, query, keys, values, scoring)
 
-    def _attend(self, layer: PrunedLayer, states: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+    def _attended(self, layer: PrunedLayer, states: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         device, table = states.device, layer.table
         home = device if layer.home is None else layer.home
         states, keys, values = states.to(home), keys.to(home), values.to(home)

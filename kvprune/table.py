@@ -38,9 +38,13 @@ MOST_SPARE = 32
 
 
 def owned(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive."""
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
+    """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive.
+
+    It may be written to, also where it was made in an inference mode that is over, and has no history.
+    """
+    writable = torch.is_inference_mode_enabled() or not tensor.is_inference()
+    if writable and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor.detach()
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
