@@ -40,8 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
+from kvprune import stock
 from kvprune.cache import PrunedCache
 from kvprune.errors import EvaluationError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.eviction import check_count
@@ -101,8 +102,7 @@ class Measured:
         if isinstance(cache, PrunedCache):
             nbytes, dense = cache.nbytes, cache.dense_nbytes
         else:
-            layers = (layer for layer in cache.layers if isinstance(layer, DynamicLayer))
-            nbytes = dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+            nbytes = dense = sum(map(stock.dense_nbytes, cache.layers))
         self.nbytes += nbytes
         self.dense_nbytes += dense
         self.sequences += sequences

@@ -81,7 +81,7 @@ class Flash(Sdpa):
             return None
         if device.type != "cuda":
             return f"torch has flash kernels for the CPU and for CUDA, not for {device.type}"
-        return _missing_on_cuda(dtype, head_dim)
+        return _missing_on_cuda(device, dtype, head_dim)
 
     def takes(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         equal = queries.shape[2] == keys.shape[2]
@@ -116,7 +116,7 @@ class FlashAttn(Sdpa):
     def missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
             return f"flash-attn runs on CUDA, and the model is on the {device.type}"
-        return _missing_on_cuda(dtype, head_dim) or _missing_package()
+        return _missing_on_cuda(device, dtype, head_dim) or _missing_package()
 
     def takes(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         return queries.shape[3] == values.shape[3] and not self.missing(queries.device, queries.dtype, queries.shape[3])
@@ -187,12 +187,12 @@ def _takes_groups(group: int) -> bool:
     return True
 
 
-def _missing_on_cuda(dtype: torch.dtype, head_dim: int) -> str | None:
+def _missing_on_cuda(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if dtype not in HALF:
         return f"flash kernels compute in float16 or bfloat16, and the model is in {dtype}"
     if head_dim > _MOST_HEAD_DIM or head_dim % 8:
         return f"flash kernels take heads of up to {_MOST_HEAD_DIM}, in eights, and those of the model have {head_dim}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "flash kernels need a GPU of compute capability 8.0 (Ampere) or later"
     return None
 

@@ -68,6 +68,22 @@ class Budget:
             raise BudgetError(f"a budget of {text!r} keeps nothing: {_HELP}.")
         return cls("bytes", int(amount))
 
+    def plain(self, written: float | int | str) -> float | int | str:
+        """What a person wrote, as a number where it is one: `"25%"` -> 0.25, `"1024"` -> 1024, `"1GiB"` as it is."""
+        if self.kind == "bytes":
+            return written
+        return self.amount if self.kind == "fraction" else int(self.amount)
+
+    def raised(self, prompt_tokens: tuple[int, ...], floor: int, always: str) -> str | None:
+        """Says that a fraction of the shortest prompt is fewer than the `floor` tokens that are `always` kept."""
+        if self.kind != "fraction" or not prompt_tokens:
+            return None
+        shortest = min(prompt_tokens)
+        tokens = share(self.amount, shortest)
+        if tokens >= floor:
+            return None
+        return f"{self.amount:g} of {shortest:,} prompt tokens is {tokens:,}: raised to {floor:,} ({always})"
+
     def tokens(
         self, prompt_tokens: int, *, floor: int = 1, token_bytes: int = 1, other_bytes: int = 0, spare: int = 0
     ) -> int:

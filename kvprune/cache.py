@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
-import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from kvprune import saving
-from kvprune.attention import PREFIX, PendingKeys, register
-from kvprune.backends import Sdpa, choose
+from kvprune import saving, stock
+from kvprune.attention import PendingKeys
+from kvprune.backends import choose
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.heads import Heads
 from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
+from kvprune.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
 from kvprune.modes import cast, no_autocast, untrainable, without_modes
 from kvprune.policy import Policy
 from kvprune.progress import Progress
@@ -29,8 +31,6 @@ from kvprune.registry import parse
 from kvprune.report import CacheReport, LayerReport
 from kvprune.selection import FilteredStep, PromptFilter, Selection
 from kvprune.table import owned
-
-_switching = threading.Lock()
 
 
 class PrunedCache(Cache):
@@ -76,8 +76,8 @@ class PrunedCache(Cache):
     ) -> None:
         policy = _policy(policy)
         check_name(kernels)
-        config = _checked_config(model)
-        layers: list[Any] = DynamicCache(config=config).layers
+        check_supported(model)
+        layers: list[Any] = DynamicCache(config=model.config).layers
         if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no attention layers, so there is nothing to prune."
@@ -89,15 +89,16 @@ class PrunedCache(Cache):
                 "this cache behaves like DynamicCache.",
                 stacklevel=2,
             )
-        backend = _backend(attention, model, _device(device))
-        stock_tokens = sum(getattr(layer, "sliding_window", 0) for layer in layers)
+        configs = [layer_config(text_config(model), index) for index in range(len(layers))]
+        widest = max((head_dim(configs[index]) for index in pruned), default=1)
+        backend = choose(attention, _device(device) or model.device, model.dtype, widest)
         self._empty = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in pruned}
         for index in pruned:
             layers[index] = PrunedLayer(
                 policy,
                 index,
                 pruned_layers=len(pruned),
-                stock_tokens=stock_tokens,
+                stock_tokens=_stock_tokens(layers, configs, configs[index]),
                 device=_device(device),
                 kernels=kernels,
                 backend=backend,
@@ -121,10 +122,10 @@ class PrunedCache(Cache):
         self._selection: Selection | None = None  # that holds once the first pruned layer has seen it
         first = policy.parts()[0]
         if isinstance(first, PromptFilter) and pruned:
-            self.filter_layer = first.filter_layer(config.get_text_config(decoder=True), self.pruned_layers)
+            self.filter_layer = first.filter_layer(text_config(model), self.pruned_layers)
             install(model)
             self.prompt_filter = first
-        _switch_attention(model)
+        switch_attention(model)
 
     # -- one forward pass ------------------------------------------------------------------------------------------
 
@@ -222,11 +223,14 @@ class PrunedCache(Cache):
         s_aux: Tensor | None = None,
         sliding_window: int | None = None,
         position_bias: Tensor | None = None,
+        is_causal: bool | None = None,
         **_: Any,
     ) -> Scoring:
         """How a module makes probabilities of logits; raises where this cache cannot do the same."""
         if module not in self._modules:
             raise self.misused("the model that was called is another one")
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise self.misused("its attention is not causal, as in an encoder", UnsupportedModelError)
         if position_bias is not None:
             raise self.misused("its attention adds a position bias", UnsupportedModelError)
         if sliding_window is not None and layer.seen + query.shape[2] > sliding_window:
@@ -354,22 +358,33 @@ class PrunedCache(Cache):
     # -- what it holds ---------------------------------------------------------------------------------------------
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether the cache has seen tokens."""
+        return bool(self.seen_tokens)
+
+    @property
     def seen_tokens(self) -> int:
         """Logical length: tokens the cache has seen, kept or not, padding included."""
         return self.get_seq_length()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that this process holds now: keys, values, positions, scores, spare slots."""
-        return sum(layer.nbytes if isinstance(layer, PrunedLayer) else _stock_bytes(layer) for layer in self.layers)
+        """Bytes of every tensor that this process holds now: keys, values, positions, scores, spare slots.
+
+        Those of the storages behind them, as they were allocated.
+        """
+        return sum(layer.nbytes if isinstance(layer, PrunedLayer) else stock.nbytes(layer) for layer in self.layers)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes that a DynamicCache would hold for the same tokens, in this process."""
+        """Bytes of the keys and values that a DynamicCache would hold for the same tokens, in this process.
+
+        Those of the tensors alone: transformers keeps the keys of a sliding window as a view of the whole prompt.
+        """
         return sum(
             layer.seen * layer.table.kv_token_bytes
             if isinstance(layer, PrunedLayer) and layer.table is not None
-            else sum(tensor.nbytes for tensor in _stock_tensors(layer))
+            else stock.dense_nbytes(layer)
             for layer in self.layers
         )
 
@@ -414,15 +429,22 @@ class PrunedCache(Cache):
                     )
                 )  # fmt: skip
             else:
-                held, dense = _stock_bytes(layer), sum(tensor.nbytes for tensor in _stock_tensors(layer))
+                held, dense = stock.nbytes(layer), stock.dense_nbytes(layer)
                 kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__
                 layers.append(LayerReport(index, kind, held, held, dense, None))
         tables = (self.layers[index].table for index in self.pruned_layers)
         kernels = ", ".join(sorted({table.kernels.name for table in tables if table is not None})) or None
         return CacheReport(
             str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer, kernels,
-            self.attention,
+            self.attention, tuple(self._notes()),
         )  # fmt: skip
+
+    def _notes(self) -> Iterator[str]:
+        for index in self.pruned_layers[:1]:
+            for policy in self.policy.parts():
+                note = policy.note(self.layers[index].prompt_tokens)
+                if note is not None:
+                    yield f"{type(policy).__name__}: {note}"
 
     def __repr__(self) -> str:
         held = f"nbytes={self.nbytes:,} of {self.dense_nbytes:,}"
@@ -438,11 +460,16 @@ class PrunedCache(Cache):
         """
         self._check_closed()
         self._check_complete()
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # transformers 5.17 counts in tensors
+        except TypeError as error:
+            raise CacheError(
+                f"crop takes an int, such as -3 for the newest 3 tokens, not {tokens_to_remove!r}."
+            ) from error
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
                 layer.check_crop(tokens_to_remove)
-            elif _has_lost_what_it_needs(layer, -tokens_to_remove):
+            elif stock.has_lost_what_it_needs(layer, -tokens_to_remove):
                 raise CacheError(
                     "cannot crop: a sliding-window layer has dropped tokens that would be needed again. Call "
                     "activate_past_recording() before steps that you may want to take back, or keep a fork()."
@@ -483,7 +510,9 @@ class PrunedCache(Cache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._progress = copy.copy(self._progress)
-        other.layers = [layer.fork() if isinstance(layer, PrunedLayer) else _stock_copy(layer) for layer in self.layers]
+        other.layers = [
+            layer.fork() if isinstance(layer, PrunedLayer) else stock.copied(layer) for layer in self.layers
+        ]
         other._forget_step()
         return other
 
@@ -544,7 +573,7 @@ class PrunedCache(Cache):
                 known, or not the one that was given. Nothing that is not registered is imported, and nothing unpickled.
             UnsupportedModelError, PolicyError, CacheError: as the constructor.
         """
-        _checked_config(model)
+        check_supported(model)
         settings = {"device": device, "kernels": kernels, "attention": attention}
         return saving.load(cls, path, model, None if policy is None else _policy(policy), **settings)
 
@@ -563,78 +592,17 @@ def _policy(policy: Policy | str) -> Policy:
 def _device(device: torch.device | str | None) -> torch.device | None:
     try:
         return None if device is None else torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch without CUDA asserts
         raise CacheError(f'{device!r} is not a device here: write one such as "cpu" or "cuda:0" ({error}).') from None
 
 
-def _backend(attention: str, model: Any, device: torch.device | None) -> Sdpa:
-    text = model.config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return choose(attention, device or model.device, model.dtype, head_dim)
-
-
-def _checked_config(model: Any) -> Any:
-    """The config of the text decoder, or UnsupportedModelError."""
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModelError(f"PrunedCache needs a transformers causal language model, not {name}.")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder model, and its two caches are not made of one growing sequence: "
-            "use a decoder-only model (AutoModelForCausalLM)."
-        )
-    if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
-        raise UnsupportedModelError(
-            f"the attention of {name} does not go through transformers' attention registry, so kvprune cannot reach "
-            "it. GPT-J, BLOOM, MPT and Falcon are such models; Llama, Mistral, Qwen, Phi-3, Gemma, GPT-NeoX, OPT, "
-            "GPT-2 and most others work."
-        )
-    text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise UnsupportedModelError(
-            f"{name} uses multi-head latent attention, which transforms its keys after caching them: kvprune does not "
-            "support it."
-        )
-    if any(mode is not None for mode in getattr(text, "kv_sharing_modes", None) or ()):
-        raise UnsupportedModelError(
-            f"layers of {name} read the cache of other layers, whose rows may be gone: kvprune does not support it."
-        )
-    return config
-
-
-def _switch_attention(model: Any) -> None:
-    with _switching:  # another thread must not find a model that is switched in part
-        base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
-        if not base.startswith(PREFIX):
-            model.set_attn_implementation(register(base))
+def _stock_tokens(layers: list[Any], configs: list[Any], config: Any) -> int:
+    """Tokens that sliding windows hold in all, counted in tokens of a layer of this config: it may have other heads."""
+    windows = ((getattr(layer, "sliding_window", 0), own) for layer, own in zip(layers, configs, strict=True))
+    numbers = sum(window * kv_heads(own) * head_dim(own) for window, own in windows if window)
+    return -(-numbers // (kv_heads(config) * head_dim(config)))
 
 
 def _is_static(layer: Any, states: Tensor) -> bool:
     """Whether a step of these new tokens changes no shape in a layer."""
     return isinstance(layer, PrunedLayer) and layer.is_compileable and states.shape[2] == 1
-
-
-def _has_lost_what_it_needs(layer: Any, remove: int) -> bool:
-    """Whether a layer with a sliding window cannot be cropped by so many tokens."""
-    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.get_seq_length() < layer.sliding_window:
-        return False
-    # Recording may have begun when the window had already moved on: transformers 5.23 would then crop too much.
-    needed = min(layer.get_seq_length() - remove, layer.sliding_window - 1)
-    return not layer.record_past or layer.keys.shape[2] - remove < needed
-
-
-def _stock_tensors(layer: Any) -> list[Tensor]:
-    """The tensors of a transformers cache layer."""
-    values = [value.values() if isinstance(value, dict) else (value,) for value in vars(layer).values()]
-    return [tensor for each in values for tensor in each if isinstance(tensor, Tensor) and tensor.ndim > 1]
-
-
-def _stock_copy(layer: Any) -> Any:
-    # deepcopy refuses tensors with a history, such as those of a prompt that was read without torch.no_grad().
-    memo = {id(tensor): tensor.clone() for tensor in _stock_tensors(layer) if tensor.grad_fn is not None}
-    return copy.deepcopy(layer, memo)
-
-
-def _stock_bytes(layer: Any) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in _stock_tensors(layer))

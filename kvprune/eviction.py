@@ -59,6 +59,7 @@ class Eviction(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         budget = self._budget  # parses, and raises for nonsense
+        object.__setattr__(self, "budget", budget.plain(self.budget))
         check_count("sinks", self.sinks, least=0)
         check_kernel(self.kernel_size)
         check_seed(self.seed)
@@ -100,6 +101,9 @@ class Eviction(Policy):
             return max(self.sinks + int(self.recent), 1)
         start = int(self.sinks / (1 - self.recent)) if self.sinks else 1
         return next(n for n in count(max(start, 1)) if self.sinks + self.recent_tokens(n) <= n)
+
+    def note(self, prompt_tokens: tuple[int, ...]) -> str | None:
+        return self._budget.raised(prompt_tokens, self._least, "sinks and recent")
 
     def recent_tokens(self, capacity: int) -> int:
         """Size of the recent window, in tokens, under a budget of `capacity` tokens."""

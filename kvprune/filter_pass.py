@@ -110,7 +110,7 @@ class FilterPass(Cache):
     def _attended(self, layer: PrunedLayer, states: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         device, table = states.device, layer.table
         home = device if layer.home is None else layer.home
-        states, keys, values = states.to(home), keys.to(home), values.to(home)
+        states, keys, values, scoring = states.to(home), keys.to(home), values.to(home), scoring.to(home)
         valid = None if self._valid is None else self._valid.to(home)
         first = per_sequence(layer.tokens or (0,) * keys.shape[0], states.device)
         queries = Queries.of_step(states, first, valid, begins=table is None)

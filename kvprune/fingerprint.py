@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvprune.heads import Heads
+from kvprune.models import text_config
 
 # What decides the keys and values of a token, and their positions, beside the weights.
 _FACTS = (
@@ -31,8 +32,7 @@ _SAMPLES = 64
 
 def fingerprint(model: Any) -> dict[str, Any]:
     """Facts of a model as JSON, `weights` among them: equal where a cache of one model serves the other."""
-    text = model.config.get_text_config(decoder=True)
-    facts = {name: getattr(text, name, None) for name in _FACTS}
+    facts = {name: _fact(text_config(model), name) for name in _FACTS}
     facts["dtype"] = str(model.dtype).removeprefix("torch.")
     facts["process"] = _process(model)
     facts["weights"] = _weights(model)
@@ -51,6 +51,13 @@ def differences(saved: Any, model: dict[str, Any]) -> list[str]:
     if not told and saved["weights"] != model["weights"]:
         told = ["the weights are others, as those of another fine-tune or revision are"]
     return told
+
+
+def _fact(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers, where layers differ in it
+        return [getattr(each, name, None) for each in config.per_layer_config]
 
 
 def _process(model: Any) -> str:

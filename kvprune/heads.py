@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor
 
 from kvprune.errors import UnsupportedModelError
+from kvprune.models import kv_heads, layer_config, text_config
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,9 @@ class Heads:
             return ALL_HEADS
         mesh = model._device_mesh
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")  # transformers 5.17 has one dimension
-        text = model.config.get_text_config(decoder=True)
-        layers = getattr(text, "per_layer_config", None)  # not in transformers 5.17; layers may differ in heads
-        config = text if layers is None else layers[layer]
-        queries = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or queries
-        return cls(torch.distributed.get_rank(group), size, queries, kv_heads, group, model.device)
+        config = layer_config(text_config(model), layer)
+        rank = torch.distributed.get_rank(group)
+        return cls(rank, size, config.num_attention_heads, kv_heads(config), group, model.device)
 
     def present(self, kv_heads: int) -> Heads:
         """The same for a layer with so many KV heads in this process: all, if they are, as where a plan splits MLPs."""

@@ -19,11 +19,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.attention import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.backends import SDPA, Sdpa
-from kvprune.errors import CacheError, KVPruneError
+from kvprune.errors import CacheError, KVPruneError, PolicyError
 from kvprune.heads import ALL_HEADS, Heads
 from kvprune.kernels import choose
 from kvprune.mass import RowWeights, Scoring
-from kvprune.policy import Policy, Step, per_sequence
+from kvprune.policy import Decision, Policy, Step, per_sequence
 from kvprune.queries import Attended, Queries, Remembered
 from kvprune.selection import FilteredStep, Selection
 from kvprune.state import Saved, State
@@ -198,7 +198,7 @@ class PrunedLayer(CacheLayerMixin):
             self._commit()
         device = states.device
         if self.home is not None:
-            states = states.to(self.home)
+            states, scoring = states.to(self.home), scoring.to(self.home)
         if valid is not None:
             valid = valid.to(states.device)
         if states.shape[2] > 1:
@@ -308,11 +308,16 @@ class PrunedLayer(CacheLayerMixin):
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
-    def _plans(self, table: TokenTable, queries: Queries, prefill: bool) -> list[Plan]:
+    def _plans(self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = ()) -> list[Plan]:
+        """to_come: tokens of each sequence that have been counted, and come after these queries."""
         device, added = queries.states.device, max(queries.tokens)
-        steady = self.steady if torch.compiler.is_dynamo_compiling() else None
-        tokens = per_sequence(self.tokens, device) if steady is None else steady.tokens + 1
-        generated = self.generated if steady is None else steady.generated + 1
+        if (steady := self.steady) is not None and torch.compiler.is_dynamo_compiling():
+            tokens: int | Tensor = steady.tokens + 1
+            generated: int | Tensor = steady.generated + 1
+        else:
+            counts = tuple(a - b for a, b in zip(self.tokens, to_come, strict=True)) if to_come else self.tokens
+            tokens = per_sequence(counts, device)
+            generated = self.generated - max(to_come, default=0)
         heads = self.heads.present(table.kv_heads)
         token_bytes, other_bytes = self._costs(table)
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
@@ -339,6 +344,8 @@ class PrunedLayer(CacheLayerMixin):
                 heads=heads,
             )
             step.weights = part.row_weights(step)
+            if not (step.weights is None or isinstance(step.weights, RowWeights)):
+                raise PolicyError(f"row_weights() of {part} returned {step.weights!r}: return RowWeights, or None.")
             plans.append(Plan(part, table.scoped(scope), step))
         return plans
 
@@ -394,6 +401,10 @@ class PrunedLayer(CacheLayerMixin):
             decision = plan.policy.decide(plan.table, plan.step)
             if decision is None:
                 continue
+            if not isinstance(decision, Decision):
+                raise PolicyError(f"decide() of {plan.policy} returned {decision!r}: return a Decision, or None.")
+            if plan.step.prefill:  # once, since it waits for the device
+                decision.check(table)
             if decision.quantize is not None:
                 table.quantize(decision.quantize)
                 newest = table.length - table.packed_length if table.dense else 0
@@ -417,7 +428,11 @@ class PrunedLayer(CacheLayerMixin):
     # -- rolling back ----------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
-        """From now on nothing is evicted in a step until `crop` has said how many of its tokens were accepted."""
+        """From now on nothing is evicted in a step until `crop` has said how many of its tokens were accepted.
+
+        Of a longer step, the newest 128 tokens can be taken back as if they had never come; what queries before them
+        added to the scores stays there.
+        """
         self._leave_steady()
         self.record_past = True
 
@@ -427,7 +442,8 @@ class PrunedLayer(CacheLayerMixin):
         if split:
             early = queries.part(0, split)
             with table.without_newest(len(queries) - split):  # all that these queries can see
-                self._observe(table, self._plans(table, early, prefill), early, scoring)
+                to_come = tuple(a - b for a, b in zip(queries.tokens, early.tokens, strict=True))
+                self._observe(table, self._plans(table, early, prefill, to_come), early, scoring)
         self.undecided = Undecided(queries.part(split, len(queries)), prefill, scoring)
 
     def _commit(self) -> None:
@@ -459,7 +475,8 @@ class PrunedLayer(CacheLayerMixin):
             self.tokens = tuple(a - b for a, b in zip(self.tokens, dropped, strict=True))
             self.prompt_tokens = tuple(min(a, b) for a, b in zip(self.prompt_tokens, self.tokens, strict=True))
             self.generated = max(0, self.generated - max(dropped))
-            self.remembered = None if self.undecided is None else self.remembered
+            if self.undecided is None or len(self.undecided.queries) <= remove:
+                self.remembered = None  # it may hold queries that are taken back
             self.selection = self.selection and self.selection.crop(remove)
         if self.undecided is not None:
             left = len(self.undecided.queries) - remove

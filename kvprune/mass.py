@@ -122,6 +122,9 @@ class Scoring:
         """Whether this is the softmax that fused attention kernels compute."""
         return self.softcap is None and self.sinks is None
 
+    def to(self, device: torch.device) -> Scoring:
+        return self if self.sinks is None else replace(self, sinks=self.sinks.to(device))
+
     def capped(self, logits: Tensor) -> Tensor:
         """Logits under the soft cap, where there is one."""
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -168,7 +171,8 @@ def row_logits(queries: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
     flat_queries = grouped(queries, kv_heads)
     if queries.dtype == torch.float32:
         logits = torch.bmm(flat_queries * scoring.scale, flat_keys)
-    elif queries.is_cuda:  # half precision in, float32 out, without a float32 copy of the keys
+    elif queries.is_cuda and queries.dtype != torch.float64:
+        # Half precision in, float32 out, without a float32 copy of the keys.
         logits = torch.bmm(flat_queries, flat_keys, out_dtype=torch.float32).mul_(scoring.scale)
     else:
         logits = torch.bmm(flat_queries.float() * scoring.scale, flat_keys.float())

@@ -13,6 +13,7 @@ and `observe`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,32 @@ class Decision:
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.keep, self.evict, self.quantize)) != 1:
             raise PolicyError("a Decision takes one of: the slots to keep, the slots to evict, the slots to quantize.")
+        for slots in self._slots():
+            if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or slots.ndim != 3:
+                told = f"{slots.dtype} {list(slots.shape)}" if isinstance(slots, Tensor) else repr(slots)
+                raise PolicyError(
+                    f"slots are a LongTensor [batch, KV heads, rows], not {told}: of a mask, take "
+                    "mask.int().topk(count).indices, or what `Eviction` makes of scores."
+                )
+
+    def _slots(self) -> tuple[Tensor, ...]:
+        packed = () if self.quantize is None else tuple(slots for _, slots in self.quantize)
+        return tuple(slots for slots in (self.keep, self.evict) if slots is not None) + packed
+
+    def check(self, table: TokenTable) -> None:
+        """Raise PolicyError unless the slots are some of the table's, none of them twice. Waits for the device."""
+        for slots in self._slots():
+            if slots.shape[:2] != table.positions.shape[:2]:
+                shape = list(table.positions.shape[:2])
+                raise PolicyError(f"slots are of {shape} sequences and KV heads here, not of {list(slots.shape[:2])}.")
+            none = table.length  # where empty rows are counted
+            index = torch.where((slots < 0) | (slots > none), none, slots)
+            times = torch.zeros(*slots.shape[:2], none + 1, dtype=torch.int32, device=slots.device)
+            times.scatter_add_(2, index, torch.ones_like(index, dtype=torch.int32))
+            if bool(((slots < EMPTY) | (slots >= none)).any() | (times[:, :, :none] > 1).any()):
+                raise PolicyError(
+                    f"a Decision names slots from 0 to {table.length - 1} at most once each, or -1 for an empty row."
+                )
 
 
 @dataclass(frozen=True)
@@ -129,6 +156,10 @@ class Policy:
             value = getattr(self, each.name)
             if isinstance(value, Real) and type(value) not in (bool, int, float):
                 object.__setattr__(self, each.name, int(value) if isinstance(value, Integral) else float(value))
+
+    def note(self, prompt_tokens: tuple[int, ...]) -> str | None:
+        """What `cache.report()` says of prompts of so many tokens, one a sequence, beside bytes; None if nothing."""
+        return None
 
     @property
     def interval(self) -> int | None:
@@ -285,9 +316,17 @@ def _check_order(links: tuple[Policy, ...]) -> None:
 
 
 def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
-    """One int where all counts are equal, else a LongTensor `[B, 1, 1]`, to combine with `[B, Hkv, rows]`."""
+    """One int where all counts are equal, else a LongTensor `[B, 1, 1]`, to combine with `[B, Hkv, rows]`.
+
+    The tensor is not to be written to: all layers of a step get the same one, so that it is copied to the device once.
+    """
     if counts.count(counts[0]) == len(counts):
         return counts[0]
+    return _on_device.__wrapped__(counts, device) if torch.compiler.is_compiling() else _on_device(counts, device)
+
+
+@lru_cache(maxsize=16)
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(counts, device=device).view(-1, 1, 1)
 
 

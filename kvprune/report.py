@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kvprune.errors import CacheError
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -19,6 +21,7 @@ class LayerReport:
 
     index: int
     kind: str
+    """"pruned", or the class of transformers' layer, such as "DynamicSlidingWindowLayer"."""
     nbytes: int
     kv_nbytes: int
     dense_nbytes: int
@@ -28,6 +31,11 @@ class LayerReport:
     """The part of `kv_nbytes` that is codes, or keys and values in full precision; None where no row is packed."""
     half_nbytes: int | None = None
     """What `dense_nbytes` would be at 16 bits a number; None where no row is packed."""
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held for every byte of a dense layer; 1.0 for an empty one."""
+        return self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
 
     @property
     def rows(self) -> int | None:
@@ -50,6 +58,8 @@ class CacheReport:
     """What computes on the cache; None before its first tokens."""
     attention: str = "sdpa"
     """What attention over a prompt runs on: "sdpa", "flash" or "flash-attn"."""
+    notes: tuple[str, ...] = ()
+    """What else there is to know, such as a budget that was raised to what is always kept."""
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +104,7 @@ class CacheReport:
             "filter_layer": self.filter_layer,
             "kernels": self.kernels,
             "attention": self.attention,
+            "notes": list(self.notes),
             "layers": [
                 {
                     "layer": layer.index,
@@ -102,6 +113,7 @@ class CacheReport:
                     "nbytes": layer.nbytes,
                     "kv_nbytes": layer.kv_nbytes,
                     "dense_nbytes": layer.dense_nbytes,
+                    "ratio": layer.ratio,
                 }
                 for layer in self.layers
             ],
@@ -114,7 +126,8 @@ class CacheReport:
             caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots"
             + f"\nattention over prompts: {self.attention}"
             + ("" if self.kernels is None else f"; kernels: {self.kernels}")
-            + self._chosen(),
+            + self._chosen()
+            + "".join(f"\n{note}" for note in self.notes),
             title_justify="left",
             caption_justify="left",
         )
@@ -128,7 +141,7 @@ class CacheReport:
                 human_bytes(layer.kv_nbytes),
                 human_bytes(layer.nbytes),
                 human_bytes(layer.dense_nbytes),
-                f"{layer.nbytes / layer.dense_nbytes:.1%}" if layer.dense_nbytes else "",
+                f"{layer.ratio:.1%}" if layer.dense_nbytes else "",
             )
         return table
 
@@ -181,7 +194,10 @@ class CacheReport:
         axes.set(xlabel="position of the token", ylabel="layer", title=f"tokens kept by {self.policy}")
         figure.colorbar(image, ax=axes, label="share of KV heads")
         path = Path(path)
-        figure.savefig(path, dpi=120)
+        try:
+            figure.savefig(path, dpi=120)
+        except (OSError, ValueError) as error:  # ValueError: a suffix that stands for no format
+            raise CacheError(f"no picture can be written to {path}: {error}.") from error
         return path
 
 

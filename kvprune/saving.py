@@ -28,6 +28,7 @@ from kvprune import stock
 from kvprune.errors import CacheError, PolicyError
 from kvprune.fingerprint import as_bytes, differences, fingerprint
 from kvprune.layer import PrunedLayer
+from kvprune.models import layer_config, text_config
 from kvprune.policy import Policy
 from kvprune.registry import described, from_description
 from kvprune.state import Saved, State
@@ -205,7 +206,7 @@ def _restore(cache: PrunedCache, header: Saved, model: Any) -> None:
 
 
 def _check_layer(cache: PrunedCache, layer: PrunedLayer, state: Saved, model: Any) -> None:
-    query_heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    query_heads = getattr(layer_config(text_config(model), layer.index), "num_attention_heads", None)
     if layer.table is not None and isinstance(query_heads, int) and query_heads % layer.table.kv_heads:
         raise state.refused(f"has {layer.table.kv_heads} KV heads, and the model {query_heads} query heads")
     if layer.selection is not None and (

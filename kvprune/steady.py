@@ -60,9 +60,6 @@ class Steady:
         seen, generated, *tokens = self.counts.tolist()
         return seen, generated, tuple(tokens)
 
-    def clone(self) -> Steady:
-        return Steady(self.counts.clone(), self.ahead)
-
 
 class Counted:
     """A count of a layer that compiled steps advance on the device: an attribute that catches up when it is read."""

@@ -1,17 +1,19 @@
-"""Layers that are not pruned, saved and restored: transformers' own, with a sliding window or with linear attention."""
+"""Layers that are not pruned: transformers' own, with a sliding window or with linear attention."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from kvprune.errors import CacheError
 from kvprune.state import Saved, State
 
-# By name: transformers 5.17 has no DummyLayer. Layers drawn from these may hold more than is saved here.
+# By name: transformers 5.17 has no DummyLayer. Subclasses of these may hold more than is saved here.
 _KINDS = (
     "DummyLayer",
     "DynamicSlidingWindowLayer",
@@ -20,6 +22,41 @@ _KINDS = (
     "LinearAttentionAndSlidingWindowAttentionLayer",
 )
 _STATES = ("conv_states", "recurrent_states")
+
+
+def nbytes(layer: Any) -> int:
+    """Bytes of the storages behind a layer's tensors."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(layer))
+
+
+def dense_nbytes(layer: Any) -> int:
+    """Bytes of a layer's tensors alone; transformers keeps a sliding window as a view of the whole prompt (5.23)."""
+    return sum(tensor.nbytes for tensor in _tensors(layer))
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """Keys, values, and the states of linear attention."""
+    values = [value.values() if isinstance(value, dict) else (value,) for value in vars(layer).values()]
+    return [tensor for each in values for tensor in each if isinstance(tensor, Tensor) and tensor.ndim > 1]
+
+
+def copied(layer: Any) -> Any:
+    """An independent copy."""
+    # deepcopy refuses tensors with a history, such as those of a prompt that was read without torch.no_grad().
+    memo = {id(tensor): tensor.clone() for tensor in _tensors(layer) if tensor.grad_fn is not None}
+    return copy.deepcopy(layer, memo)
+
+
+def has_lost_what_it_needs(layer: Any, remove: int) -> bool:
+    """Whether a layer with a sliding window cannot be cropped by so many tokens."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.get_seq_length() < layer.sliding_window:
+        return False
+    # Recording may have begun when the window had already moved on: transformers 5.23 would then crop too much.
+    needed = min(layer.get_seq_length() - remove, layer.sliding_window - 1)
+    return not layer.record_past or layer.keys.shape[2] - remove < needed
+
+
+# -- saved and restored ------------------------------------------------------------------------------------------------
 
 
 def state(layer: Any) -> State:
@@ -41,7 +78,10 @@ def state(layer: Any) -> State:
 
 
 def restore(layer: Any, saved: Saved, batch: int | None) -> None:
-    """Make a new layer what it was. batch: sequences of the cache, None if nobody knows. Raises CacheError."""
+    """Make a new layer what it was. Raises CacheError.
+
+    batch: sequences of the cache, None if no pruned layer holds any.
+    """
     kind = saved.fact("kind", str)
     if kind != type(layer).__name__ or not _is_known(layer):
         raise saved.refused(f"is of the kind {kind}, and the model's layer is a {type(layer).__name__}")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.errors import CacheError
+from kvprune.errors import CacheError, PolicyError
 from kvprune.kernels import TORCH, Columns, Kernels
 from kvprune.packed_rows import PackedRows
 from kvprune.quantize import Codec
@@ -165,7 +165,13 @@ class TokenTable:
         name = f"column.{column}"
         if name in self._tensors:
             return self._tensors[name][:, :, : self.length]
-        return self._tensors[f"buffer.{column}"][:, :, : self.length - self.packed_length]
+        name = f"buffer.{column}"
+        if name not in self._tensors:
+            known = [each.partition(".")[2] for each in self._tensors if "." in each]
+            raise PolicyError(
+                f"the table has no column {column!r}: declare it in columns(). It has: {', '.join(known) or 'none'}."
+            )
+        return self._tensors[name][:, :, : self.length - self.packed_length]
 
     def __setitem__(self, column: str, content: Tensor) -> None:
         self[column].copy_(content)

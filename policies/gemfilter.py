@@ -62,6 +62,7 @@ class GemFilter(PromptFilter):
     def __post_init__(self) -> None:
         super().__post_init__()
         budget = self._budget  # parses, and raises for nonsense
+        object.__setattr__(self, "budget", budget.plain(self.budget))
         for name in ("keep_first", "keep_last"):
             check_count(name, getattr(self, name), least=0)
         check_kernel(self.kernel_size)
@@ -80,6 +81,9 @@ class GemFilter(PromptFilter):
     @property
     def _least(self) -> int:
         return max(1, self.keep_first + self.keep_last)
+
+    def note(self, prompt_tokens: tuple[int, ...]) -> str | None:
+        return self._budget.raised(prompt_tokens, self._least, "keep_first and keep_last")
 
     def filter_layer(self, config: Any, pruned: tuple[int, ...]) -> int:
         if self.layer is not None:

@@ -51,6 +51,11 @@ class Setup:
     """Slots that packed rows, which cannot be overwritten, may leave empty, and room for the next tokens."""
 
     @property
+    def atol(self) -> float:
+        """By how much logits of two equal computations may differ: a packed number at a border may round both ways."""
+        return 5e-3 if self.make(0.5).codecs else 1e-4
+
+    @property
     def least(self) -> int:
         """The smallest budget that holds sinks and recent window."""
         return next(n for n in range(1, 100) if self.sinks + self.recent(n) <= n)
@@ -152,7 +157,7 @@ def test_a_padded_batch_equals_each_sequence_alone(setup, lengths, padding, budg
     ]
     for logits in stepwise(model(), batch, together, [max(lengths) + padding] + [1] * more):
         for row, steps in enumerate(apart):
-            torch.testing.assert_close(logits[row, -1], next(steps)[0, -1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits[row, -1], next(steps)[0, -1], atol=setup.atol, rtol=1e-4)
             assert kept_everywhere(together, row) == kept_everywhere(alone[row])
 
 
@@ -173,7 +178,7 @@ def test_padding_between_turns_changes_nothing(setup, turns, budget, seed):
     for row in range(2):
         alone = PrunedCache(model(), setup.make(budget))
         expected = feed(model(), sequence(batch, row), alone, [turn[row] for turn in turns])
-        torch.testing.assert_close(logits[row, -1], expected[0, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, -1], expected[0, -1], atol=setup.atol, rtol=1e-4)
         assert kept_everywhere(together, row) == kept_everywhere(alone)
 
 

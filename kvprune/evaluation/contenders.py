@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from kvprune import stock
 from kvprune.cache import PrunedCache
 from kvprune.errors import EvaluationError
 from kvprune.policy import Policy
@@ -70,11 +70,5 @@ class Held:
         if isinstance(cache, PrunedCache):
             nbytes, dense = cache.nbytes, cache.dense_nbytes
         else:
-            nbytes = dense = stock_nbytes(cache)
+            nbytes = dense = sum(map(stock.dense_nbytes, cache.layers))
         return cls(nbytes, dense, dense * 2 // model.dtype.itemsize)
-
-
-def stock_nbytes(cache: Cache) -> int:
-    """Bytes of the keys, values and states that a cache of transformers holds."""
-    held = [value for layer in cache.layers for value in vars(layer).values()]
-    return sum(value.untyped_storage().nbytes() for value in held if isinstance(value, Tensor) and value.ndim > 1)

@@ -1,0 +1,71 @@
+"""What kvprune asks of a transformers model: its config, layer by layer, and an attention that can be reached."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from kvprune.attention import PREFIX, register
+from kvprune.errors import UnsupportedModelError
+
+_switching = threading.Lock()
+
+
+def text_config(model: Any) -> Any:
+    """The config of the text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """The config of one layer of a text decoder: in Gemma 4, heads differ in number and size from layer to layer."""
+    layers = getattr(config, "per_layer_config", None)  # not in transformers 5.17
+    return config if layers is None else layers[layer]
+
+
+def head_dim(config: Any) -> int:
+    """Size of a query, by the config of a layer."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def kv_heads(config: Any) -> int:
+    """Number of KV heads, by the config of a layer."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
+
+
+def check_supported(model: Any) -> None:
+    """Raise UnsupportedModelError for a model whose cache cannot be pruned, as far as its config tells."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModelError(f"PrunedCache needs a transformers causal language model, not {name}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model, and its two caches are not made of one growing sequence: "
+            "use a decoder-only model (AutoModelForCausalLM)."
+        )
+    if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
+        raise UnsupportedModelError(
+            f"the attention of {name} does not go through transformers' attention registry, so kvprune cannot reach "
+            "it. GPT-J, BLOOM, MPT and Falcon are such models; Llama, Mistral, Qwen, Phi-3, Gemma, GPT-NeoX, OPT, "
+            "GPT-2 and most others work."
+        )
+    text = text_config(model)
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention, which transforms its keys after caching them: kvprune does not "
+            "support it."
+        )
+    if any(mode is not None for mode in getattr(text, "kv_sharing_modes", None) or ()):
+        raise UnsupportedModelError(
+            f"layers of {name} read the cache of other layers, whose rows may be gone: kvprune does not support it."
+        )
+
+
+def switch_attention(model: Any) -> None:
+    """Switch a model to the kvprune attention over the one it has."""
+    with _switching:  # another thread must not find a model that is switched in part
+        base = text_config(model)._attn_implementation or "eager"
+        if not base.startswith(PREFIX):
+            model.set_attn_implementation(register(base))
