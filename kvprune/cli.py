@@ -29,24 +29,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 
 
 def _console(as_json: bool) -> Console:
-    """Where people are spoken to: standard error when standard output is for machines."""
+    """The console for tables and messages: standard error if standard output carries JSON."""
     return Console(stderr=as_json)
 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="Tokens of each document.")] = 4096,
-    notes: Annotated[int, typer.Option(help="Notes hidden in each document.")] = 64,
-    questions: Annotated[int, typer.Option(help="Questions to ask in all.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each document.")] = 4096,
+    notes: Annotated[int, typer.Option(min=1, help="Notes hidden in each document.")] = 64,
+    questions: Annotated[int, typer.Option(min=1, help="Questions to ask in all.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the documents.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("kvprune-demo"),
     as_json: Json = False,
 ) -> None:
     """Watch the embedded model answer questions about a long document from ever smaller caches."""
     from kvprune.demo.show import Demo
 
-    if questions < 1:
-        raise KVPruneError(f"{questions} questions cannot be measured: ask at least 1.")
     summary = Demo(tokens, notes, questions, seed=seed, out=out, console=_console(as_json)).run()
     if as_json:
         print(json.dumps(summary, indent=1))
@@ -62,7 +60,7 @@ def generate(
     budget: Annotated[
         str, typer.Option(help="Fraction of the prompt (0.25), tokens per KV head (1024), or bytes (512MiB).")
     ] = "0.25",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')] = "auto",
     device_map: Annotated[str | None, typer.Option(help='Where to load the model, e.g. "auto" or "cuda".')] = None,

@@ -117,7 +117,6 @@ def test_likelihood_of_any_text(text):
         ({"--length": "9000"}, "window"),
         ({"--length": "400"}, "shorter than"),
         ({"--prompt": "64"}, "--prompt"),
-        ({"--limit": "0"}, "0 sequences"),
         ({"--model": "./no such model"}, "no such model"),
     ],
 )
@@ -133,7 +132,7 @@ def test_mistakes_about_likelihood_end_in_one_sentence(text, change, message):
         ({"--lengths": "4k"}, "--lengths"),
         ({"--depths": "120"}, "depth"),
         ({"--tasks": "needle_singel"}, "needle_single"),
-        ({"--count": "0"}, "count"),
+        ({"--distractors": ","}, "--distractors"),
         ({"--lengths": "8"}, "8"),
     ],
 )
@@ -144,11 +143,7 @@ def test_mistakes_about_synthetic_tasks_end_in_one_sentence(change, message):
 
 
 def test_mistakes_about_longbench_end_before_the_model_loads(longbench):
-    for change, message in (
-        ("--tasks=narrativeqa", "narrativeqa"),
-        ("--data=absent", "absent"),
-        ("--limit=0", "limit"),
-    ):
+    for change, message in (("--tasks=narrativeqa", "narrativeqa"), ("--data=absent", "absent")):
         with pytest.raises(KVPruneError, match=message):
             run("longbench", "--model", "absent", "--data", longbench, "--policy", "full", change)
 

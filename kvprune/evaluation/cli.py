@@ -113,7 +113,7 @@ def longbench(
     prompts: Annotated[
         Path | None, typer.Option(help="Folder of LongBench's dataset2prompt.json and dataset2maxlen.json.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most examples of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most examples of a task.")] = None,
     budget: Budgets = ["0.25"],  # noqa: B006 - typer reads it, nobody writes it
     out: Out = None,
     max_length: MaxLength = None,
@@ -160,8 +160,8 @@ def synthetic(
     policy: Policies,
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; all that the model's style has.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a prompt; several, separated by commas.")] = "4096",
-    count: Annotated[int, typer.Option(help="Examples of every task and length.")] = 22,
-    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 22,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the examples.")] = 0,
     depths: Annotated[
         str, typer.Option(help="Where the answer stands, in percent, separated by commas; 0 to 100 by default.")
     ] = "",
@@ -199,7 +199,7 @@ def synthetic(
         "filler": None if filler is None else str(filler),
         "style": style,
         "values": values,
-        "distractors": "all" if distractors == "all" else _numbers(distractors, int, "--distractors")[0],
+        "distractors": _distractors(distractors),
     }
 
     def work_for(loaded: Any) -> Answers:
@@ -217,10 +217,12 @@ def likelihood(
     model: Model,
     policy: Policies,
     text: Annotated[Path, typer.Option(help="A text file, of anything; <|endoftext|> separates documents.")],
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    prompt: Annotated[int | None, typer.Option(help="How many of them are prefilled; half of them by default.")] = None,
-    limit: Annotated[int, typer.Option(help="Most sequences.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Sequences that go through the model together.")] = 8,
+    length: Annotated[int, typer.Option(min=3, help="Tokens of a sequence.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="How many of them are prefilled; half of them by default.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most sequences.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that go through the model together.")] = 8,
     budget: Budgets = ["0.25"],  # noqa: B006
     out: Out = None,
     dtype: Dtype = "auto",
@@ -296,6 +298,13 @@ def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
         return [kind(number) for number in _names(text)]
     except ValueError:
         raise EvaluationError(f"{option} takes numbers separated by commas, not {text!r}.") from None
+
+
+def _distractors(text: str) -> int | str:
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise EvaluationError(f'--distractors takes a number or "all", not {text!r}.') from None
 
 
 def _folder_name(label: str) -> str:
