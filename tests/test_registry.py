@@ -316,29 +316,52 @@ def test_the_command_line_lists_broken_entry_points_among_the_others():
     assert "others-policies" in shown.output
 
 
-def test_the_core_imports_no_policy():
-    """Policies and integrations import the core; the core imports neither."""
-    core = Path(kvprune.__file__).parent
-    for name in (
-        "policy",
-        "eviction",
-        "table",
-        "mass",
-        "layer",
-        "cache",
-        "attention",
-        "budget",
-        "registry",
-        "report",
-        "noise",
-        "quantize",
-        "packed",
-        "queries",
-    ):
-        for node in ast.walk(ast.parse((core / f"{name}.py").read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(module.startswith(("kvprune.policies", "kvprune.integrations")) for module in modules)
+def imported(path: Path, package: str) -> set[str]:
+    """Dotted names of all that a module imports, anywhere in its code. package: that the module is in."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+ROOT = Path(kvprune.__file__).parents[1]
+CORE = sorted((ROOT / "kvprune").rglob("*.py"))
+POLICIES = sorted(Path(policies.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_imports_neither_policies_nor_integrations(path):
+    """Integrations import policies and the core, policies import the core alone; not even lazily the other way."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    assert not [name for name in imported(path, package) if within(name, "policies", "integrations")]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.name)
+def test_policies_import_no_integration(path):
+    assert not [name for name in imported(path, "kvprune.policies") if within(name, "integrations")]
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(f"{name}.".startswith(f"kvprune.{package}.") for package in packages)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import kvprune.policies", "import kvprune.policies.a2sf as a2sf", "from kvprune.policies import A2SF"),
+        *("from kvprune import policies", "from kvprune.policies.a2sf import A2SF", "from .. import policies"),
+        *("from ..policies import A2SF", "def f():\n    from kvprune.policies import A2SF"),
+    ],
+)
+def test_every_kind_of_import_is_seen(tmp_path, line):
+    """The test above would find a policy however it is imported."""
+    (tmp_path / "module.py").write_text(line)
+    assert any(within(name, "policies") for name in imported(tmp_path / "module.py", "kvprune.demo"))
 
 
 @given(budget=st.one_of(st.integers(36, 10**6), st.integers(1, 100).map(lambda hundredths: hundredths / 100)))

@@ -128,11 +128,12 @@ def longbench(
     Predictions are also written in LongBench's own format, into a folder beside the results.
     """
     from kvprune.evaluation.answers import Answers
+    from kvprune.evaluation.integrations import integration
     from kvprune.evaluation.prompts import PromptMaker
     from kvprune.evaluation.tables import by_length
-    from kvprune.integrations.longbench import LongBench, summary_by_length, write_predictions
 
-    suite = LongBench(
+    benchmark = integration("longbench")
+    suite = benchmark.LongBench(
         data=data,
         tasks=_names(tasks) or None,
         limit=limit,
@@ -147,10 +148,10 @@ def longbench(
     )
     console = Console(stderr=as_json)
     if rows and extended:
-        console.print(by_length(summary_by_length(rows)))
+        console.print(by_length(benchmark.summary_by_length(rows)))
     if rows and out is not None:
         folder = out.with_suffix("")
-        write_predictions([{**row, "label": _folder_name(row["label"])} for row in rows], folder, extended)
+        benchmark.write_predictions([{**row, "label": _folder_name(row["label"])} for row in rows], folder, extended)
         console.print(f"Predictions in LongBench's format: [bold]{folder}[/]", highlight=False, soft_wrap=True)
 
 
@@ -243,8 +244,9 @@ def likelihood(
 )
 def lm_eval(context: typer.Context) -> None:
     """lm-evaluation-harness, with the model "kvprune" registered; takes the options of its own command line."""
-    from kvprune.integrations.lm_eval import main
+    from kvprune.evaluation.integrations import integration
 
+    main = integration("lm-eval")
     sys.argv = ["lm_eval", *context.args]
     main()
 
