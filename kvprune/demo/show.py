@@ -31,7 +31,7 @@ BATCH_SIZE = 8
 def contenders(budget: float) -> dict[str, Policy]:
     """The policies under a budget, side by side, at their defaults but for what their label says.
 
-    GemFilter chooses by the layer of this model that finds things, its last, and keeps the question.
+    GemFilter selects by the last layer, which does the retrieval in this model, and keeps the question.
     """
     texts = {
         POOLED: "a2sf:kernel_size=7",
@@ -47,7 +47,7 @@ def contenders(budget: float) -> dict[str, Policy]:
 
 
 def packers() -> dict[str, tuple[str, Policy]]:
-    """The policies that quantize, by label, and what stands in the column of budgets.
+    """The policies that quantize, by label, and the text for the budget column.
 
     "by 32": 32 tokens share the range of a key channel. Both links of the chain pool.
     """

@@ -16,7 +16,7 @@ from rich.console import Console
 from kvprune.errors import EvaluationError
 
 app = typer.Typer(
-    help="Does the model still answer? Evaluate policies and budgets; an interrupted run goes on where it was.",
+    help="Evaluate what policies and budgets do to a model's answers; an interrupted run resumes where it stopped.",
     no_args_is_help=True,
 )
 
@@ -61,7 +61,7 @@ class Run:
     as_json: bool
 
     def __call__(self, work_for: Callable[[Any], Any]) -> list[dict[str, Any]]:
-        """Load the model, do the work that `work_for` makes of it, show what came out. Returns the rows."""
+        """Load the model, do the work that `work_for(model)` returns, and show the results. Returns the rows."""
         from kvprune.evaluation.contenders import contenders
         from kvprune.evaluation.models import load
         from kvprune.evaluation.processes import Processes

@@ -1,7 +1,7 @@
 """What a pruned cache does to a model's predictions on any text: likelihood, KL divergence, top-1 agreement.
 
 Text is cut into sequences. The prompt of each is prefilled, which compresses it, and the remaining tokens are fed one
-by one, each compressed as it comes. What counts are the predictions after each of those: all of them read the
+by one, each compressed as it comes. The predictions after each of those are measured: all of them read the
 compressed cache, while the one at the end of the prompt attended to everything and is left out. The full cache is the
 stock one, fed the same way. No labels are needed.
 """
@@ -37,7 +37,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a cache made of sequences, per sequence, `[B]`, float64, in nats a token.
+    """How well sequences were predicted from a cache, per sequence, `[B]`, float64, in nats a token.
 
     nll: negative log-likelihood. nll_change: against the full cache. kl: divergence from the full cache's predictions.
     agreement: share of tokens with the full cache's top choice.
@@ -156,7 +156,7 @@ def logits(model: Any, sequences: Tensor, prompt: int, cache: Cache) -> Iterator
 
 
 def compare(steps: Iterable[Tensor], full: Iterable[Tensor], targets: Tensor) -> Predictions:
-    """What the logits of a cache come to beside those of the full cache, step by step.
+    """Compare the logits of a cache with those of the full cache, step by step.
 
     steps, full: T tensors `[B, vocab]`, on any device. targets: `[B, T]`, the tokens that were to be predicted, on the
     device that computes.
