@@ -42,7 +42,7 @@ def find(name: str) -> type[Policy]:
     Raises PolicyError for a name that is not registered, and for an entry point that does not lead to a policy class.
     """
     if not isinstance(name, str):
-        raise PolicyError(f"a policy is named by a string, such as {names()[0]!r}, not by {name!r}.")
+        raise PolicyError(f'a policy is named by a string, such as "a2sf", not by {name!r}.')
     key = _normalized(name)
     if key not in _entry_points():
         close = difflib.get_close_matches(key, names(), n=1)
