@@ -2,8 +2,8 @@
 
 A question that is *known* stands at the end of the prompt, and compression sees it. One that is *unknown* comes once
 the document has been compressed, as a second turn. The words of the right answer are then fed one by one, and what
-counts is whether each was predicted. The first word after a known question says nothing: it comes out of the prefill,
-which attends over everything.
+counts is whether each was predicted. The first word after a known question does not count: it comes out of the
+prefill, which attends over everything.
 
 Needs nothing but torch and transformers, so it also runs in environments that have no kvprune.
 """
@@ -31,7 +31,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    """What came of them.
+    """What was answered to an `Asked`.
 
     right: for each question, whether each word of its answer was predicted, `[A, 3]`. kept: tokens per KV head just
     after the compression, the mean over layers. nbytes: of one sequence, at the end of its answer.
@@ -49,7 +49,7 @@ def stock_rows(cache: Cache) -> float:
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked: how to open a session, and how to count what its cache holds, as `Answered` says."""
+    """What answers: how to open a session, and how to count what its cache holds, as `Answered` says."""
 
     open: Callable[[], Session]
     rows: Callable[[Cache], float] = stock_rows

@@ -1,6 +1,6 @@
-"""Who is measured: stock caches of transformers, the policies of kvprune, the presses of kvpress.
+"""Contenders: stock caches of transformers, the policies of kvprune, the presses of kvpress.
 
-What a contender needs is imported when it runs: kvprune and kvpress want different versions of transformers and live in
+What a contender needs is imported when it runs: kvprune and kvpress need different versions of transformers and live in
 different environments.
 """
 

@@ -1,4 +1,4 @@
-"""Whatever a person, a program or a file says: kvprune takes it, or raises a KVPruneError. Anything else is a bug.
+"""Fuzzing: kvprune must accept any input of a user, a program or a file, or raise a KVPruneError. Else it is a bug.
 
     python bench/fuzz.py --cases 50000 --out bench/results/fuzz.json
 
@@ -73,7 +73,7 @@ def anything(draw: random.Random) -> Any:
 
 
 def mutated(draw: random.Random, text: str) -> str:
-    """The text with up to four characters, or stretches, exchanged, lost, doubled or thrown in."""
+    """The text with up to four characters, or stretches, replaced, deleted, doubled or inserted."""
     for _ in range(draw.randrange(5)):
         at, kind = draw.randrange(len(text) + 1), draw.randrange(5)
         end = at + draw.choice((1, 1, 1, 5, 20))
@@ -86,7 +86,7 @@ def json_value(draw: random.Random, depth: int = 3) -> Any:
     kind = draw.randrange(8 if depth else 5)
     if kind < 2:
         value = number(draw)
-        return value if not isinstance(value, int) or abs(value) < 10**40 else 0  # longer ones are no JSON to anybody
+        return value if not isinstance(value, int) or abs(value) < 10**40 else 0  # JSON parsers refuse longer ones
     if kind == 2:
         return draw.choice((None, True, False, "", "text", "\ud800", "{context}", "{input}"))
     if kind in (3, 4):
@@ -195,7 +195,7 @@ def policies(draw: random.Random) -> tuple[str, Run]:
 
 
 def policy_text(draw: random.Random) -> str:
-    """A chain in words: half of them as somebody might write them, with strange numbers; the others damaged."""
+    """A chain in words: half of them well-formed, with strange numbers; the others damaged."""
     links = []
     for _ in range(draw.choice((1, 1, 2, 3))):
         name = draw.choice(registry.names())
@@ -407,7 +407,7 @@ def lm_eval(draw: random.Random) -> tuple[str, Run]:
 
 
 class TooLongError(Exception):
-    """A case has had its time."""
+    """A case has run out of time."""
 
 
 @contextmanager
@@ -426,7 +426,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """What became of the cases of a target. bugs: by where they were raised, the first case and how many there are."""
+    """Outcome of the cases of a target. bugs: by where they were raised, the first case and how many there are."""
 
     taken: int = 0
     refused: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""Everyone that matters on one CUDA GPU, at the size of Llama-3.1-8B with random weights.
+"""The main contenders on one CUDA GPU, at the size of Llama-3.1-8B with random weights.
 
     bench/gpu.sh                                        # the GPU tests, then this
     python bench/gpu.py --out bench/results/gpu.json
@@ -7,8 +7,8 @@
 bfloat16, batch 1. For each context: seconds of the prefill, generated tokens per second, and the peak of the allocator
 in both phases, weights included. Ratios are medians over rounds, to the stock cache in the same round. kvpress, given
 as a folder of wheels with the transformers that it needs, runs after everyone else in a process of its own, beside a
-stock cache of its own. Who runs out of memory is named and left out. Kernels are measured by gpu_kernels.py, which this
-calls.
+stock cache of its own. Contenders that run out of memory are named and left out. Kernels are measured by
+gpu_kernels.py, which this calls.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that no cache can do without, or would like to."""
+    """Bytes of the weights, and of the keys and values of a token."""
 
     weights: int
     kv_token: int

@@ -1,4 +1,4 @@
-"""Peak memory of everyone beside the stock cache, while a prompt is read and while tokens are generated.
+"""Peak memory of all contenders relative to the stock cache, while a prompt is read and while tokens are generated.
 
     python bench/memory.py --out bench/results/memory.json
 

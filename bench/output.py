@@ -1,4 +1,4 @@
-"""What every benchmark prints and leaves behind: a table, and JSON with the command that made it."""
+"""The output of every benchmark: a table, and JSON with the command that made it."""
 
 from __future__ import annotations
 

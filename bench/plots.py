@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLORS = {TRANSFORMERS: "#7a7a7a", KVPRUNE: "#1f6fb4", KVPRESS: "#5a9e2f"}
-# Of the lines there is room for some: stock, one of each kind, and the nearest relatives elsewhere.
+# There is room for some lines only: stock, one of each kind, and the closest methods of other libraries.
 LINES = (
     STOCK, "A2SF", "SnapKV", "H2O", "ZipCache", "A2SF | ZipCache", "kvpress SnapKV", "kvpress TOVA interval=1",
     "quanto 4 bit", "HQQ 4 bit",
@@ -115,7 +115,7 @@ def decode_lines(rows: Sequence[Row]) -> Figure:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw what is there; returns the pictures."""
+    """Draw all results that exist; returns the pictures."""
     made = []
 
     def save(figure: Figure, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The presses of kvpress answer questions, in a process of their own: kvpress wants another transformers than kvprune.
+"""The presses of kvpress answer questions, in a process of their own: kvpress needs another version of transformers.
 
     bench/peers/.venv/bin/python bench/press_worker.py      # reads a request a line, writes an answer a line
 
@@ -25,7 +25,7 @@ EAGER_BATCH = 1  # prompts at a time: those matrices are what fills memory
 
 @dataclass(frozen=True)
 class PressJob:
-    """What to ask of whom.
+    """A press and the questions for it.
 
     model: folder of the model. press: name of a class of kvpress, at its defaults but for the compression ratio, which
     is 1 - budget. asked: with token ids, so that both environments read the same prompts.
@@ -41,7 +41,7 @@ class PressJob:
 
 @dataclass(frozen=True)
 class Presses:
-    """Whose defaults to tell."""
+    """Names of the presses whose defaults to report."""
 
     names: list[str]
 
@@ -73,7 +73,7 @@ def _defaults(press: str) -> dict[str, Any]:
 
 
 def ask(measure: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for, or `{"error": why not}`."""
+    """The answer to one request, or `{"error": why not}`."""
     if measure == "versions":
         return reasoned(lambda: {"versions": versions(), "defaults": {name: _defaults(name) for name in job["names"]}})
     asked = [Asked(**each) for each in job.pop("asked")]

@@ -4,8 +4,8 @@
 
 The embedded model answers questions about documents; `asking.py` says what counts. The presses of kvpress that share
 a method with a policy answer beside it, on the same token ids, in an environment of their own (`make peers`).
-stories260K, a small model that is no part of the repository, adds likelihood where it is at hand. Who is left out is
-named.
+stories260K, a small model that is no part of the repository, adds likelihood where it is at hand. Contenders that are
+left out are named.
 
 Tables go to the terminal, and into the report between its markers; the text around them stays.
 """
@@ -41,7 +41,7 @@ from kvprune.registry import parse
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 EVICTING = (
     "a2sf", "a2sf:kernel_size=7", "snapkv", "h2o", "tova", "streaming_llm", "keyformer",
-    "gemfilter:layer=2,keep_last=3",  # the layer of this model that finds things, and the question
+    "gemfilter:layer=2,keep_last=3",  # the layer of this model that does the retrieval, and the question
 )  # fmt: skip
 PACKING = (
     "zipcache", "zipcache:group_size=32", "kivi:bits=2", "a2sf:budget=0.5,kernel_size=7 | zipcache:kernel_size=7",
@@ -86,7 +86,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """Who is to answer. ask: all questions, known or not; raises PeerError where a peer cannot."""
+    """A contender. ask: all questions, known or not; raises PeerError where a peer cannot."""
 
     name: str
     budget: float | None
@@ -141,7 +141,7 @@ def policies(model: Any, asked: Sequence[Asked], budgets: Sequence[float]) -> It
 
 
 def presses(model: Any, asked: list[Asked], budgets: Sequence[float], worker: Worker) -> Iterator[Candidate]:
-    """With a press that keeps everything before them, to see that nothing is lost on the way to kvpress."""
+    """Preceded by a press that keeps everything, as a check that the pipe to kvpress loses nothing."""
     yield there(PAIRS[0].press, 1.0, worker, asked)
     for budget in budgets:
         for pair in PAIRS:
@@ -151,7 +151,7 @@ def presses(model: Any, asked: list[Asked], budgets: Sequence[float], worker: Wo
 
 
 def run(candidates: Sequence[Candidate], log: Log) -> Rows:
-    """Let everyone answer, with the question known and unknown."""
+    """Answers of all contenders, with the question known and unknown."""
     rows: list[Row] = []
     with Progress(console=log.console, transient=True) as progress:
         task = progress.add_task("", total=2 * len(candidates))
@@ -195,7 +195,7 @@ def tables_of(
 
 
 def origin(settings: str, peers: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """The command, the machine, the versions, the defaults of the presses, and who was left out."""
+    """The command, the machine, the versions, the defaults of the presses, and the contenders left out."""
     made = provenance()
     machine = made["machine"]
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}"

@@ -1,4 +1,4 @@
-"""Contenders side by side: which runs to make, in rounds in which everyone takes a turn, and ratios within a round."""
+"""Contenders side by side: which jobs to run, in rounds of one run each, and ratios within a round."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def taking_part(cell: Cell, names: Iterable[str], center: Cell) -> list[Contende
     return [contender for contender in chosen if contender.has_budget or contender.name == STOCK]
 
 
-# -- who can run -------------------------------------------------------------------------------------------------------
+# -- what can run ------------------------------------------------------------------------------------------------------
 
 
 def hindrance(contender: Contender, job: Job, peers: Path = PEERS) -> str | None:
@@ -84,7 +84,7 @@ def hindrance(contender: Contender, job: Job, peers: Path = PEERS) -> str | None
 
 
 def available_bytes() -> int:
-    """Memory that a new process could have (Linux); a lot where nobody says."""
+    """Memory available to a new process (Linux); practically unlimited where that cannot be read."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return 1 << 62
@@ -98,7 +98,7 @@ def available_bytes() -> int:
 def interleave(
     jobs: Sequence[Job], runner_of: Callable[[Job], Runner], *, rounds: int, minutes: float, say: Callable[[str], None]
 ) -> dict[Job, list[Row]]:
-    """Measure every job once per round; whoever fails is out, with a word why.
+    """Measure every job once per round; one that fails is left out of later rounds, with a note saying why.
 
     After the first round there is another only while it can be expected to end within so many minutes.
     """

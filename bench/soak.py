@@ -1,4 +1,4 @@
-"""A very long generation under each policy that evicts: nothing grows, nothing slows down, nothing is lost.
+"""A very long generation under each policy that evicts: memory and step times must not grow, and no row may be lost.
 
     python bench/soak.py --steps 100000 --out bench/results/soak.json
 
@@ -119,7 +119,7 @@ def soak(
         before = time.perf_counter()
         logits = model(token, past_key_values=pruned).logits
         times[step] = time.perf_counter() - before
-        # A model left to itself soon repeats itself: every other token is drawn.
+        # Greedy decoding soon repeats itself, so every other token is random.
         token = logits[:, -1:].argmax(-1) if step % 2 else random_tokens(1)
         if not logits.isfinite().all():
             faults.append(f"logits that are no numbers at step {step}")

@@ -1,11 +1,11 @@
-"""Prefill and decode time of everyone beside the stock cache, in the same run.
+"""Prefill and decode time of all contenders relative to the stock cache, in the same run.
 
     python bench/speed.py --out bench/results/speed.json
 
 A Llama of 4 layers, hidden size 256, 8 query and 4 KV heads, random weights. Every round runs every contender once, one
-after the other, so that all meet the same state of the machine; what is reported are medians over the rounds of the
+after the other, so that all run under the same load of the machine; what is reported are medians over the rounds of the
 ratio to the stock cache (DynamicCache with sdpa) in the same round. kvpress needs an older transformers and runs in a
-process of its own, which takes its turns like everyone; "stock beside kvpress" is the stock cache in that process.
+process of its own, which takes part in every round; "stock beside kvpress" is the stock cache in that process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from workload import Job
 
 
 def peers_stand(arguments: argparse.Namespace, here: Runner, peers: Runner, say: Callable[[str], None]) -> Row | None:
-    """The versions beside kvpress if it is to be measured and measures the same model; otherwise nobody of it is."""
+    """Versions in the environment of kvpress, if it is asked for and builds the same model; else it is left out."""
     names = [name for name in arguments.contenders if CONTENDERS[name].family == KVPRESS]
     if not names or not arguments.peers.exists():
-        return None  # those who are asked for all the same say why they are skipped
+        return None  # its contenders are skipped one by one, with the reason
     job = Job(PEERS_STOCK, tokens=1)
     theirs = peers.ask("versions", job)
     reason = incomparable(here.ask("versions", job), theirs)

@@ -6,7 +6,7 @@ A request is JSON, `{"measure": "time" | "peak" | "warm_up", "job": {...}}` with
 `{"measure": "versions", "job": ...}`. An answer is what was measured, or `{"error": why not}`. Between requests the
 process waits for its next line and takes no time from others.
 
-A process of its own gives kvpress the transformers that it needs, and peaks of memory a beginning.
+A process of its own gives kvpress the transformers that it needs, and peaks of memory a defined start.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Here:
         return reasoned(lambda: _answer(measure, job))
 
     def close(self) -> None:
-        """Let go of the models."""
+        """Free the models."""
         forget_models()
         _free()
 
@@ -56,7 +56,7 @@ def reasoned(answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return answer()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    # Outside the handler, where no traceback holds on to tensors any more.
+    # Outside the handler, where no traceback keeps tensors alive.
     _free()
     return {"error": reason}
 
@@ -145,7 +145,7 @@ class Worker:
 
 def serve(ask: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
     """Answer every line of stdin, a measure and the fields of a job, until there are no more."""
-    # Whatever a package prints goes to stderr, so that answers have the pipe for themselves.
+    # Output of packages goes to stderr, so that only answers go through the pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -101,7 +101,7 @@ def build_model(
 
 @cache
 def _model(owner: str, name: str, dtype: str, attention: str, device: str) -> LlamaForCausalLM:
-    """owner: who else may not have this model, because a cache may leave traces on it."""
+    """owner: the contender that has this model for itself, because a cache may leave traces on it."""
     return build_model(name, dtype, attention, device)
 
 
@@ -133,7 +133,7 @@ def prompt_of(job: Job, model: LlamaForCausalLM) -> torch.Tensor:
 
 
 class Stopwatch:
-    """Seconds between marks. On a GPU marks are events in its stream, so that setting them makes nobody wait."""
+    """Seconds between marks. On a GPU marks are events in its stream, so that setting one does not synchronize."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"

@@ -1,1 +1,1 @@
-"""Bridges to other tools."""
+"""Integrations with other tools: LongBench and lm-evaluation-harness."""

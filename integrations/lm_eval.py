@@ -7,8 +7,8 @@ That is lm-eval's own command line, once this module has registered the model. l
 releases after it read the entry points of the group `lm_eval.models`, and then `lm_eval --model kvprune` does as well.
 In Python, importing this module registers the model.
 
-A prompt attends to everything while it is prefilled, and whatever comes out of that pass says nothing about the cache.
-So every score here is read from a cache that has been compressed:
+A prompt attends to everything while it is prefilled, so the logits of that pass say nothing about the compressed cache.
+Therefore every score here is read from a cache that has been compressed:
 
     generate_until          a fresh cache per batch goes into `generate()`. The first token is the prefill's own, as in
                             any use of the cache; all others are read from the compressed cache.
@@ -211,7 +211,7 @@ class KVPruneLM(HFLM):
         rolling = any(texts is None for texts, *_ in requests)  # so HFLM hands over the windows of a text
         score = self._score_windows if rolling else self._score_continuations
         answers: dict[int, Answer] = {}
-        hidden = disable_tqdm or rolling or self.rank != 0  # of windows comes one batch at a time
+        hidden = disable_tqdm or rolling or self.rank != 0  # windows come one batch at a time
         with tqdm(total=len(asked), disable=hidden, desc="Running loglikelihood requests") as bar:
             for request, answer in score(asked, override_bs or self._rows(requests)):
                 answers[request.index] = answer
@@ -252,7 +252,7 @@ class KVPruneLM(HFLM):
         for request in asked:
             by_context[request.context].append(request)
         nothing: list[tuple[int, ...]] = [()] if () in by_context else []
-        longest_first = sorted(filter(None, by_context), key=len, reverse=True)  # what runs out of memory does it soon
+        longest_first = sorted(filter(None, by_context), key=len, reverse=True)  # out of memory at once, if at all
         for contexts in [*_batches(longest_first, rows), *_batches(nothing, 1)]:
             cache = self.new_cache()
             ids, mask = _padded(contexts, side="left")

@@ -123,7 +123,7 @@ class LongBench:
         return {task: found[task] for task in tasks}
 
     def _check_scoring(self, example: Example, where: str) -> None:
-        """Scores an empty answer: what a metric cannot work with, or lacks, is found before hours of generating."""
+        """Scores an empty answer, so that bad data and missing packages are found before hours of generating."""
         try:
             self.score(example, "")
         except EvaluationError as error:

@@ -1,4 +1,4 @@
-"""What comes of answers to LongBench: files that its own `eval.py` scores, and the figures of its tables.
+"""Results on LongBench: prediction files that its own `eval.py` scores, and the mean scores of its tables.
 
 A row is a mapping with the keys `label` (of the run), `task`, `index`, and what each function names.
 """
@@ -76,7 +76,7 @@ def _means_by_length(rows: list[Row]) -> dict[str, float | None]:
         if length is None:
             raise EvaluationError(f"row {row['index']} of {row['task']} has no length: only LongBench-E is binned.")
         scores[next(name for name, end in BINS.items() if length < end)].append(_get(row, "score"))
-    # numpy adds and rounds in other ways than Python does, and LongBench uses it here alone: the last digit tells.
+    # numpy adds and rounds differently from Python, which can change the last digit; LongBench uses numpy only here.
     return {name: float(round(100 * np.mean(bin), 2)) if bin else None for name, bin in scores.items()}
 
 

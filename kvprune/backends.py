@@ -37,7 +37,7 @@ def fused_attention(
 
 
 class Sdpa:
-    """The general backend; the others are drawn from it, and say what they can do beyond it."""
+    """The general backend, and base class of the others, which override what they can do beyond it."""
 
     name = "sdpa"
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from kvprune.errors import KVPruneError
+from kvprune.errors import KVPruneError, PolicyError
 from kvprune.evaluation import cli as evaluation
 
 app = typer.Typer(
@@ -27,24 +29,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 
 
 def _console(as_json: bool) -> Console:
-    """Where people are spoken to: standard error when standard output is for machines."""
+    """The console for tables and messages: standard error if standard output carries JSON."""
     return Console(stderr=as_json)
 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="Tokens of each document.")] = 4096,
-    notes: Annotated[int, typer.Option(help="Notes hidden in each document.")] = 64,
-    questions: Annotated[int, typer.Option(help="Questions to ask in all.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each document.")] = 4096,
+    notes: Annotated[int, typer.Option(min=1, help="Notes hidden in each document.")] = 64,
+    questions: Annotated[int, typer.Option(min=1, help="Questions to ask in all.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the documents.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("kvprune-demo"),
     as_json: Json = False,
 ) -> None:
     """Watch the embedded model answer questions about a long document from ever smaller caches."""
     from kvprune.demo.show import Demo
 
-    if questions < 1:
-        raise KVPruneError(f"{questions} questions cannot be measured: ask at least 1.")
     summary = Demo(tokens, notes, questions, seed=seed, out=out, console=_console(as_json)).run()
     if as_json:
         print(json.dumps(summary, indent=1))
@@ -60,7 +60,7 @@ def generate(
     budget: Annotated[
         str, typer.Option(help="Fraction of the prompt (0.25), tokens per KV head (1024), or bytes (512MiB).")
     ] = "0.25",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')] = "auto",
     device_map: Annotated[str | None, typer.Option(help='Where to load the model, e.g. "auto" or "cuda".')] = None,
@@ -143,26 +143,11 @@ def _read(path: Path) -> str:
 @app.command()
 def policies(as_json: Json = False) -> None:
     """List the policies, their settings and defaults."""
-    from kvprune.registry import find, names
+    from kvprune.registry import names
 
-    entries: list[dict[str, Any]] = []
-    for name in names():
-        policy = find(name)
-        defaults = policy()
-        entries.append(
-            {
-                "name": name,
-                "class": policy.__name__,
-                "source": (sys.modules[policy.__module__].__doc__ or "").strip().splitlines()[0],
-                "settings": {
-                    field.name: getattr(defaults, field.name)
-                    for field in fields(policy)
-                    if field.default is not MISSING
-                },
-            }
-        )
+    entries = [_entry(name) for name in names()]
     if as_json:
-        print(json.dumps(entries, indent=1))
+        print(json.dumps(entries, indent=1, default=str))
         return
     table = Table(
         title="policies", title_justify="left", caption='use them as "name" or "name:setting=value,setting=value"'
@@ -171,9 +156,32 @@ def policies(as_json: Json = False) -> None:
     table.add_column("paper")
     table.add_column("settings and defaults")
     for entry in entries:
-        settings = ", ".join(f"{name}={value}" for name, value in entry["settings"].items())
-        table.add_row(entry["name"], entry["source"].partition(": ")[2], settings or "none")
+        if "error" in entry:
+            table.add_row(entry["name"], "", Text(entry["error"], style="red"))
+            continue
+        settings = [f"{name}={value}" for name, value in entry["settings"].items()]
+        settings += [f"{name} (no default)" for name in entry["required"]]
+        table.add_row(entry["name"], Text(entry["source"].partition(": ")[2]), Text(", ".join(settings) or "none"))
     _console(False).print(table)
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """What is listed of a policy; of one that cannot be loaded, what is wrong with it."""
+    from kvprune.registry import find, settings_of
+
+    try:
+        policy = find(name)
+    except PolicyError as error:
+        return {"name": name, "error": str(error)}
+    settings = settings_of(policy)
+    lines = (sys.modules[policy.__module__].__doc__ or "").strip().splitlines()
+    return {
+        "name": name,
+        "class": policy.__name__,
+        "source": lines[0] if lines else "",
+        "settings": {setting: default for setting, default in settings.items() if default is not MISSING},
+        "required": [setting for setting, default in settings.items() if default is MISSING],
+    }
 
 
 def main() -> None:
@@ -181,7 +189,7 @@ def main() -> None:
     try:
         app()
     except KVPruneError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

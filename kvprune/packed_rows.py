@@ -66,11 +66,11 @@ class PackedRows:
     def encode(cls, codec: Codec, keys: Tensor, values: Tensor, empty: Tensor | None = None) -> PackedRows:
         """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`, in the order of their positions.
 
-        empty: bool `[B, Hkv, R]`, rows that are nothing and influence nothing.
+        empty: bool `[B, Hkv, R]`, empty rows, which do not influence the parameters of others.
         """
         key_dim, value_dim = keys.shape[3], values.shape[3]
         rows = keys.shape[2]
-        tokens = min(codec.tokens or rows, rows)  # a block that is not full is not filled up with nothing
+        tokens = min(codec.tokens or rows, rows)  # a single block that is not full is not padded
         blocks = -(-rows // tokens)
         missing = blocks * tokens - rows
         if missing and empty is None:
@@ -163,7 +163,7 @@ class PackedRows:
         return torch.full(shape, first, dtype=_number_type(blocks), device=self.tensors["key_codes"].device)
 
     def keep(self, rows: Tensor, empty: Tensor) -> None:
-        """Keep these rows, in this order. rows: LongTensor `[B, Hkv, R']`. empty: bool, rows that hold nothing now.
+        """Keep these rows, in this order. rows: LongTensor `[B, Hkv, R']`. empty: bool, rows that are empty now.
 
         Parameters of blocks that no row belongs to any more are freed.
         """

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import sys
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import MISSING, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from numbers import Integral, Real
 from typing import Any
 
+from kvprune import plugins
 from kvprune.errors import PolicyError
 from kvprune.policy import Chain, Policy
 
@@ -21,7 +23,12 @@ GROUP = "kvprune.policies"
 
 @cache
 def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+    """By normalized name: packages may write theirs with hyphens and capitals."""
+    return {_normalized(point.name): point for point in entry_points(group=GROUP)}
+
+
+def _normalized(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
 
 
 def names() -> list[str]:
@@ -30,25 +37,51 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Policy]:
-    """The policy class of that name. Raises PolicyError for a name that is not registered."""
-    key = name.strip().lower().replace("-", "_")
+    """The policy class of that name; capitals and hyphens do not matter.
+
+    Raises PolicyError for a name that is not registered, and for an entry point that does not lead to a policy class.
+    """
+    if not isinstance(name, str):
+        raise PolicyError(f'a policy is named by a string, such as "a2sf", not by {name!r}.')
+    key = _normalized(name)
     if key not in _entry_points():
         close = difflib.get_close_matches(key, names(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise PolicyError(f"there is no policy named {name!r}.{hint} Known names: {', '.join(names())}.")
-    policy: type[Policy] = _entry_points()[key].load()
+    return _load(_entry_points()[key])
+
+
+def _load(point: EntryPoint) -> type[Policy]:
+    policy = plugins.load(point, PolicyError)
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise PolicyError(f"{plugins.title(point)} is no subclass of kvprune.Policy, but {policy!r}.")
     return policy
 
 
+def settings_of(policy: type[Policy]) -> dict[str, Any]:
+    """The settings of a policy class and their defaults; `dataclasses.MISSING` for one that must be given."""
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(policy)
+        if field.init
+    }
+
+
 def get(name: str, /, **settings: Any) -> Policy:
-    """A policy by name: `get("a2sf", budget=0.25)`. Raises PolicyError for an unknown name or setting."""
+    """A policy by name: `get("a2sf", budget=0.25)`.
+
+    Raises PolicyError for an unknown name or setting, and for one that is missing.
+    """
     policy = find(name)
-    known = [field.name for field in fields(policy)]
+    known = settings_of(policy)
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise PolicyError(
             f"{policy.__name__} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}."
         )
+    missing = [setting for setting, default in known.items() if default is MISSING and setting not in settings]
+    if missing:
+        raise PolicyError(f"{policy.__name__} has no default for {', '.join(missing)}: give a value.")
     return policy(**settings)
 
 
@@ -57,13 +90,15 @@ def parse(text: str, /, **defaults: Any) -> Policy:
 
     defaults: settings for every link that has such a setting and does not give it itself. Raises PolicyError.
     """
+    if not isinstance(text, str):
+        raise PolicyError(f'a policy is written as text, such as "a2sf:budget=0.5", not as {text!r}.')
     links = [_parse_link(link, defaults) for link in text.split("|")]
     return links[0] if len(links) == 1 else Chain(tuple(links))
 
 
 def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
     name, colon, rest = text.partition(":")
-    known = {field.name for field in fields(find(name))}
+    known = settings_of(find(name))
     settings = {setting: value for setting, value in defaults.items() if setting in known}
     for item in rest.split(",") if colon else ():
         setting, equals, value = (part.strip() for part in item.partition("="))
@@ -121,8 +156,11 @@ def from_description(description: Any) -> Policy:
 def _name_of(policy: type[Policy]) -> str:
     """The name it is registered under, else its module and name."""
     for name, point in _entry_points().items():
-        if point.module in sys.modules and point.load() is policy:  # where it is not, no policy of it can exist
-            return name
+        if point.module not in sys.modules:  # then no policy of it can exist
+            continue
+        with suppress(PolicyError):  # a broken entry point of another package is not this policy's
+            if _load(point) is policy:
+                return name
     return f"{policy.__module__}:{policy.__qualname__}"
 
 

@@ -1,11 +1,11 @@
-"""Caches in files: one safetensors file each, which is believed in nothing.
+"""Caches in files: one safetensors file each. Everything that is read from it is validated before it is used.
 
     {"format": "kvprune.cache", "version": "1", "header": JSON, "sha256": of the header}      the file's metadata
     header: kvprune, policy, model (its fingerprint), seen, layers, tensors (sha256 of each)
     layers.<index>.table.keys, ...                                                            the tensors
 
-Everything is checked before it is used, so that a file that is damaged, made for another model, or made up, raises
-CacheError and nothing else. Nothing is unpickled or imported but policies that are registered.
+A file that is damaged, malformed, or made for another model raises CacheError and nothing else. Nothing is unpickled,
+and nothing is imported but policies that are registered.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _check_layer(cache: PrunedCache, layer: PrunedLayer, state: Saved, model: An
 
 
 def _devices(model: Any) -> dict[int, torch.device]:
-    """Where the attention of each layer runs, as far as its weights tell."""
+    """The device on which the attention of each layer runs, taken from its weights."""
     found: dict[int, torch.device] = {}
     for module in model.get_decoder().modules():
         weight = next(module.parameters(), None)

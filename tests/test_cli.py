@@ -1,6 +1,7 @@
 """The command line, as a person and as a program would use it."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -92,6 +93,37 @@ def test_mistakes_exit_with_2_and_no_traceback(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "error:" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *(("generate", "--max-new-tokens", value) for value in ("0", "-1")),
+        *(("demo", option, value) for option in ("--tokens", "--notes", "--questions") for value in ("0", "-1")),
+        ("demo", "--seed", "-1"),
+        ("eval longbench", "--limit", "0"),
+        *(("eval synthetic", option, value) for option, value in (("--count", "0"), ("--seed", "-1"))),
+        *(("eval likelihood", option, "0") for option in ("--prompt", "--limit", "--batch-size")),
+        ("eval likelihood", "--length", "2"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(prompt, command, option, value):
+    needed = {
+        "generate": ["--model", "absent", "--prompt-file", str(prompt[0])],
+        "eval likelihood": ["--model", "absent", "--policy", "full", "--text", str(prompt[0])],
+    }
+    arguments = needed.get(command, [] if command == "demo" else ["--model", "absent", "--policy", "full"])
+    result = run(*command.split(), *arguments, option, value)
+    assert result.exit_code == 2
+    assert option in re.sub(r"\x1b\[[0-9;]*m", "", result.output)  # where colours are forced, an option has several
+
+
+@pytest.mark.parametrize("name", ["pip install 'kvprune[eval]'", "a2sf[/bold]"])
+def test_brackets_in_an_error_are_no_markup(monkeypatch, capsys, name):
+    monkeypatch.setattr("sys.argv", ["kvprune", "generate", "--model", "demo", "--prompt-file", "-", "--policy", name])
+    with pytest.raises(SystemExit):
+        main()
+    assert name in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_measures_and_draws(tmp_path):

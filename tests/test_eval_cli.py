@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from kvprune import KVPruneError
 from kvprune.cli import app
 from kvprune.demo.task import RecallGenerator, decode
+from kvprune.evaluation.integrations import integration
 from kvprune.evaluation.results import read
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -117,7 +118,6 @@ def test_likelihood_of_any_text(text):
         ({"--length": "9000"}, "window"),
         ({"--length": "400"}, "shorter than"),
         ({"--prompt": "64"}, "--prompt"),
-        ({"--limit": "0"}, "0 sequences"),
         ({"--model": "./no such model"}, "no such model"),
     ],
 )
@@ -133,7 +133,7 @@ def test_mistakes_about_likelihood_end_in_one_sentence(text, change, message):
         ({"--lengths": "4k"}, "--lengths"),
         ({"--depths": "120"}, "depth"),
         ({"--tasks": "needle_singel"}, "needle_single"),
-        ({"--count": "0"}, "count"),
+        ({"--distractors": ","}, "--distractors"),
         ({"--lengths": "8"}, "8"),
     ],
 )
@@ -144,11 +144,7 @@ def test_mistakes_about_synthetic_tasks_end_in_one_sentence(change, message):
 
 
 def test_mistakes_about_longbench_end_before_the_model_loads(longbench):
-    for change, message in (
-        ("--tasks=narrativeqa", "narrativeqa"),
-        ("--data=absent", "absent"),
-        ("--limit=0", "limit"),
-    ):
+    for change, message in (("--tasks=narrativeqa", "narrativeqa"), ("--data=absent", "absent")):
         with pytest.raises(KVPruneError, match=message):
             run("longbench", "--model", "absent", "--data", longbench, "--policy", "full", change)
 
@@ -156,6 +152,20 @@ def test_mistakes_about_longbench_end_before_the_model_loads(longbench):
 def test_a_chat_template_that_is_not_there_is_named(longbench):
     with pytest.raises(KVPruneError, match="chat template"):
         run("longbench", "--model", "demo", "--data", longbench, "--policy", "full", "--chat")
+
+
+def test_integrations_are_found_by_entry_point(tmp_path, monkeypatch):
+    """One that is not there, or whose imports fail, is named with the cause."""
+    folder = tmp_path / "other-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[kvprune.evaluations]\nother = json:dumps\nbroken = no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert integration("other") is json.dumps
+    with pytest.raises(KVPruneError, match=r"'broken'.*package other.*No module named 'no_such_module'"):
+        integration("broken")
+    with pytest.raises(KVPruneError, match="no installed package registers 'absent'"):
+        integration("absent")
 
 
 @needs_data

@@ -1,6 +1,8 @@
 """Likelihood from a cache: the full cache costs nothing, and its likelihood is that of one plain forward pass."""
 
 import sys
+import weakref
+from dataclasses import replace
 
 import families
 import likelihood
@@ -8,6 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kvprune import EvaluationError
+from kvprune.evaluation import likelihood as evaluated
+from kvprune.evaluation.contenders import Contender
+from kvprune.evaluation.likelihood import Likelihood, logits
+from kvprune.evaluation.models import LanguageModel
 from kvprune.policies import Full, StreamingLLM
 
 PROMPT = 16
@@ -49,6 +56,49 @@ def test_a_pruned_cache_shows(results):
     assert pruned.nll - results[likelihood.FULL].nll == pytest.approx(pruned.nll_change)
     assert pruned.kl > 0.01
     assert pruned.ratio < 0.5
+
+
+def digits(text, **_):
+    """A tokenizer: every digit is a token."""
+    return {"input_ids": [1 + int(digit) for digit in text]}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Two sequences of 24 tokens, in one batch."""
+    path = tmp_path / "digits.txt"
+    path.write_text("314159265358979323846264338327950288419716939937510")
+    return Likelihood(LanguageModel("tiny", families.shared(), digits), path, 24, PROMPT, limit=2, batch_size=2)
+
+
+def test_the_logits_of_one_step_at_a_time_are_on_the_device(work, monkeypatch):
+    """Those of the full cache go to the CPU, here a copy, as from another device; all that is computed is the same."""
+    contenders = [
+        Contender("full", None, None),
+        Contender("streaming", None, StreamingLLM(8)),
+        Contender("everything", None, Full()),
+    ]
+    (unit,) = work.units()
+    expected = list(work.measure(unit, contenders))
+    made, most = [], []
+
+    def watched(*arguments):
+        for step in logits(*arguments):
+            made.append(weakref.ref(step))
+            most.append(sum(each() is not None for each in made))
+            yield step
+
+    monkeypatch.setattr(evaluated, "logits", watched)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    assert list(work.measure(unit, contenders)) == expected
+    assert len(most) == 3 * (24 - 1 - PROMPT)
+    assert max(most) <= 2  # the last one may be held until it is replaced
+
+
+@pytest.mark.parametrize("change", [{"limit": 0}, {"batch_size": 0}, {"prompt": 0}, {"prompt": 23}, {"length": 2}])
+def test_numbers_without_meaning_are_refused(work, change):
+    with pytest.raises(EvaluationError):
+        replace(work, **change)
 
 
 def test_documents_follow_one_another():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, fields
-from importlib.metadata import EntryPoint
+import json
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import kvprune
 from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies, registry
+from kvprune.cli import app
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 BUILT_IN = {
@@ -102,6 +105,14 @@ def test_bad_settings_are_the_policys_own_errors():
         policies.get("a2sf", budget=0)
     with pytest.raises(PolicyError, match="kernel_size"):
         policies.get("h2o", kernel_size=4)
+
+
+@pytest.mark.parametrize("name", [3, None, 0.5, b"a2sf", A2SF, A2SF()])
+def test_names_are_text(name):
+    """What is no string is no name, and no text to parse."""
+    for use in (policies.find, policies.get, policies.parse):
+        with pytest.raises(PolicyError, match="not"):
+            use(name)
 
 
 # -- by text -----------------------------------------------------------------------------------------------------------
@@ -202,16 +213,45 @@ class Borrowed(Eviction):
     taste: float = 0.5
 
 
+@dataclass(frozen=True)
+class Choosy(Policy):
+    """A setting without a default."""
+
+    taste: float
+    places: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+
+
 @pytest.fixture
-def borrowed(monkeypatch):
-    """An environment in which another package has registered a policy."""
-    found = registry._entry_points() | {
-        "borrowed": EntryPoint("borrowed", f"{__name__}:Borrowed", registry.GROUP),
+def others(monkeypatch, tmp_path):
+    """An environment in which another package has registered policies, some of them broken."""
+    here = __name__
+    points = {
+        "borrowed": f"{here}:Borrowed",
+        "My-Policy": f"{here}:Borrowed",
+        "choosy": f"{here}:Choosy",
+        "no_module": "no_such_module:Policy",
+        "no_attribute": f"{here}:NoSuchPolicy",
+        "no_policy": f"{here}:dataclass",
     }
-    monkeypatch.setattr(registry, "_entry_points", lambda: found)
+    written = "".join(f"{name} = {value}\n" for name, value in points.items())
+    folder = tmp_path / "others_policies-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: others-policies\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[{registry.GROUP}]\n{written}")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._entry_points.cache_clear()
+    yield
+    registry._entry_points.cache_clear()
 
 
-@pytest.mark.usefixtures("borrowed")
+BROKEN = {
+    "no_module": r"no_such_module:Policy, .*ModuleNotFoundError: .*no_such_module",
+    "no_attribute": r"NoSuchPolicy, .*AttributeError: .*NoSuchPolicy",
+    "no_policy": r"dataclass, .*no subclass of kvprune\.Policy",
+}
+
+
+@pytest.mark.usefixtures("others")
 def test_policies_of_other_packages_are_found_by_entry_point():
     """What is registered under the group `kvprune.policies` has a name like those built in."""
     assert registry.GROUP == "kvprune.policies"
@@ -221,29 +261,107 @@ def test_policies_of_other_packages_are_found_by_entry_point():
         policies.get("borowed")
 
 
-def test_the_core_imports_no_policy():
-    """Policies and integrations import the core; the core imports neither."""
-    core = Path(kvprune.__file__).parent
-    for name in (
-        "policy",
-        "eviction",
-        "table",
-        "mass",
-        "layer",
-        "cache",
-        "attention",
-        "budget",
-        "registry",
-        "report",
-        "noise",
-        "quantize",
-        "packed",
-        "queries",
-    ):
-        for node in ast.walk(ast.parse((core / f"{name}.py").read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(module.startswith(("kvprune.policies", "kvprune.integrations")) for module in modules)
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("name", ["my_policy", "My-Policy", "my-policy", "MY_POLICY"])
+def test_names_of_other_packages_are_read_kindly_too(name):
+    """An entry point with capitals and hyphens is listed and found under its normalized name."""
+    assert "my_policy" in policies.names()
+    assert policies.get(name) == Borrowed()
+
+
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_entry_points_are_named_with_their_package_and_the_cause(name):
+    for use in (policies.find, policies.get, policies.parse):
+        with pytest.raises(PolicyError, match=f"(?s)'{name}' .*package others-policies.*") as error:
+            use(name)
+        assert re.search(BROKEN[name], str(error.value))
+
+
+@pytest.mark.usefixtures("others")
+def test_broken_entry_points_do_not_disturb_others():
+    """A policy that is not registered is described although the registry cannot be loaded as a whole."""
+    assert registry.described(Unregistered(0.5)) == {"policy": f"{__name__}:Unregistered", "settings": {"taste": 0.5}}
+
+
+@dataclass(frozen=True)
+class Unregistered(Policy):
+    """A policy that no entry point names."""
+
+    taste: float
+
+
+@pytest.mark.usefixtures("others")
+def test_a_setting_without_a_default_must_be_given():
+    assert policies.parse("choosy:taste=0.5") == policies.get("choosy", taste=0.5) == Choosy(0.5)
+    for use in (policies.get, policies.parse):
+        with pytest.raises(PolicyError, match="Choosy has no default for taste"):
+            use("choosy")
+
+
+@pytest.mark.usefixtures("others")
+def test_the_command_line_lists_broken_entry_points_among_the_others():
+    """`kvprune policies` shows every policy, and of a broken one what is wrong."""
+    listed = CliRunner().invoke(app, ["policies", "--json"], catch_exceptions=False)
+    entries = {entry["name"]: entry for entry in json.loads(listed.stdout)}
+    assert list(entries) == policies.names()
+    assert {name for name, entry in entries.items() if "error" in entry} == set(BROKEN)
+    assert all(re.search(cause, entries[name]["error"]) for name, cause in BROKEN.items())
+    assert entries["choosy"]["settings"] == {"places": [1, 2]}
+    assert entries["choosy"]["required"] == ["taste"]
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["policies"], catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "a2sf" in shown.output
+    assert "taste (no default)" in shown.output
+    assert "others-policies" in shown.output
+
+
+def imported(path: Path, package: str) -> set[str]:
+    """Dotted names of all that a module imports, anywhere in its code. package: that the module is in."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+ROOT = Path(kvprune.__file__).parents[1]
+CORE = sorted((ROOT / "kvprune").rglob("*.py"))
+POLICIES = sorted(Path(policies.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_imports_neither_policies_nor_integrations(path):
+    """Integrations import policies and the core, policies import the core alone; not even lazily the other way."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    assert not [name for name in imported(path, package) if within(name, "policies", "integrations")]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.name)
+def test_policies_import_no_integration(path):
+    assert not [name for name in imported(path, "kvprune.policies") if within(name, "integrations")]
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(f"{name}.".startswith(f"kvprune.{package}.") for package in packages)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import kvprune.policies", "import kvprune.policies.a2sf as a2sf", "from kvprune.policies import A2SF"),
+        *("from kvprune import policies", "from kvprune.policies.a2sf import A2SF", "from .. import policies"),
+        *("from ..policies import A2SF", "def f():\n    from kvprune.policies import A2SF"),
+    ],
+)
+def test_every_kind_of_import_is_seen(tmp_path, line):
+    """The test above would find a policy however it is imported."""
+    (tmp_path / "module.py").write_text(line)
+    assert any(within(name, "policies") for name in imported(tmp_path / "module.py", "kvprune.demo"))
 
 
 @given(budget=st.one_of(st.integers(36, 10**6), st.integers(1, 100).map(lambda hundredths: hundredths / 100)))

@@ -1,4 +1,4 @@
-"""The embedded model: a small Llama that finds things in long documents, trained by this project."""
+"""The embedded model: a small Llama, trained by this project to retrieve notes from long documents."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How well a compressed cache answers, counted honestly.
+"""How well a model answers from a compressed cache.
 
 The first word of an answer comes out of the prefill, which attends over everything, so it says nothing about the
-compressed cache. What is counted are the words after it: the right words are fed one by one, and each must be predicted
+compressed cache. Only the words after it count: the right words are fed one by one, and each must be predicted
 from what the cache kept.
 """
 
@@ -47,7 +47,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Result:
-    """What one policy did on a set of questions.
+    """Measurements of one policy on a set of questions.
 
     recall: share of answer words, from the second on, predicted from the compressed cache. agreement: share of decoded
     tokens on which it agrees with the full cache. Bytes are of one sequence, after decoding, measured; `half_nbytes`

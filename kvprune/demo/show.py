@@ -19,41 +19,43 @@ from kvprune.cache import PrunedCache
 from kvprune.demo import load
 from kvprune.demo.measure import Questions, Result, measure, reference
 from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH, decode
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import Policy
+from kvprune.registry import parse
 from kvprune.report import human_bytes
 
 FULL = "full cache"
+POOLED = "A2SF, pooled"
 BATCH_SIZE = 8
 
 
 def contenders(budget: float) -> dict[str, Policy]:
     """The policies under a budget, side by side, at their defaults but for what their label says.
 
-    GemFilter chooses by the layer of this model that finds things, its last, and keeps the question.
+    GemFilter selects by the last layer, which does the retrieval in this model, and keeps the question.
     """
-    return {
-        "A2SF, pooled": A2SF(budget, kernel_size=7),
-        "SnapKV": SnapKV(budget),
-        "GemFilter": GemFilter(budget, layer=2, keep_last=QUESTION_LENGTH),
-        "A2SF": A2SF(budget),
-        "TOVA": TOVA(budget),
-        "H2O": H2O(budget),
-        "Keyformer": Keyformer(budget),
-        "StreamingLLM": StreamingLLM(budget),
+    texts = {
+        POOLED: "a2sf:kernel_size=7",
+        "SnapKV": "snapkv",
+        "GemFilter": f"gemfilter:layer=2,keep_last={QUESTION_LENGTH}",
+        "A2SF": "a2sf",
+        "TOVA": "tova",
+        "H2O": "h2o",
+        "Keyformer": "keyformer",
+        "StreamingLLM": "streaming_llm",
     }
+    return {label: parse(text, budget=budget) for label, text in texts.items()}
 
 
 def packers() -> dict[str, tuple[str, Policy]]:
-    """The policies that quantize, by label, and what stands in the column of budgets.
+    """The policies that quantize, by label, and the text for the budget column.
 
     "by 32": 32 tokens share the range of a key channel. Both links of the chain pool.
     """
     return {
-        "ZipCache": ("4/2 bit", ZipCache()),
-        "ZipCache by 32": ("4/2 bit", ZipCache(group_size=32)),
-        "KIVI": ("2 bit", KIVI()),
-        "A2SF | ZipCache": ("50%, 4/2", A2SF(0.5, kernel_size=7) | ZipCache(kernel_size=7)),
+        "ZipCache": ("4/2 bit", parse("zipcache")),
+        "ZipCache by 32": ("4/2 bit", parse("zipcache:group_size=32")),
+        "KIVI": ("2 bit", parse("kivi")),
+        "A2SF | ZipCache": ("50%, 4/2", parse("a2sf:budget=0.5,kernel_size=7 | zipcache:kernel_size=7")),
     }
 
 
@@ -106,8 +108,9 @@ class Demo:
             f"\nThe embedded model answers, keeping [bold]{budget:.0%}[/] of its KV cache "
             f"(A2SF, scores pooled over 7 neighbours):\n"
         )
+        policy = contenders(budget)[POOLED]
         for prompt, answer in zip(questions.prompts[:shown], questions.answers[:shown], strict=True):
-            cache = PrunedCache(model, A2SF(budget, kernel_size=7))
+            cache = PrunedCache(model, policy)
             inputs = prompt[None]
             written = model.generate(
                 inputs,

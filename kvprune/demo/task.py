@@ -10,7 +10,7 @@ key at the end of the prompt and expects the value::
     question amber falcon: copper lantern seven. </s>
 
 Every word is one token (punctuation is part of the word), so a person can read a prompt and count its tokens. Key and
-value words are drawn independently: nothing but the note itself tells the answer. The filler is a Markov chain over the
+value words are drawn independently: the answer can be known from the note alone. The filler is a Markov chain over the
 words of a small grammar. `bench/train_recall.py` trains the embedded model on these documents.
 """
 

@@ -87,7 +87,7 @@ SENTENCES = (
     "opening determiner noun verb preposition determiner adjective place",
     "determiner noun verb preposition determiner noun conjunction determiner noun verb preposition determiner place",
 )
-"""What follows what in a sentence of filler."""
+"""The order of word classes in the sentences of filler."""
 
 VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys(

@@ -1,1 +1,1 @@
-"""Does the model still answer? Examples are answered from caches under policies and budgets, and scored."""
+"""Evaluation: examples are answered from caches under policies and budgets, and scored."""

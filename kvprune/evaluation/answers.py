@@ -1,4 +1,4 @@
-"""One example, answered from one cache: what was said, how right it is, and what the cache held."""
+"""One example, answered from one cache: the prediction, its score, and the bytes that the cache held."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from kvprune.errors import EvaluationError
 
 app = typer.Typer(
-    help="Does the model still answer? Evaluate policies and budgets; an interrupted run goes on where it was.",
+    help="Evaluate what policies and budgets do to a model's answers; an interrupted run resumes where it stopped.",
     no_args_is_help=True,
 )
 
@@ -61,7 +61,7 @@ class Run:
     as_json: bool
 
     def __call__(self, work_for: Callable[[Any], Any]) -> list[dict[str, Any]]:
-        """Load the model, do the work that `work_for` makes of it, show what came out. Returns the rows."""
+        """Load the model, do the work that `work_for(model)` returns, and show the results. Returns the rows."""
         from kvprune.evaluation.contenders import contenders
         from kvprune.evaluation.models import load
         from kvprune.evaluation.processes import Processes
@@ -113,7 +113,7 @@ def longbench(
     prompts: Annotated[
         Path | None, typer.Option(help="Folder of LongBench's dataset2prompt.json and dataset2maxlen.json.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most examples of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most examples of a task.")] = None,
     budget: Budgets = ["0.25"],  # noqa: B006 - typer reads it, nobody writes it
     out: Out = None,
     max_length: MaxLength = None,
@@ -128,11 +128,12 @@ def longbench(
     Predictions are also written in LongBench's own format, into a folder beside the results.
     """
     from kvprune.evaluation.answers import Answers
+    from kvprune.evaluation.integrations import integration
     from kvprune.evaluation.prompts import PromptMaker
     from kvprune.evaluation.tables import by_length
-    from kvprune.integrations.longbench import LongBench, summary_by_length, write_predictions
 
-    suite = LongBench(
+    benchmark = integration("longbench")
+    suite = benchmark.LongBench(
         data=data,
         tasks=_names(tasks) or None,
         limit=limit,
@@ -147,10 +148,10 @@ def longbench(
     )
     console = Console(stderr=as_json)
     if rows and extended:
-        console.print(by_length(summary_by_length(rows)))
+        console.print(by_length(benchmark.summary_by_length(rows)))
     if rows and out is not None:
         folder = out.with_suffix("")
-        write_predictions([{**row, "label": _folder_name(row["label"])} for row in rows], folder, extended)
+        benchmark.write_predictions([{**row, "label": _folder_name(row["label"])} for row in rows], folder, extended)
         console.print(f"Predictions in LongBench's format: [bold]{folder}[/]", highlight=False, soft_wrap=True)
 
 
@@ -160,8 +161,8 @@ def synthetic(
     policy: Policies,
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; all that the model's style has.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a prompt; several, separated by commas.")] = "4096",
-    count: Annotated[int, typer.Option(help="Examples of every task and length.")] = 22,
-    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 22,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the examples.")] = 0,
     depths: Annotated[
         str, typer.Option(help="Where the answer stands, in percent, separated by commas; 0 to 100 by default.")
     ] = "",
@@ -199,7 +200,7 @@ def synthetic(
         "filler": None if filler is None else str(filler),
         "style": style,
         "values": values,
-        "distractors": "all" if distractors == "all" else _numbers(distractors, int, "--distractors")[0],
+        "distractors": _distractors(distractors),
     }
 
     def work_for(loaded: Any) -> Answers:
@@ -217,10 +218,12 @@ def likelihood(
     model: Model,
     policy: Policies,
     text: Annotated[Path, typer.Option(help="A text file, of anything; <|endoftext|> separates documents.")],
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    prompt: Annotated[int | None, typer.Option(help="How many of them are prefilled; half of them by default.")] = None,
-    limit: Annotated[int, typer.Option(help="Most sequences.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Sequences that go through the model together.")] = 8,
+    length: Annotated[int, typer.Option(min=3, help="Tokens of a sequence.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="How many of them are prefilled; half of them by default.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most sequences.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that go through the model together.")] = 8,
     budget: Budgets = ["0.25"],  # noqa: B006
     out: Out = None,
     dtype: Dtype = "auto",
@@ -241,8 +244,9 @@ def likelihood(
 )
 def lm_eval(context: typer.Context) -> None:
     """lm-evaluation-harness, with the model "kvprune" registered; takes the options of its own command line."""
-    from kvprune.integrations.lm_eval import main
+    from kvprune.evaluation.integrations import integration
 
+    main = integration("lm-eval")
     sys.argv = ["lm_eval", *context.args]
     main()
 
@@ -296,6 +300,13 @@ def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
         return [kind(number) for number in _names(text)]
     except ValueError:
         raise EvaluationError(f"{option} takes numbers separated by commas, not {text!r}.") from None
+
+
+def _distractors(text: str) -> int | str:
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise EvaluationError(f'--distractors takes a number or "all", not {text!r}.') from None
 
 
 def _folder_name(label: str) -> str:

@@ -15,7 +15,7 @@ from kvprune.policy import Policy
 from kvprune.registry import parse
 
 FULL = "full"
-"""The name under which transformers' own cache takes part: what everyone is compared with."""
+"""The name of transformers' own cache, the baseline of every comparison."""
 
 
 @dataclass(frozen=True)

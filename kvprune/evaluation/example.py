@@ -1,4 +1,4 @@
-"""What is asked, and what counts as right."""
+"""Examples: prompts with their right answers, and suites of them."""
 
 from __future__ import annotations
 

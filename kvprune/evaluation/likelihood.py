@@ -1,7 +1,7 @@
 """What a pruned cache does to a model's predictions on any text: likelihood, KL divergence, top-1 agreement.
 
 Text is cut into sequences. The prompt of each is prefilled, which compresses it, and the remaining tokens are fed one
-by one, each compressed as it comes. What counts are the predictions after each of those: all of them read the
+by one, each compressed as it comes. The predictions after each of those are measured: all of them read the
 compressed cache, while the one at the end of the prompt attended to everything and is left out. The full cache is the
 stock one, fed the same way. No labels are needed.
 """
@@ -37,7 +37,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a cache made of sequences, per sequence, `[B]`, float64, in nats a token.
+    """How well sequences were predicted from a cache, per sequence, `[B]`, float64, in nats a token.
 
     nll: negative log-likelihood. nll_change: against the full cache. kl: divergence from the full cache's predictions.
     agreement: share of tokens with the full cache's top choice.
@@ -102,12 +102,16 @@ class Likelihood:
         return [sequences[start : start + self.batch_size] for start in range(0, len(sequences), self.batch_size)]
 
     def measure(self, unit: list[Sequence], contenders: list[Contender]) -> Iterator[Row]:
-        """Rows of all sequences under each contender; the full cache is fed once for all of them."""
+        """Rows of all sequences under each contender; the full cache is fed once for all of them.
+
+        Its logits wait in the memory of the CPU: at 16 bits and a vocabulary of 128k, 2,048 steps of 8 sequences take
+        4 GB.
+        """
         model = self.model.model
         ids = torch.stack([sequence.ids for sequence in unit]).to(model.device)
         reference = Contender(FULL, None, None)
         full_cache = reference.cache(model)
-        full = list(logits(model, ids, self.prompt, full_cache))
+        full = [step.cpu() for step in logits(model, ids, self.prompt, full_cache)]
         for contender in contenders:
             cache = full_cache if contender == reference else contender.cache(model)
             steps = full if contender == reference else logits(model, ids, self.prompt, cache)
@@ -152,12 +156,14 @@ def logits(model: Any, sequences: Tensor, prompt: int, cache: Cache) -> Iterator
 
 
 def compare(steps: Iterable[Tensor], full: Iterable[Tensor], targets: Tensor) -> Predictions:
-    """What the logits of a cache come to beside those of the full cache, step by step.
+    """Compare the logits of a cache with those of the full cache, step by step.
 
-    steps, full: T tensors `[B, vocab]`. targets: `[B, T]`, the tokens that were to be predicted.
+    steps, full: T tensors `[B, vocab]`, on any device. targets: `[B, T]`, the tokens that were to be predicted, on the
+    device that computes.
     """
     figures = []
     for found, right, target in zip(steps, full, targets.unbind(1), strict=True):
+        found, right = found.to(target.device), right.to(target.device)
         log_p, log_full = found.double().log_softmax(-1), right.double().log_softmax(-1)
         nll = -log_p.gather(1, target[:, None]).squeeze(1)
         change = nll + log_full.gather(1, target[:, None]).squeeze(1)

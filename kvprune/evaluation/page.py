@@ -1,4 +1,4 @@
-"""A page with the pictures and tables of an evaluation, in one file that needs nothing else."""
+"""A page with the pictures and tables of an evaluation, in one self-contained HTML file."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _VARIABLES = (
 
 @dataclass
 class Processes:
-    """Which process this is, and how many there are. `with` it, they have met, and can wait for each other."""
+    """Which process this is, and how many there are. Inside `with`, they are connected and can wait for each other."""
 
     index: int = 0
     count: int = 1
@@ -42,11 +42,11 @@ class Processes:
         return self.index == 0
 
     def owns(self, number: int) -> bool:
-        """Whether this process does the unit of work of that number; it never depends on what is done already."""
+        """Whether this process does the unit of work of that number; independent of what has been done already."""
         return number % self.count == self.index
 
     def __enter__(self) -> Processes:
-        if self.count > 1:  # now, so that processes that cannot meet say so before the work is done
+        if self.count > 1:  # now, so that a failure to connect shows before the work is done
             dist.init_process_group("gloo", rank=self.index, world_size=self.count, timeout=_TO_MEET)
             self._group = dist.new_group(timeout=_TO_FINISH)
         return self
@@ -57,6 +57,6 @@ class Processes:
             dist.destroy_process_group()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Return once all processes have arrived here."""
         if self._group is not None:
             dist.barrier(self._group)

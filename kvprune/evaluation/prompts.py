@@ -75,7 +75,7 @@ class PromptMaker:
         text, question, left_out = self._cut(example.prompt, example.question_at, limit)
         if chat:
             inside, text = text, self._in_template(text)
-            start = text.find(inside.strip())  # templates trim what they are given
+            start = text.find(inside.strip())  # templates strip whitespace around it
             question = None if question is None or start < 0 else question + start - _leading(inside)
         ids = self._ids(text, not chat)
         if not ids:
@@ -102,7 +102,7 @@ class PromptMaker:
             return text, question, 0
         head, tail = limit // 2, limit - limit // 2
         left, right = self._halves(text, head, tail)
-        # The seam can make tokens of its own, and special tokens come on top.
+        # Joining the halves can create new tokens, and special tokens are added.
         while (over := len(self._ids(text[:left] + text[right:], True)) - limit) > 0 and tail > 1:
             tail = max(1, tail - over)
             left, right = self._halves(text, head, tail)
@@ -114,7 +114,7 @@ class PromptMaker:
         """Characters at which the first `head` tokens end and the last `tail` tokens begin."""
         tokenizer: Any = self.model.tokenizer
         if getattr(tokenizer, "is_fast", False):
-            # Offsets lose nothing of the text, where decoding drops what is unknown to the tokenizer.
+            # By offsets, since decoding would drop characters that are unknown to the tokenizer.
             encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
             spans = [span for span in encoded["offset_mapping"] if span[1] > span[0]]
             end = spans[min(head, len(spans)) - 1][1]
@@ -130,5 +130,5 @@ def _leading(text: str) -> int:
 
 
 def _shared(some: list[int], ids: list[int]) -> int:
-    """How many tokens two lists begin with alike: a cut in the text can change the token before it."""
+    """Length of the common prefix of two token lists: a cut in the text can change the token before it."""
     return next((n for n, (a, b) in enumerate(zip(some, ids, strict=False)) if a != b), min(len(some), len(ids)))

@@ -1,6 +1,6 @@
 """Results: a file of JSON lines, a line for every example under every policy, that survives interruptions.
 
-Every line stands for itself: it names the model, the suite, the example and the policy, so files can be put together,
+Every line is complete: it names the model, the suite, the example and the policy, so files can be put together,
 cut and read by other tools. Whatever was written before an interruption is not done again.
 """
 
@@ -97,7 +97,7 @@ class Results:
         return (task, index, label) in self._rows
 
     def check(self, suite: str, model: str, settings: Row) -> None:
-        """Raise EvaluationError where earlier rows were made in another way, so that they cannot stand together."""
+        """Raise EvaluationError if earlier rows were made with other settings, so that they cannot be compared."""
         for row in self._rows.values():
             before = {"suite": row["suite"], "model": row["model"], **row.get("settings", {})}
             now = {"suite": suite, "model": model, **settings}

@@ -32,7 +32,7 @@ class Work(Protocol):
 
     @property
     def settings(self) -> Row:
-        """What must be the same for rows to stand together."""
+        """What must be equal for rows to be compared with each other."""
 
     def units(self) -> Sequence[Sequence[Any]]:
         """Lists of items, in an order that is always the same."""

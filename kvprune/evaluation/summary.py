@@ -64,7 +64,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Summaries that stand together: of one model, one suite and the same settings."""
+    """Summaries that can be compared: of one model, one suite and the same settings."""
 
     model: str
     suite: str

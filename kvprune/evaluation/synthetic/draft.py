@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Stream(Generic[T]):
-    """The beginning of a sequence without end, as much of it as is asked for, always the same."""
+    """The first items of an infinite iterator, as many as asked for; repeated calls give the same ones."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items

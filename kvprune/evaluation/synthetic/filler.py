@@ -1,4 +1,4 @@
-"""The text that things are hidden in, sentence by sentence, and the hiding."""
+"""Filler text, sentence by sentence, and inserting needles into it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n\s*\n|<\|endoft
 
 @dataclass(frozen=True)
 class Filler:
-    """Sentences to fill prompts with. running: they are a text, to be read in order from a random place."""
+    """Sentences to fill prompts with. running: they are a continuous text, read in order from a random place."""
 
     sentences: tuple[str, ...]
     running: bool = False
@@ -43,7 +43,7 @@ class Filler:
         return cls(sentences, running=True)
 
     def stream(self, rng: np.random.Generator) -> Iterator[str]:
-        """Sentences without end."""
+        """An infinite iterator over sentences."""
         total = len(self.sentences)
         start = int(rng.integers(total)) if self.running else 0
         for number in count(start):

@@ -1,4 +1,4 @@
-"""The picture of needles in a haystack: how right the answers are, by depth and length."""
+"""Heat maps of needles in a haystack: mean score by depth and length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite: which tasks, how long, how many, and how right an answer is."""
+"""The suite: its tasks, lengths and number of examples, and the score of an answer."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Synthetic:
             index,
             prompt,
             draft.answers,
-            # A notes model says nothing but the answer; others number lists, or begin with a few words.
+            # The embedded model writes the answer alone; others number lists, or begin with a few words.
             max_new_tokens=answer if self._in_notes else 2 * answer + 16,
             question_at=len(prompt) - len(draft.question),
             chat=not self._in_notes,

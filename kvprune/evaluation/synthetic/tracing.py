@@ -1,4 +1,4 @@
-"""Variable tracking: values passed on from variable to variable, all over a text."""
+"""Variable tracking: chains of assignments from variable to variable, spread over a text."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def numbers(rng: np.random.Generator, digits: int = 7) -> Iterator[str]:
 
 
 def uuids(rng: np.random.Generator) -> Iterator[str]:
-    """Of version 4; two that are equal do not happen."""
+    """UUIDs of version 4, assumed to be unique."""
     while True:
         yield str(UUID(bytes=rng.bytes(16), version=4))
 
@@ -72,5 +72,5 @@ def list_words(rng: np.random.Generator) -> Iterator[str]:
 
 
 def invented(rng: np.random.Generator) -> Iterator[str]:
-    """Six letters that can be spoken and mean nothing: kadomi."""
+    """A pronounceable word of six letters without meaning: kadomi."""
     return compounds(rng, _SYLLABLES, _SYLLABLES, _SYLLABLES)
