@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -87,6 +88,16 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=1,
     ),
 }
+if hasattr(transformers, "Gemma4TextConfig"):  # not in transformers 5.17; its layers differ in their heads
+    CONFIGS["gemma4"] = lambda: transformers.Gemma4TextConfig(
+        **_HEAD_DIM,
+        **_HYBRID,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=VOCAB,
+    )
 FAMILIES = tuple(CONFIGS)
 STOCK_ONLY = ("mistral-sliding",)
 """Families without a layer that can be pruned."""

@@ -1,6 +1,7 @@
 """The contract of a transformers cache, kept by `PrunedCache`: on a tiny Llama, method by method."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvprune import CacheError, Chain, PrunedCache
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune import CacheError, Chain, Policy, PrunedCache
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
 BUDGET = 16
@@ -293,6 +294,24 @@ def test_rejected_drafts_leave_no_trace_while_the_past_is_recorded(policy, accep
     assert drafting.seen_tokens == straight.seen_tokens == prompt + accepted + 1
     for row in range(len(lengths)):
         assert_same_rows(drafting, straight, row, row, atol=1e-5, rtol=1e-4)
+
+
+def test_policies_are_told_of_the_tokens_so_far_while_the_past_is_recorded():
+    """Of a long step, the newest 128 tokens wait for crop; what is observed before them counts none of them."""
+    told = []
+
+    @dataclass(frozen=True)
+    class Listener(Policy):
+        def observe(self, table, step):
+            told.append((step.layer, step.queries, step.tokens, int(step.query_positions.max()) + 1))
+
+    cache = PrunedCache(shared(), Listener())
+    cache.activate_past_recording()
+    batch = left_padded([300])
+    feed(shared(), batch, cache, [290])
+    cache.crop(-20)
+    layers = range(shared().config.num_hidden_layers)
+    assert told == [(layer, 162, 162, 162) for layer in layers] + [(layer, 108, 270, 270) for layer in layers]
 
 
 @evicting_and_packing
@@ -635,6 +654,27 @@ def test_report_counts_what_the_cache_holds(reported):
             assert torch.equal(layer.positions, reported.kept_positions(layer.index))
             assert layer.rows == BUDGET
     assert report.ratio == (reported.nbytes / reported.dense_nbytes if reported.seen_tokens else 1)
+
+
+def test_report_says_where_a_fraction_was_raised():
+    """Of a short prompt, sinks and recent tokens are kept, however small the fraction."""
+    for policy, length, told in (
+        (A2SF(0.25), 10, ("A2SF: 0.25 of 10 prompt tokens is 3: raised to 36 (sinks and recent)",)),
+        (A2SF(0.25), 144, ()),
+        (A2SF(40), 10, ()),
+        (GemFilter(0.1, keep_last=5) | A2SF(0.5, recent=2), 30,
+         ("GemFilter: 0.1 of 30 prompt tokens is 3: raised to 5 (keep_first and keep_last)",)),
+    ):  # fmt: skip
+        cache = PrunedCache(shared(), policy)
+        feed(shared(), left_padded([length, length + 5]), cache, [length + 5])
+        assert cache.report().notes == told
+        assert all(note in " ".join(str(cache.report()).split()) for note in told)
+
+
+@pytest.mark.parametrize("path", ["missing/kept.png", "kept.nothing"])
+def test_pictures_that_cannot_be_written(reported, path, tmp_path):
+    with pytest.raises(CacheError, match="no picture"):
+        reported.report().plot(tmp_path / path)
 
 
 def test_report_is_plain_data(reported):

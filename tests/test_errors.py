@@ -27,6 +27,7 @@ from kvprune import (
     PolicyError,
     PrunedCache,
     Step,
+    TokenTable,
     UnsupportedModelError,
 )
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache, parse
@@ -213,6 +214,55 @@ def test_a_decision_is_one_of_three(decision):
 
 
 @dataclass(frozen=True)
+class Says(Policy):
+    """Decides, or weighs, whatever it was told to."""
+
+    decision: Callable[[TokenTable], Any] = lambda table: None
+    weights: Any = None
+
+    def row_weights(self, step: Step) -> Any:
+        return self.weights
+
+    def decide(self, table: TokenTable, step: Step) -> Any:
+        return self.decision(table)
+
+
+@pytest.mark.parametrize(
+    ("decision", "told"),
+    [
+        (lambda table: Decision(keep=table.positions % 2 == 0), "torch.bool"),
+        (lambda table: Decision(keep=table.positions), "torch.int32"),
+        (lambda table: Decision(keep=torch.arange(3)), r"\[3\]"),
+        (lambda table: Decision(evict=[0, 1]), r"\[0, 1\]"),
+        (lambda table: Decision(keep=torch.zeros(1, 1, 2).long()), r"\[1, 2\] sequences and KV heads"),
+        (lambda table: Decision(keep=torch.zeros(1, 2, 2).long()), "at most once"),
+        (lambda table: Decision(evict=torch.zeros(1, 2, 2).long()), "at most once"),
+        (lambda table: Decision(keep=torch.full((1, 2, 1), 20)), "from 0 to 19"),
+        (lambda table: Decision(keep=torch.full((1, 2, 1), -2)), "from 0 to 19"),
+        (lambda table: table.positions, "return a Decision"),
+        (lambda table: table["score"], "declare it in columns"),
+    ],
+)
+def test_decisions_that_name_no_slots(decision, told):
+    """A mask for slots, slots twice or out of range, or of another shape: nothing is kept by accident."""
+    cache = PrunedCache(shared(), Says(decision))
+    with pytest.raises(PolicyError, match=told):
+        feed(shared(), left_padded([20]), cache, [20])
+
+
+def test_slots_that_are_empty_or_in_any_order_are_slots():
+    keep = torch.tensor([[[3, 1, -1, -1], [19, 0, 2, -1]]])
+    cache = PrunedCache(shared(), Says(lambda table: Decision(keep=keep)))
+    feed(shared(), left_padded([20]), cache, [20])
+    assert cache.kept_positions(0).tolist() == [[[-1, 1, 3], [0, 2, 19]]]
+
+
+def test_weights_that_are_none():
+    with pytest.raises(PolicyError, match="return RowWeights"):
+        feed(shared(), left_padded([20]), PrunedCache(shared(), Says(weights=torch.ones(20))), [20])
+
+
+@dataclass(frozen=True)
 class Forgetful(Policy):
     """Uses attention mass without having asked for rows."""
 
@@ -374,6 +424,31 @@ def test_models_that_cannot_be_pruned(name):
         PrunedCache(model, POLICY)
     assert model.config._attn_implementation == attention
     assert torch.equal(generate(model, prompt, 4), before)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM"])
+def test_encoders(kind):
+    """Their attention looks ahead, which a cache cannot; as a decoder, the same model is served."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = getattr(transformers, kind)(transformers.BertConfig(**TINY, **shape)).eval()
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        encoder(token_ids(1, 8), past_key_values=PrunedCache(encoder, POLICY), use_cache=True)
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**TINY, **shape, is_decoder=True)).eval()
+    with torch.no_grad():
+        expected = decoder(token_ids(1, 8)).logits
+        logits = decoder(token_ids(1, 8), past_key_values=PrunedCache(decoder, POLICY), use_cache=True).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_models_that_attend_twice():
+    """DiffLlama attends twice to the same keys, with other values."""
+    model = transformers.DiffLlamaForCausalLM(
+        transformers.DiffLlamaConfig(
+            **TINY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    ).eval()
+    with pytest.raises(UnsupportedModelError, match="more than once"), torch.no_grad():
+        model(token_ids(1, 8), past_key_values=PrunedCache(model, POLICY))
 
 
 def test_models_without_attention():

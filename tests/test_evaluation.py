@@ -115,6 +115,16 @@ def test_held_bytes_are_those_of_the_cache(demo):
     assert held.nbytes == held.dense_nbytes == pruned.dense_nbytes == 2 * held.half_nbytes
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3-hybrid", "linear"])
+def test_held_bytes_of_hybrid_models_count_alike(family):
+    """Sliding windows and states of linear attention weigh as much in the stock cache as in what is dense of ours."""
+    model = families.linear_hybrid() if family == "linear" else families.build(family)
+    stock, pruned = DynamicCache(config=model.config), PrunedCache(model, Full())
+    for cache in (stock, pruned):
+        model(families.token_ids(1, 40), past_key_values=cache)
+    assert Held.by(stock, model).nbytes == pruned.dense_nbytes
+
+
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 

@@ -166,6 +166,18 @@ def test_hybrid_models_are_pruned_where_attention_is_full(family):
     )
 
 
+@pytest.mark.skipif("gemma4" not in FAMILIES, reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize("budget", ["12KiB", "20KiB", "40KiB"])
+def test_bytes_where_layers_differ_in_their_heads(budget):
+    """Heads of a sliding window are priced as what they are, and not like those of the layer that is pruned."""
+    model = build("gemma4")
+    cache = PrunedCache(model, A2SF(budget, sinks=2, recent=2))
+    with torch.no_grad():
+        model(**left_padded([200]), past_key_values=cache)
+    least = 0.7 if budget != "40KiB" else 0.5  # of what is given, of which 40 KiB are more than there is to keep
+    assert least * int(budget[:-3]) * 1024 <= cache.nbytes <= int(budget[:-3]) * 1024
+
+
 def test_stock_only_families_warn():
     """A model without a layer to prune says so."""
     with pytest.warns(UserWarning, match="nothing to prune"):
