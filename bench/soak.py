@@ -163,14 +163,14 @@ def slope(samples: list[int], apart: int) -> float:
 def shown(soaks: list[Soak], budget: int) -> Table:
     made = table(
         f"soak, a budget of {budget} tokens",
-        "Bytes of the cache in the second half; last: median step of the last tenth over that of the first.",
-        "policy", "steps", "bytes", "RSS, bytes a step", "ms", "last", "faults",
+        "bytes: of the cache, in the second half. ms: median step of the last tenth. last / first: of the first tenth.",
+        "policy", "steps", "bytes", "RSS growth, bytes a step", "ms", "last / first", "faults",
     )  # fmt: skip
     for each in soaks:
         least, most = each.nbytes
         held = f"{most:,}" if least == most else f"{least:,} to {most:,}"
         made.add_row(
-            each.policy, f"{each.steps:,}", held, f"{each.rss_slope:+.2f}", f"{each.last_ms:.2f}",
+            each.policy, f"{each.steps:,}", held, f"{round(each.rss_slope, 2) + 0.0:.2f}", f"{each.last_ms:.2f}",
             f"{each.slowdown:.2f}x", str(len(each.faults)),
         )  # fmt: skip
     return made

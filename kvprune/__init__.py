@@ -22,6 +22,7 @@ from kvprune.errors import (
 from kvprune.eviction import Eviction
 from kvprune.mass import RowWeights, Scoring, attention_mass
 from kvprune.policy import Chain, Decision, Policy, Step
+from kvprune.quantize import Codec
 from kvprune.report import CacheReport
 from kvprune.selection import PromptFilter
 from kvprune.table import TokenTable
@@ -35,6 +36,7 @@ __all__ = [
     "CacheError",
     "CacheReport",
     "Chain",
+    "Codec",
     "Decision",
     "EvaluationError",
     "Eviction",

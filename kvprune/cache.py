@@ -97,11 +97,11 @@ class PrunedCache(Cache):
             layers[index] = PrunedLayer(
                 policy,
                 index,
-                pruned_layers=len(pruned),
-                stock_tokens=_stock_tokens(layers, configs, configs[index]),
                 device=_device(device),
                 kernels=kernels,
                 backend=backend,
+                pruned_layers=len(pruned),
+                stock_tokens=_stock_tokens(layers, configs, configs[index]),
                 heads=Heads.of(model, index),
             )
         super().__init__(layers=layers)
@@ -600,7 +600,7 @@ def _stock_tokens(layers: list[Any], configs: list[Any], config: Any) -> int:
     """Tokens that sliding windows hold in all, counted in tokens of a layer of this config: it may have other heads."""
     windows = ((getattr(layer, "sliding_window", 0), own) for layer, own in zip(layers, configs, strict=True))
     numbers = sum(window * kv_heads(own) * head_dim(own) for window, own in windows if window)
-    return -(-numbers // (kv_heads(config) * head_dim(config)))
+    return -(-numbers // (kv_heads(config) * head_dim(config))) if numbers else 0
 
 
 def _is_static(layer: Any, states: Tensor) -> bool:

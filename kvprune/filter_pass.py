@@ -76,12 +76,12 @@ class FilterPass(Cache):
         row = layer.new_table(keys[:, :, :1], values[:, :, :1], one, dense=True)
         tokens = self._tokens(keys)
         held = sum(each.nbytes for each in self._cache.layers if isinstance(each, PrunedLayer))
-        processes = layer.heads.present(keys.shape[1]).size
+        processes = layer.planner.heads.present(keys.shape[1]).size
         self._capacity = tuple(
             self._policy.capacity(
                 count,
-                token_bytes=row.token_bytes * layer.pruned_layers * processes,
-                other_bytes=(row.kv_token_bytes * layer.stock_tokens + held) * processes,
+                token_bytes=row.token_bytes * layer.planner.pruned_layers * processes,
+                other_bytes=(row.kv_token_bytes * layer.planner.stock_tokens + held) * processes,
             )
             or count
             for count in tokens
@@ -103,7 +103,7 @@ class FilterPass(Cache):
         self._incoming = None
         scoring = self._cache.scoring_of(module, query, layer, **settings)
         if layer.index == self._layer:
-            self.columns = self._choose(query, keys, layer.heads.present(keys.shape[1]))
+            self.columns = self._choose(query, keys, layer.planner.heads.present(keys.shape[1]))
             raise _Chosen
         return self._attended(layer, query, keys, values, scoring)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,45 +21,18 @@ from transformers.cache_utils import CacheLayerMixin
 from kvprune.attention import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.backends import SDPA, Sdpa
 from kvprune.errors import CacheError, KVPruneError, PolicyError
-from kvprune.heads import ALL_HEADS, Heads
 from kvprune.kernels import choose
-from kvprune.mass import RowWeights, Scoring
-from kvprune.policy import Decision, Policy, Step, per_sequence
+from kvprune.mass import Scoring
+from kvprune.plans import Plan, Planner
+from kvprune.policy import Decision, Policy, per_sequence
 from kvprune.queries import Attended, Queries, Remembered
 from kvprune.selection import FilteredStep, Selection
 from kvprune.state import Saved, State
 from kvprune.steady import Counted, Steady, pin
-from kvprune.table import MOST_HOLES, TokenTable
+from kvprune.table import TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
 _UNDECIDED = 128
-# A table that grows token by token takes 1/64 of its length as room, at least 8 slots.
-_ROOM_SHARE, _LEAST_ROOM = 64, 8
-# One that is cut back every so many tokens takes room for all of them, unless it would more than double by that.
-_MOST_ROOM = 1024
-
-
-@dataclass
-class Plan:
-    """One policy's part in a step: what it works on, and what it is told."""
-
-    policy: Policy
-    table: TokenTable
-    step: Step
-
-    @property
-    def weights(self) -> RowWeights | None:
-        return self.step.weights
-
-    def weighs_like(self, other: Plan) -> bool:
-        """Whether the attention mass of one serves the other."""
-        return (
-            self.weights is not None
-            and other.weights is not None
-            and self.weights.same_as(other.weights)
-            and self.policy.group == other.policy.group
-            and (self.policy.query_window > 1) == (other.policy.query_window > 1)
-        )
 
 
 @dataclass
@@ -87,34 +61,22 @@ class PrunedLayer(CacheLayerMixin):
         policy: Policy,
         index: int,
         *,
-        pruned_layers: int = 1,
-        stock_tokens: int = 0,
         device: torch.device | None = None,
         kernels: str = "auto",
         backend: Sdpa = SDPA,
-        heads: Heads = ALL_HEADS,
+        **shared: Any,
     ) -> None:
         """Args:
-        index: of the layer in the model. pruned_layers: how many layers share a budget in bytes.
-        stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
+        index: of the layer in the model. shared: what `Planner` takes beside them.
         device: where the table lives and is attended to; None for the model's.
         kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
-        heads: the share of the layer's heads that is here, if the model's plan splits attention.
         """
         super().__init__()
-        self.policies = policy.parts()
-        # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
-        self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
-        self._interval = max((part.interval or 0 for part in self.policies), default=0)
-        self._codecs, self._evicts, self._buffer = policy.codecs, policy.evicts, policy.buffer
-        self._static_decode = len(self.policies) == 1 and policy.static_decode
+        self.planner = Planner(policy, index, **shared)
         self.index = index
-        self.pruned_layers = pruned_layers
-        self.stock_tokens = stock_tokens
         self.home = device
         self.kernels = kernels
         self.backend = backend
-        self.heads = heads
         self.reset()
 
     def reset(self) -> None:
@@ -230,7 +192,7 @@ class PrunedLayer(CacheLayerMixin):
         if not table.dense or table.packed or table.capacity == table.length or self.home is not None:
             return
         if self.remembered is not None:
-            if self.remembered.states.shape[2] < self._query_window(False) - 1:
+            if self.remembered.states.shape[2] < self.planner.query_window(False) - 1:
                 return
             self.remembered = self.remembered.writable()
         self.steady = Steady.of(self.seen, self.generated, self.tokens, table.positions.device)
@@ -273,11 +235,11 @@ class PrunedLayer(CacheLayerMixin):
         first = per_sequence(before, states.device)
         queries = Queries.of_step(states, first, valid, begins=self.table is None, placed=placed)
         if self.table is None:
-            self.heads.check(states.shape[1], keys.shape[1])
+            self.planner.heads.check(states.shape[1], keys.shape[1])
             self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
             self.is_initialized = True
         elif len(queries) == 1 and valid is None and placed is None:
-            self.table.append(keys, values, queries.first, room=self._room(self.table))
+            self.table.append(keys, values, queries.first, room=self.planner.room(self.table))
         else:
             self.table.append(keys, values, queries.positions[:, None], dense=valid is None)
         added = queries.tokens if filtered is None else filtered.tokens
@@ -289,74 +251,25 @@ class PrunedLayer(CacheLayerMixin):
 
     def new_table(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
         """A table of these rows, with the columns of this layer's policies."""
-        scoped = list(zip(self._scopes, self.policies, strict=True))
-        columns = {scope + name: kind for scope, part in scoped for name, kind in part.columns().items()}
-        buffered = {scope + name: kind for scope, part in scoped for name, kind in part.buffer_columns().items()}
+        columns, buffered = self.planner.columns(), self.planner.buffer_columns()
         return TokenTable(
             keys, values, positions, columns, buffered, dense=dense, kernels=choose(self.kernels, keys.device)
         )
-
-    def _room(self, table: TokenTable) -> int:
-        """Slots to add when the table is full and tokens come one by one."""
-        if table.packed:
-            return _LEAST_ROOM  # what comes in is packed before long
-        return self._interval_room(table.length) or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
-
-    def _interval_room(self, rows: int) -> int:
-        """Slots to hold beside so many rows for the tokens of an interval; 0 where nothing is evicted by intervals."""
-        return min(self._interval, max(rows, _MOST_ROOM))
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
     def _plans(self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = ()) -> list[Plan]:
         """to_come: tokens of each sequence that have been counted, and come after these queries."""
-        device, added = queries.states.device, max(queries.tokens)
         if (steady := self.steady) is not None and torch.compiler.is_dynamo_compiling():
             tokens: int | Tensor = steady.tokens + 1
             generated: int | Tensor = steady.generated + 1
         else:
             counts = tuple(a - b for a, b in zip(self.tokens, to_come, strict=True)) if to_come else self.tokens
-            tokens = per_sequence(counts, device)
+            tokens = per_sequence(counts, queries.states.device)
             generated = self.generated - max(to_come, default=0)
-        heads = self.heads.present(table.kv_heads)
-        token_bytes, other_bytes = self._costs(table)
-        query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
-        other_bytes += max(0, self._query_window(prefill) - 1) * query_bytes
-        other_bytes += Steady.bytes_for(len(queries.states)) if self._static_decode else 0
-        plans = []
-        for scope, part in zip(self._scopes, self.policies, strict=True):
-            interval = part.interval
-            step = Step(
-                layer=self.index,
-                prefill=prefill,
-                due=prefill
-                or interval == 1
-                or (interval is not None and self.generated // interval != (self.generated - added) // interval),
-                queries=len(queries),
-                new_tokens=per_sequence(queries.tokens, device),
-                tokens=tokens,
-                prompt_tokens=self.prompt_tokens,
-                token_bytes=token_bytes * self.pruned_layers * heads.size,
-                other_bytes=(other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens) * heads.size,
-                spare=2 * self._interval - 1 if self._interval else 0,
-                generated=generated,
-                source=queries,
-                heads=heads,
-            )
-            step.weights = part.row_weights(step)
-            if not (step.weights is None or isinstance(step.weights, RowWeights)):
-                raise PolicyError(f"row_weights() of {part} returned {step.weights!r}: return RowWeights, or None.")
-            plans.append(Plan(part, table.scoped(scope), step))
-        return plans
-
-    def _costs(self, table: TokenTable) -> tuple[int, int]:
-        """Bytes of one row of this layer, and of what is no row that a budget rules."""
-        if not (self._codecs and self._evicts):  # then nobody asks what a packed row costs
-            return table.token_bytes, 0
-        waiting = self._buffer + _LEAST_ROOM
-        packed = max(table.packed_row_bytes(codec) for codec in self._codecs)  # any row may be one of many bits
-        parameters = sum(table.block_bytes(codec) for codec in self._codecs)
-        return packed, waiting * table.token_bytes + parameters + MOST_HOLES * packed
+        return self.planner.plans(
+            table, queries, prefill, tokens=tokens, prompt_tokens=self.prompt_tokens, generated=generated
+        )
 
     def _observe(
         self,
@@ -366,34 +279,13 @@ class PrunedLayer(CacheLayerMixin):
         scoring: Scoring,
         attended: Attended | None = None,
     ) -> None:
-        """Let the policies update their columns; links of a chain that weigh alike share the mass."""
-        done: list[Plan] = []
-        for plan in plans:
-            if plan.weights is not None:
-                alike = next((other for other in done if plan.weighs_like(other)), None)
-                plan.step.weighed = (
-                    alike.step.weighed
-                    if alike
-                    else queries.weigh(
-                        table,
-                        scoring,
-                        plan.weights,
-                        plan.policy.group,
-                        attended=attended,
-                        earlier=self.remembered if plan.policy.query_window > 1 else None,
-                    )
-                )
-            plan.policy.observe(plan.table, plan.step)
-            done.append(plan)
+        """Let the policies update their columns, and remember the newest queries."""
+        self.planner.observe(plans, table, queries, scoring, attended, self.remembered)
         if self.steady is not None and self.remembered is not None:
             self.remembered.take(queries)
             return
-        window = self._query_window(plans[0].step.prefill)
+        window = self.planner.query_window(plans[0].step.prefill)
         self.remembered = Remembered.newest(window - 1, self.remembered, queries) if window > 1 else None
-
-    def _query_window(self, prefill: bool) -> int:
-        """Queries to remember: a policy that evicts nothing while decoding needs none once the prompt has ended."""
-        return max([0, *(part.query_window for part in self.policies if prefill or part.interval)])
 
     def _decide(self, table: TokenTable, plans: list[Plan]) -> None:
         evicted = False
@@ -411,7 +303,7 @@ class PrunedLayer(CacheLayerMixin):
                 self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
                 continue
             if decision.keep is not None:
-                table.compact(decision.keep, room=self._interval_room(decision.keep.shape[2]))
+                table.compact(decision.keep, room=self.planner.interval_room(decision.keep.shape[2]))
             elif decision.evict is not None:
                 table.evict(decision.evict)
                 table.shrink(plan.step.spare)
@@ -422,7 +314,7 @@ class PrunedLayer(CacheLayerMixin):
             table.own()
         if self.steady is not None:
             self.steady.advance()
-        elif evicted and self._static_decode and not self.record_past:
+        elif evicted and self.planner.static_decode and not self.record_past:
             self._enter_steady(table)
 
     # -- rolling back ----------------------------------------------------------------------------------------------
@@ -579,11 +471,11 @@ class PrunedLayer(CacheLayerMixin):
         self.is_initialized = True
         if remembered is not None:
             heads, dim = (self.table.batch_size, self.table.kv_heads), self.table.keys.shape[3]
-            self.remembered = Remembered.restored(remembered, self._query_window(True) - 1, heads, dim)
+            self.remembered = Remembered.restored(remembered, self.planner.query_window(True) - 1, heads, dim)
         if selection is not None:
             self.selection = Selection.restored(selection, self.seen, self.tokens)
         if steady:
-            if not self._static_decode or self.record_past:
+            if not self.planner.static_decode or self.record_past:
                 raise saved.refused("is said to be steady, which the policy never is")
             self._enter_steady(self.table)
 
@@ -596,7 +488,7 @@ class PrunedLayer(CacheLayerMixin):
             raise saved.refused(f"has keys of shape {list(shape)} and values of shape {list(value_shape)}")
         none = torch.empty(batch, heads, 0, key_dim + value_dim, dtype=dtype, device=saved.device)
         table = self.new_table(none[..., :key_dim], none[..., key_dim:], none[..., 0], dense=True)
-        table.restore(saved, self._codecs, max(self.tokens))
+        table.restore(saved, self.planner.codecs, max(self.tokens))
         if table.rows > self.seen:
             raise saved.refused(f"has {table.rows} rows of {self.seen} tokens")
         return table

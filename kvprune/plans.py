@@ -1,0 +1,192 @@
+"""`Planner`: what the policies of one layer are told at every step, and the attention mass that they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+from kvprune.heads import ALL_HEADS, Heads
+from kvprune.mass import RowWeights, Scoring
+from kvprune.policy import Policy, Step, per_sequence
+from kvprune.queries import Attended, Queries, Remembered
+from kvprune.steady import Steady
+from kvprune.table import MOST_HOLES, TokenTable
+
+# A table that grows token by token takes 1/64 of its length as room, at least 8 slots.
+_ROOM_SHARE, _LEAST_ROOM = 64, 8
+# One that is cut back every so many tokens takes room for all of them, unless it would more than double by that.
+_MOST_ROOM = 1024
+
+
+@dataclass
+class Plan:
+    """One policy's part in a step: what it works on, and what it is told."""
+
+    policy: Policy
+    table: TokenTable
+    step: Step
+
+    @property
+    def weights(self) -> RowWeights | None:
+        return self.step.weights
+
+    def weighs_like(self, other: Plan) -> bool:
+        """Whether the attention mass of one serves the other."""
+        return (
+            self.weights is not None
+            and other.weights is not None
+            and self.weights.same_as(other.weights)
+            and self.policy.group == other.policy.group
+            and (self.policy.query_window > 1) == (other.policy.query_window > 1)
+        )
+
+
+class Planner:
+    """The policies of one layer, the links of a chain in their order, and what does not change from step to step."""
+
+    def __init__(
+        self, policy: Policy, layer: int, *, pruned_layers: int = 1, stock_tokens: int = 0, heads: Heads = ALL_HEADS
+    ) -> None:
+        """Args:
+        layer: its index in the model. pruned_layers: how many layers share a budget in bytes.
+        stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
+        heads: the share of the layer's heads that is here, if the model's plan splits attention.
+        """
+        self.policies = policy.parts()
+        # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
+        self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
+        self.interval = max((part.interval or 0 for part in self.policies), default=0)
+        """The longest interval of any policy; 0 where nothing is evicted by intervals."""
+        self.codecs = policy.codecs
+        self.static_decode = len(self.policies) == 1 and policy.static_decode
+        self.layer = layer
+        self.pruned_layers = pruned_layers
+        self.stock_tokens = stock_tokens
+        self.heads = heads
+        self._evicts, self._buffer = policy.evicts, policy.buffer
+
+    # -- the table that they need ----------------------------------------------------------------------------------
+
+    def columns(self) -> dict[str, torch.dtype]:
+        """Of all rows, with the prefixes of a chain's links."""
+        return {
+            scope + name: dtype
+            for scope, part in zip(self._scopes, self.policies, strict=True)
+            for name, dtype in part.columns().items()
+        }
+
+    def buffer_columns(self) -> dict[str, torch.dtype]:
+        """Of the rows in full precision alone."""
+        return {
+            scope + name: dtype
+            for scope, part in zip(self._scopes, self.policies, strict=True)
+            for name, dtype in part.buffer_columns().items()
+        }
+
+    def room(self, table: TokenTable) -> int:
+        """Slots to add when the table is full and tokens come one by one."""
+        if table.packed:
+            return _LEAST_ROOM  # what comes in is packed before long
+        return self.interval_room(table.length) or max(_LEAST_ROOM, table.length // _ROOM_SHARE)
+
+    def interval_room(self, rows: int) -> int:
+        """Slots to hold beside so many rows for the tokens of an interval; 0 where nothing is evicted by intervals."""
+        return min(self.interval, max(rows, _MOST_ROOM))
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def plans(
+        self,
+        table: TokenTable,
+        queries: Queries,
+        prefill: bool,
+        *,
+        tokens: int | Tensor,
+        prompt_tokens: tuple[int, ...],
+        generated: int | Tensor,
+    ) -> list[Plan]:
+        """What each policy is told of a step, and the attention rows that it asks for.
+
+        The counts are those of `Step`. Raises PolicyError for a policy that asks for something else than rows.
+        """
+        device, added = queries.states.device, max(queries.tokens)
+        heads = self.heads.present(table.kv_heads)
+        token_bytes, other_bytes = self._costs(table)
+        query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
+        other_bytes += max(0, self.query_window(prefill) - 1) * query_bytes
+        other_bytes += Steady.bytes_for(len(queries.states)) if self.static_decode else 0
+        plans = []
+        for scope, part in zip(self._scopes, self.policies, strict=True):
+            step = Step(
+                layer=self.layer,
+                prefill=prefill,
+                due=prefill or _is_due(part.interval, generated, added),
+                queries=len(queries),
+                new_tokens=per_sequence(queries.tokens, device),
+                tokens=tokens,
+                prompt_tokens=prompt_tokens,
+                token_bytes=token_bytes * self.pruned_layers * heads.size,
+                other_bytes=(other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens) * heads.size,
+                spare=2 * self.interval - 1 if self.interval else 0,
+                generated=generated,
+                source=queries,
+                heads=heads,
+            )
+            step.weights = part.row_weights(step)
+            if not (step.weights is None or isinstance(step.weights, RowWeights)):
+                raise PolicyError(f"row_weights() of {part} returned {step.weights!r}: return RowWeights, or None.")
+            plans.append(Plan(part, table.scoped(scope), step))
+        return plans
+
+    def _costs(self, table: TokenTable) -> tuple[int, int]:
+        """Bytes of one row of this layer, and of what is no row that a budget rules."""
+        if not (self.codecs and self._evicts):  # then nobody asks what a packed row costs
+            return table.token_bytes, 0
+        waiting = self._buffer + _LEAST_ROOM
+        packed = max(table.packed_row_bytes(codec) for codec in self.codecs)  # any row may be one of many bits
+        parameters = sum(table.block_bytes(codec) for codec in self.codecs)
+        return packed, waiting * table.token_bytes + parameters + MOST_HOLES * packed
+
+    def observe(
+        self,
+        plans: list[Plan],
+        table: TokenTable,
+        queries: Queries,
+        scoring: Scoring,
+        attended: Attended | None,
+        earlier: Remembered | None,
+    ) -> None:
+        """Let the policies update their columns; links of a chain that weigh alike share the mass.
+
+        attended: what attention found of these queries, if it has run. earlier: queries of earlier steps.
+        """
+        for number, plan in enumerate(plans):
+            if plan.weights is not None:
+                alike = next((other for other in plans[:number] if plan.weighs_like(other)), None)
+                plan.step.weighed = (
+                    alike.step.weighed
+                    if alike
+                    else queries.weigh(
+                        table,
+                        scoring,
+                        plan.weights,
+                        plan.policy.group,
+                        attended=attended,
+                        earlier=earlier if plan.policy.query_window > 1 else None,
+                    )
+                )
+            plan.policy.observe(plan.table, plan.step)
+
+    def query_window(self, prefill: bool) -> int:
+        """Queries to remember: a policy that evicts nothing while decoding needs none once the prompt has ended."""
+        return max([0, *(part.query_window for part in self.policies if prefill or part.interval)])
+
+
+def _is_due(interval: int | None, generated: int | Tensor, added: int) -> bool:
+    """Whether the tokens that were added have filled another interval."""
+    if interval is None or isinstance(generated, Tensor):  # a step is compiled where every token is an interval
+        return interval is not None
+    return generated // interval != (generated - added) // interval
