@@ -87,7 +87,7 @@ def test_every_policy_meets_every_budget():
 
 def test_a_chain_takes_the_budget_where_a_link_has_none():
     first, second = contenders(["a2sf:budget=0.5 | tova", "a2sf:budget=0.5 | kivi"], ["0.25"])
-    assert str(first.policy).startswith("A2SF(budget=0.5) | TOVA(budget='0.25'")
+    assert str(first.policy).startswith("A2SF(budget=0.5) | TOVA(budget=0.25")
     assert first.budget == "0.25"
     assert second.budget is None
 
