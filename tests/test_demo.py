@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvprune import KVPruneError, PrunedCache
 from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions, measure, reference
+from kvprune.demo.show import Demo
 from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, QUESTION_LENGTH, RecallGenerator, decode
 from kvprune.demo.words import BOS, EOS, TOKEN_ID, VOCABULARY
 from kvprune.policies import A2SF, H2O, KIVI, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
@@ -182,3 +183,9 @@ def test_the_model_fits_documents_of_any_batch(model):
             do_sample=False,
         )[0, len(prompt) :]
         assert together[row].tolist() == alone.tolist()
+
+
+def test_a_document_beyond_the_window_is_refused(tmp_path):
+    """The model would answer at random, and the policies would look bad."""
+    with pytest.raises(KVPruneError, match=r"at most 8,1\d\d tokens, not 9,000"):
+        Demo(tokens=9000, out=tmp_path).run()

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from kvprune.cache import PrunedCache
 from kvprune.demo import load
-from kvprune.demo.measure import Questions, Result, measure, reference
+from kvprune.demo.measure import CONTINUATION, Questions, Result, measure, reference
 from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH, decode
+from kvprune.errors import KVPruneError
 from kvprune.policy import Policy
 from kvprune.registry import parse
 from kvprune.report import human_bytes
@@ -72,8 +73,11 @@ class Demo:
     console: Console = field(default_factory=Console)
 
     def run(self) -> dict[str, Any]:
-        questions = Questions.draw(self.questions, tokens=self.tokens, notes=self.notes, seed=self.seed)
         model, tokenizer = load()
+        most = model.config.max_position_embeddings - QUESTION_LENGTH - CONTINUATION
+        if self.tokens > most:
+            raise KVPruneError(f"the embedded model reads documents of at most {most:,} tokens, not {self.tokens:,}.")
+        questions = Questions.draw(self.questions, tokens=self.tokens, notes=self.notes, seed=self.seed)
         self.out.mkdir(parents=True, exist_ok=True)
         self._introduce(questions, model, tokenizer)
         results = self._measure(model, questions)
