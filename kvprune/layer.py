@@ -99,7 +99,7 @@ class PrunedLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether a decode step changes no shape, and waits for nothing: torch.compile makes one graph of all steps.
+        """Whether a decode step changes no shape and never waits for the device: one graph serves all steps.
 
         So it is at the budget of a policy that evicts at every token, unless the past is recorded, the batch was
         reordered since the last step, the cache lives on another device than the model, or sequences keep different
