@@ -23,7 +23,7 @@ from kvprune.kernels import check_name
 from kvprune.layer import PrunedLayer
 from kvprune.mass import Scoring
 from kvprune.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
-from kvprune.modes import cast, no_autocast, untrainable, without_modes
+from kvprune.modes import cast, no_autocast, untrainable, without_gradients
 from kvprune.policy import Policy
 from kvprune.progress import Progress
 from kvprune.prompt_filter import install
@@ -179,7 +179,7 @@ class PrunedCache(Cache):
                 return self.attend(module, query, mask, **settings)
         return untrainable(self._attend(module, query, mask, settings), query)
 
-    @without_modes
+    @without_gradients
     def _attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> Tensor:
         layer = self.layers[self._open]
         if torch.compiler.is_dynamo_compiling() and not _is_static(layer, query):
@@ -452,7 +452,7 @@ class PrunedCache(Cache):
 
     # -- the rest of the Cache contract ----------------------------------------------------------------------------
 
-    @without_modes
+    @without_gradients
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, e.g. `crop(-3)`; while the past is recorded, `crop(0)` ends a step.
 
@@ -487,22 +487,22 @@ class PrunedCache(Cache):
             else:  # transformers' reset leaves states of a batch of their size, and the recording of the past (5.23)
                 self.layers[index] = copy.deepcopy(self._empty[index])
 
-    @without_modes
+    @without_gradients
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these sequences, LongTensor `[B]`, in this order: what beam search does after every step."""
         super().reorder_cache(beam_idx)
 
-    @without_modes
+    @without_gradients
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let every sequence stand so many times, side by side."""
         super().batch_repeat_interleave(repeats)
 
-    @without_modes
+    @without_gradients
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences, LongTensor `[n]` or bool `[B]`, in this order."""
         super().batch_select_indices(indices)
 
-    @without_modes
+    @without_gradients
     def fork(self) -> PrunedCache:
         """An independent copy: compress a document once, ask many questions. Raises CacheError in a forward pass."""
         self._check_closed()
@@ -550,7 +550,7 @@ class PrunedCache(Cache):
         saving.save(self, model, path)
 
     @classmethod
-    @without_modes
+    @without_gradients
     def load(
         cls,
         path: str | os.PathLike[str],

@@ -91,6 +91,7 @@ class PrunedLayer(CacheLayerMixin):
         self.undecided: Undecided | None = None
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
         self.is_initialized = False
+        self._of_inference_mode = False  # whether tensors may have been made there
 
     # -- what transformers asks ------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class PrunedLayer(CacheLayerMixin):
         reordered since the last step, the cache lives on another device than the model, or sequences keep different
         numbers of rows.
         """
-        return self.steady is not None
+        return self.steady is not None and (torch.is_inference_mode_enabled() or not self._of_inference_mode)
 
     def get_seq_length(self) -> int:
         if self.steady is not None and torch.compiler.is_dynamo_compiling():
@@ -145,6 +146,7 @@ class PrunedLayer(CacheLayerMixin):
         """
         if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
             return self._compiled_step(self.table, self.steady, states, scoring)
+        self._settle_mode()
         first = self.table is None
         try:
             return self._attend(states, valid, scoring, filtered)
@@ -184,6 +186,20 @@ class PrunedLayer(CacheLayerMixin):
             self._observe(table, plans, queries, scoring, attended)
             self._decide(table, plans)
         return output.transpose(1, 2).contiguous().to(device)
+
+    def _settle_mode(self) -> None:
+        """What was made in inference mode cannot be written to outside of it: there, it is copied once."""
+        if torch.is_inference_mode_enabled():
+            self._of_inference_mode = True
+        elif self._of_inference_mode:
+            self._of_inference_mode = False
+            steady = self.steady is not None
+            self._leave_steady()
+            if self.table is not None:
+                self.table.leave_inference_mode()
+            self.remembered = self.remembered and self.remembered.clone()
+            if steady:
+                self._enter_steady(self.table)  # type: ignore[arg-type]
 
     # -- the steady state -------------------------------------------------------------------------------------------
 
@@ -356,6 +372,7 @@ class PrunedLayer(CacheLayerMixin):
         Raises CacheError for a positive number, and where rows were evicted since: those cannot come back.
         """
         self.check_crop(tokens_to_remove)
+        self._settle_mode()
         if self.table is None:
             return
         remove = -tokens_to_remove
@@ -405,6 +422,7 @@ class PrunedLayer(CacheLayerMixin):
         """Keep these sequences, in this order; a sequence may come several times."""
         if self.table is None:
             return
+        self._settle_mode()
         self._leave_steady()  # the tensors that graphs know are gone
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
@@ -423,6 +441,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def fork(self) -> PrunedLayer:
         """An independent copy: every tensor is copied, settings are shared."""
+        self._settle_mode()
         self.catch_up()
         other = copy.copy(self)
         other.table = self.table and self.table.fork()
@@ -456,6 +475,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def restore(self, saved: Saved) -> None:
         """Take over a `state`; this layer is new. Raises CacheError for one that this layer cannot have."""
+        self._settle_mode()
         self.seen = saved.count("seen")
         self.generated, self.last_eviction = (saved.count(name, self.seen) for name in self._COUNTS[1:])
         self.record_past, steady = saved.flag("record_past"), saved.flag("steady")

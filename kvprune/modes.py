@@ -30,17 +30,14 @@ def no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def without_modes(method: F) -> F:
-    """For methods that make or write what is cached: they run without gradients and outside of inference mode."""
+def without_gradients(method: F) -> F:
+    """For methods that make or write what is cached."""
 
     @wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # inference mode is not for a graph to leave
-            with torch.no_grad():
-                return method(*args, **kwargs)
-        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+        if not torch.is_grad_enabled():
             return method(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode enables gradients
+        with torch.no_grad():
             return method(*args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -38,12 +38,8 @@ MOST_SPARE = 32
 
 
 def owned(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive.
-
-    It may be written to, also where it was made in an inference mode that is over, and has no history.
-    """
-    writable = torch.is_inference_mode_enabled() or not tensor.is_inference()
-    if writable and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+    """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor.detach()
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -368,6 +364,12 @@ class TokenTable:
         self._borrowed = False
         for name, tensor in self._tensors.items():
             self._tensors[name] = owned(tensor)
+        self._made_columns = None
+
+    def leave_inference_mode(self) -> None:
+        """Copy what was made in inference mode, outside of which it cannot be written to."""
+        for held in (self._tensors, *(tier.tensors for tier in self.packed)):
+            held |= {name: tensor.clone() for name, tensor in held.items() if tensor.is_inference()}
         self._made_columns = None
 
     # -- rows lose precision ---------------------------------------------------------------------------------------

@@ -91,6 +91,22 @@ def test_modes_may_change_between_steps(policy, kernels, modes):
 
 
 @every_policy
+def test_drafts_may_be_judged_in_another_mode(policy):
+    """What waits while the past is recorded, and the decision that crop brings."""
+    straight, cache = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
+    for recorded, mode in ((straight, torch.no_grad), (cache, torch.inference_mode)):
+        recorded.activate_past_recording()
+        with mode():
+            fed(shared(), recorded, [30])
+        recorded.crop(-2)
+        with mode():
+            fed(shared(), recorded, [4], begin=28)
+        with torch.no_grad():
+            fed(shared(), recorded, [1, 1], begin=32)
+    assert_same_rows(cache, straight)
+
+
+@every_policy
 def test_what_was_made_of_a_cache_in_inference_mode_goes_on_outside_of_it(policy, tmp_path):
     """Forks, selections of a batch and loaded caches."""
     cache = PrunedCache(shared(), policy)
