@@ -106,7 +106,9 @@ class PrunedLayer(CacheLayerMixin):
         reordered since the last step, the cache lives on another device than the model, or sequences keep different
         numbers of rows.
         """
-        return self.steady is not None and (torch.is_inference_mode_enabled() or not self._of_inference_mode)
+        if self.steady is None or not self._of_inference_mode:
+            return self.steady is not None
+        return torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled()  # it cannot trace the latter
 
     def get_seq_length(self) -> int:
         if self.steady is not None and torch.compiler.is_dynamo_compiling():
