@@ -96,18 +96,18 @@ class FilterPass(Cache):
         """As `PrunedCache.attend`, but the new keys are forgotten."""
         query = cast(query)
         with no_autocast(query.device):
-            return self._attend(module, query, settings)
+            return self._attend_or_choose(module, query, settings)
 
-    def _attend(self, module: torch.nn.Module, query: Tensor, settings: dict[str, Any]) -> Tensor:
+    def _attend_or_choose(self, module: torch.nn.Module, query: Tensor, settings: dict[str, Any]) -> Tensor:
         layer, keys, values = self._incoming  # type: ignore[misc]
         self._incoming = None
         scoring = self._cache.scoring_of(module, query, layer, **settings)
         if layer.index == self._layer:
             self.columns = self._choose(query, keys, layer.planner.heads.present(keys.shape[1]))
             raise _Chosen
-        return self._attended(layer, query, keys, values, scoring)
+        return self._attend(layer, query, keys, values, scoring)
 
-    def _attended(self, layer: PrunedLayer, states: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+    def _attend(self, layer: PrunedLayer, states: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         device, table = states.device, layer.table
         home = device if layer.home is None else layer.home
         states, keys, values, scoring = states.to(home), keys.to(home), values.to(home), scoring.to(home)

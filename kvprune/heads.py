@@ -69,7 +69,7 @@ class Heads:
         """The sum of what every process has here, tensors of one shape: the same in each of them, bit by bit."""
         if self.size == 1:
             return part
-        total = part.detach().to(self.device, copy=True)  # NCCL reduces nothing on a CPU, where the cache may live
+        total = part.to(self.device, copy=True)  # NCCL reduces nothing on a CPU, where the cache may live
         torch.distributed.all_reduce(total, group=self.group)
         return total.to(part.device)
 

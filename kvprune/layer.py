@@ -73,11 +73,15 @@ class PrunedLayer(CacheLayerMixin):
         """
         super().__init__()
         self.planner = Planner(policy, index, **shared)
-        self.index = index
         self.home = device
         self.kernels = kernels
         self.backend = backend
         self.reset()
+
+    @property
+    def index(self) -> int:
+        """Of the layer in the model."""
+        return self.planner.layer
 
     def reset(self) -> None:
         self.table: TokenTable | None = None

@@ -40,7 +40,7 @@ MOST_SPARE = 32
 def owned(tensor: Tensor) -> Tensor:
     """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor.detach()
+        return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -363,7 +363,7 @@ class TokenTable:
             return
         self._borrowed = False
         for name, tensor in self._tensors.items():
-            self._tensors[name] = owned(tensor)
+            self._tensors[name] = owned(tensor).detach()  # the first keys have a history where gradients are enabled
         self._made_columns = None
 
     def leave_inference_mode(self) -> None:

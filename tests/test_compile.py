@@ -90,6 +90,24 @@ def test_compiled_steps_are_those_of_eager_decoding(policy, sequences):
 
 
 @static_policies
+def test_compiled_steps_in_inference_mode(policy):
+    """In one graph as well; and a cache that was filled there goes on outside, eagerly at first, then compiled."""
+    expected, token = prefilled(policy)
+    tokens = decode(shared(), expected, token)
+    more = decode(shared(), expected, tokens[:, -1:])
+    with torch.inference_mode():
+        cache, token = prefilled(policy)
+        assert torch.equal(decode(compiled(shared()), cache, token), tokens)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert not cache.is_compileable
+    first = decode(shared(), cache, tokens[:, -1:], 1)
+    assert cache.is_compileable
+    rest = decode(compiled(shared()), cache, first, more.shape[1] - 1)
+    assert torch.equal(torch.cat([first, rest], dim=1), more)
+    assert_same_state(cache, expected)
+
+
+@static_policies
 def test_another_conversation_compiles_nothing(policy):
     """A new cache of the same shape, and one that was forked, use the graph that is there."""
     forward = compiled(shared())
