@@ -18,8 +18,8 @@ from output import save, table
 from rich.console import Console
 
 from kvprune import Scoring
-from kvprune.layer import PrunedLayer
-from kvprune.registry import parse
+from kvprune.cache.layer import PrunedLayer
+from kvprune.policy.registry import parse
 
 HEADS = 8
 POLICIES = ("zipcache", "zipcache:group_size=128", "zipcache:high_bits=4,low_bits=4", "kivi:bits=2", "kivi:bits=4")

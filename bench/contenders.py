@@ -15,7 +15,7 @@ from workload import Contender, Job, Session
 
 STOCK, EAGER, PEERS_STOCK = "stock sdpa", "stock eager", "stock beside kvpress"
 TRANSFORMERS, KVPRUNE, KVPRESS = "transformers", "kvprune", "kvpress"
-# As `kvprune.registry.parse` reads them; those with a budget take that of the job.
+# As `kvprune.policy.registry.parse` reads them; those with a budget take that of the job.
 POLICIES = {
     "Full": "full",
     "A2SF": "a2sf",
@@ -62,7 +62,7 @@ def _quantized(backend: str, bits: int | None, model: LlamaForCausalLM, job: Job
 
 def _pruned(policy: str, model: LlamaForCausalLM, job: Job) -> Session:
     from kvprune import PrunedCache
-    from kvprune.registry import parse
+    from kvprune.policy.registry import parse
 
     budget = {} if job.budget is None else {"budget": job.budget}
     return Session(PrunedCache(model, parse(policy, **budget)))

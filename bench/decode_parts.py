@@ -21,9 +21,9 @@ from transformers import DynamicCache
 from workload import build_model
 
 from kvprune import PrunedCache, Scoring
-from kvprune.layer import PrunedLayer
+from kvprune.attention.queries import Queries
+from kvprune.cache.layer import PrunedLayer
 from kvprune.policies import A2SF, SnapKV
-from kvprune.queries import Queries
 
 ROWS, HEADS, QUERY_HEADS, HEAD_DIM = 1024, 4, 8, 32
 

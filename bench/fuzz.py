@@ -36,10 +36,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvprune import Budget, KVPruneError, Policy, PrunedCache, registry, saving
+from kvprune import Budget, KVPruneError, Policy, PrunedCache
 from kvprune.evaluation.contenders import contenders
 from kvprune.integrations.longbench import LongBench
 from kvprune.integrations.longbench_tasks import TASKS
+from kvprune.policy import registry
+from kvprune.saving import files as saving
 
 # -- odd things --------------------------------------------------------------------------------------------------------
 

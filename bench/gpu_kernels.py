@@ -27,10 +27,10 @@ from rich.console import Console
 from torch import Tensor
 
 from kvprune import RowWeights, Scoring
+from kvprune.attention.noise import Gumbel
 from kvprune.kernels import gpu as kernels
-from kvprune.noise import Gumbel
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import Codec
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
 
 KV_HEADS, GROUP, DIM = 8, 4, 128
 WINDOW = 32  # of SnapKV

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvprune.evaluation.contenders import Contender, Held
 from kvprune.evaluation.likelihood import SEPARATOR, Predictions, compare, cut, logits
-from kvprune.policy import Policy
-from kvprune.registry import parse
+from kvprune.policy.base import Policy
+from kvprune.policy.registry import parse
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LENGTH = 512  # tokens of a sequence: the context of the model

@@ -36,7 +36,7 @@ from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions
 from kvprune.demo.task import QUESTION_LENGTH
 from kvprune.policies import H2O
-from kvprune.registry import parse
+from kvprune.policy.registry import parse
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 EVICTING = (

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from kvprune.demo import load
 from kvprune.demo.measure import Questions, Result, measure, reference
 from kvprune.demo.show import FULL
-from kvprune.registry import parse
+from kvprune.policy.registry import parse
 
 BUDGETS = (0.25, 0.1, 0.05)
 # Keyformer, and H2O with the sinks and the window of Keyformer as well as with its own.

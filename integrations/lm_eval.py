@@ -42,15 +42,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvprune import stock
-from kvprune.cache import PrunedCache
+from kvprune.cache import stock
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.report import human_bytes
 from kvprune.errors import EvaluationError, KVPruneError, PolicyError, UnsupportedModelError
-from kvprune.eviction import check_count
 from kvprune.kernels import check_name
 from kvprune.policies import Full
-from kvprune.policy import Policy
-from kvprune.registry import parse
-from kvprune.report import human_bytes
+from kvprune.policy.base import Policy
+from kvprune.policy.eviction import check_count
+from kvprune.policy.registry import parse
 
 try:
     from lm_eval.api.registry import register_model

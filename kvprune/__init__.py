@@ -8,8 +8,9 @@ model.generate(**inputs, past_key_values=cache)
 """
 
 from kvprune.asking import Answers, ask
-from kvprune.budget import Budget
-from kvprune.cache import PrunedCache
+from kvprune.attention.mass import RowWeights, Scoring, attention_mass
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.report import CacheReport
 from kvprune.errors import (
     BudgetError,
     CacheError,
@@ -19,13 +20,12 @@ from kvprune.errors import (
     QuestionWarning,
     UnsupportedModelError,
 )
-from kvprune.eviction import Eviction
-from kvprune.mass import RowWeights, Scoring, attention_mass
-from kvprune.policy import Chain, Decision, Policy, Step
-from kvprune.quantize import Codec
-from kvprune.report import CacheReport
-from kvprune.selection import PromptFilter
-from kvprune.table import TokenTable
+from kvprune.policy.base import Chain, Decision, Policy, Step
+from kvprune.policy.budget import Budget
+from kvprune.policy.eviction import Eviction
+from kvprune.policy.selection import PromptFilter
+from kvprune.table.quantize import Codec
+from kvprune.table.token_table import TokenTable
 
 __version__ = "0.1.0"
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.cache import PrunedCache
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.report import CacheReport
 from kvprune.errors import KVPruneError, QuestionWarning
-from kvprune.policy import Policy
-from kvprune.report import CacheReport
+from kvprune.policy.base import Policy
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,9 @@ def generate(
     """Generate from a prompt file with a pruned cache, and report what was kept."""
     import torch
 
-    from kvprune.cache import PrunedCache
+    from kvprune.cache.pruned_cache import PrunedCache
     from kvprune.evaluation.models import load
-    from kvprune.registry import parse
+    from kvprune.policy.registry import parse
 
     chosen = parse(policy, budget=budget)  # before the model loads: a typing mistake should not cost minutes
     text = sys.stdin.read() if str(prompt_file) == "-" else _read(prompt_file)
@@ -143,7 +143,7 @@ def _read(path: Path) -> str:
 @app.command()
 def policies(as_json: Json = False) -> None:
     """List the policies, their settings and defaults."""
-    from kvprune.registry import names
+    from kvprune.policy.registry import names
 
     entries = [_entry(name) for name in names()]
     if as_json:
@@ -167,7 +167,7 @@ def policies(as_json: Json = False) -> None:
 
 def _entry(name: str) -> dict[str, Any]:
     """What is listed of a policy; of one that cannot be loaded, what is wrong with it."""
-    from kvprune.registry import find, settings_of
+    from kvprune.policy.registry import find, settings_of
 
     try:
         policy = find(name)

@@ -13,7 +13,7 @@ from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 from kvprune.policies.zipcache import ZipCache
-from kvprune.registry import find, get, names, parse
+from kvprune.policy.registry import find, get, names, parse
 
 __all__ = [
     "A2SF",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvprune.policy import Policy
+from kvprune.policy.base import Policy
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kvprune.eviction import Eviction
-from kvprune.mass import RowWeights
-from kvprune.policy import Step
-from kvprune.table import TokenTable
+from kvprune.attention.mass import RowWeights
+from kvprune.policy.base import Step
+from kvprune.policy.eviction import Eviction
+from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)

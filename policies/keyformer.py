@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.attention.mass import RowWeights
+from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
-from kvprune.eviction import Eviction, check_count, check_number
-from kvprune.mass import RowWeights
-from kvprune.noise import Gumbel
-from kvprune.policy import Step, per_sequence
-from kvprune.table import TokenTable
+from kvprune.policy.base import Step, per_sequence
+from kvprune.policy.eviction import Eviction, check_count, check_number
+from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 
 from kvprune.errors import PolicyError
-from kvprune.eviction import check_count
-from kvprune.policy import Decision, Policy, Step
-from kvprune.quantize import Codec, is_width
-from kvprune.table import EMPTY, TokenTable
+from kvprune.policy.base import Decision, Policy, Step
+from kvprune.policy.eviction import check_count
+from kvprune.table.quantize import Codec, is_width
+from kvprune.table.token_table import EMPTY, TokenTable
 
 
 @dataclass(frozen=True)

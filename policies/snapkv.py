@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
-from kvprune.eviction import Eviction, along_positions, check_count, reach
-from kvprune.mass import RowWeights
-from kvprune.policy import Step
-from kvprune.table import TokenTable
+from kvprune.policy.base import Step
+from kvprune.policy.eviction import Eviction, along_positions, check_count, reach
+from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)

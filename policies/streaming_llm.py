@@ -6,9 +6,9 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from kvprune.eviction import Eviction
-from kvprune.policy import Step
-from kvprune.table import TokenTable
+from kvprune.policy.base import Step
+from kvprune.policy.eviction import Eviction
+from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)

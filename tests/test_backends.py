@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import CacheError, PrunedCache, Scoring
-from kvprune.attention import causal_attention
-from kvprune.backends import BACKENDS, SDPA, FlashAttn, choose
+from kvprune.attention.backends import BACKENDS, SDPA, FlashAttn, choose
+from kvprune.attention.softmax import causal_attention
 from kvprune.policies import A2SF, GemFilter
 
 FLASH = BACKENDS["flash"]

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvprune import PolicyError, PrunedCache, Scoring
+from kvprune.attention.mass import RowWeights, attention_mass
+from kvprune.attention.noise import Gumbel
+from kvprune.cache.layer import PrunedLayer
 from kvprune.kernels import TORCH, Columns, choose, cpu
 from kvprune.kernels.cpu import CPU
-from kvprune.layer import PrunedLayer
-from kvprune.mass import RowWeights, attention_mass
-from kvprune.noise import Gumbel
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
-from kvprune.policy import Policy
-from kvprune.quantize import Codec
-from kvprune.table import TokenTable
+from kvprune.policy.base import Policy
+from kvprune.table.quantize import Codec
+from kvprune.table.token_table import TokenTable
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="kvprune was installed without a C compiler")
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvprune import Budget, BudgetError, PolicyError, PrunedCache, RowWeights, registry
+from kvprune import Budget, BudgetError, PolicyError, PrunedCache, RowWeights
 from kvprune.policies import A2SF, KIVI, TOVA, GemFilter, Keyformer, SnapKV, ZipCache
+from kvprune.policy import registry
 
 CASES = {
     "budgets": 2000,

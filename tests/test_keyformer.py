@@ -13,8 +13,9 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import PrunedCache, Scoring, Step, mass
-from kvprune.layer import PrunedLayer
+from kvprune import PrunedCache, Scoring, Step
+from kvprune.attention import mass
+from kvprune.cache.layer import PrunedLayer
 from kvprune.policies import H2O, Keyformer
 
 ROOM = 10_000

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvprune import PrunedCache, Scoring
-from kvprune.layer import PrunedLayer
+from kvprune.cache.layer import PrunedLayer
 from kvprune.policies import KIVI, Full
 
 KEY_DIM, VALUE_DIM = 6, 5

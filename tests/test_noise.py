@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune.noise import Gumbel, hash_word, hashed, mix, uniform
+from kvprune.attention.noise import Gumbel, hash_word, hashed, mix, uniform
 
 EULER = 0.5772156649
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprune import Policy, PrunedCache, RowWeights, Scoring, Step, TokenTable, attention_mass
+from kvprune.attention.mass import row_logits
 from kvprune.kernels import choose
-from kvprune.mass import row_logits
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 BUDGET = 12

@@ -13,10 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import RowWeights, Scoring, TokenTable, attention_mass, mass, packed, packed_rows
-from kvprune.attention import positional_attention
-from kvprune.noise import Gumbel
-from kvprune.quantize import Codec
+from kvprune import RowWeights, Scoring, TokenTable, attention_mass
+from kvprune.attention import mass, packed
+from kvprune.attention.noise import Gumbel
+from kvprune.attention.softmax import positional_attention
+from kvprune.table import packed_rows
+from kvprune.table.quantize import Codec
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
 CODECS = [Codec(2), Codec(4, separable=True), Codec(3, tokens=4, channels=2), Codec(8, tokens=3, separable=True)]

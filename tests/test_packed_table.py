@@ -19,8 +19,8 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from kvprune import TokenTable, table
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import Codec
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
 
 HEAD_DIM, VALUE_DIM = 5, 3
 CODECS = [Codec(2), Codec(4, separable=True), Codec(3, tokens=4, channels=2), Codec(8, tokens=2, separable=True)]

@@ -20,7 +20,7 @@ from kvprune import KVPruneError, PrunedCache
 from kvprune.demo import load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.policies import Full, SnapKV, StreamingLLM, find
-from kvprune.registry import parse
+from kvprune.policy.registry import parse
 
 REPORT = Path(__file__).parents[1] / "bench" / "quality.md"
 

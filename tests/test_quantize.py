@@ -12,9 +12,10 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprune import PolicyError, packed_rows
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import BITS, Codec, pack, packed_bytes, unpack
+from kvprune import PolicyError
+from kvprune.table import packed_rows
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import BITS, Codec, pack, packed_bytes, unpack
 
 thorough = profile(max_examples=6 * profile.default.max_examples)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvprune import Policy, Scoring
-from kvprune.layer import PrunedLayer
+from kvprune.cache.layer import PrunedLayer
 from kvprune.policies import A2SF, H2O, TOVA, Keyformer, SnapKV, StreamingLLM
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}

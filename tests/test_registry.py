@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies, registry
+from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies
 from kvprune.cli import app
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policy import registry
 
 BUILT_IN = {
     "a2sf": A2SF,

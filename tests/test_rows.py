@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune.rows import take_rows, top_rows, true_rows
+from kvprune.table.rows import take_rows, top_rows, true_rows
 
 sizes, seeds = st.integers(1, 4), st.integers(0, 2**16)
 LAYOUTS = {

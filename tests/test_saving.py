@@ -26,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvprune import CacheError, Chain, Eviction, KVPruneError, Policy, PolicyError, PrunedCache, registry, saving
+from kvprune import CacheError, Chain, Eviction, KVPruneError, Policy, PolicyError, PrunedCache
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policy import registry
+from kvprune.saving import files as saving
 
 A = A2SF(16, sinks=2, recent=3)
 POLICIES = {
@@ -537,7 +539,13 @@ def sealed(path: Path, header: Any, tensors: dict[str, Tensor], **metadata: str)
     if isinstance(header, dict) and "tensors" not in metadata:
         header["tensors"] = {name: saving._digest(tensor) for name, tensor in tensors.items()}
     text = metadata.pop("text", None) or json.dumps(header)
-    told = {"format": "kvprune.cache", "version": "1", "header": text, "sha256": saving._digest(text), **metadata}
+    told = {
+        "format": "kvprune.cache",
+        "version": "1",
+        "header": text,
+        "sha256": saving._digest(text),
+        **metadata,
+    }
     save_file(tensors, path, told)
 
 

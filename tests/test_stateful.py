@@ -33,8 +33,10 @@ from slow import MOST_UNDECIDED, RULES, Rows, Rule, SlowCache
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprune import BudgetError, CacheError, Policy, PrunedCache, layer, table
-from kvprune.budget import Budget
+from kvprune import BudgetError, CacheError, Policy, PrunedCache
+from kvprune.cache import layer
+from kvprune.policy.budget import Budget
+from kvprune.table import token_table as table
 
 MOST_SEQUENCES, MOST_PAIRS, MOST_TOKENS, MOST_HOLES = 4, 3, 300, 4
 COUNTS: Counter[tuple[str, str]] = Counter()

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from kvprune import CacheError, Decision, Policy, Scoring, Step, TokenTable
-from kvprune.layer import PrunedLayer
+from kvprune.cache.layer import PrunedLayer
 
 HEAD_DIM, VALUE_DIM = 3, 2
 COLUMNS = {"score": torch.float32, "count": torch.int64}

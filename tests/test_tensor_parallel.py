@@ -14,7 +14,7 @@ from families import build
 from tensor_parallel import BYTES, CASES, LIMIT, MODELS, PROCESSES, TURNS, WHOLE, run
 
 from kvprune import UnsupportedModelError
-from kvprune.heads import ALL_HEADS, Heads
+from kvprune.cache.heads import ALL_HEADS, Heads
 
 WORKER = Path(__file__).with_name("tensor_parallel.py")
 EVERY = [*CASES, *TURNS]

@@ -17,10 +17,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvprune import Policy, PrunedCache, registry
+from kvprune import Policy, PrunedCache
 from kvprune.kernels import cpu
+from kvprune.passes.prompt_filter import shorten
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
-from kvprune.prompt_filter import shorten
+from kvprune.policy import registry
 
 T = TypeVar("T")
 

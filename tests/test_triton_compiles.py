@@ -41,10 +41,10 @@ class NoDriver:
 def launch(dim: int, dtype: torch.dtype) -> None:
     """Every kernel in the variants that differ most, with heads of this size."""
     from kvprune import RowWeights, Scoring
+    from kvprune.attention.noise import Gumbel
     from kvprune.kernels import gpu as kernels
-    from kvprune.noise import Gumbel
-    from kvprune.packed_rows import PackedRows
-    from kvprune.quantize import Codec
+    from kvprune.table.packed_rows import PackedRows
+    from kvprune.table.quantize import Codec
 
     queries, keys = torch.randn(1, 8, 64, dim, dtype=dtype), torch.randn(1, 2, 256, dim, dtype=dtype)
     positions = torch.arange(256, dtype=torch.int32).expand(1, 2, -1)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from test_packed import cases, seeds
 from torch import Tensor
 
-from kvprune import PolicyError, Scoring, packed
-from kvprune.attention import single_query_attention
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import Codec
+from kvprune import PolicyError, Scoring
+from kvprune.attention import packed
+from kvprune.attention.softmax import single_query_attention
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from kvprune.kernels import gpu as kernels

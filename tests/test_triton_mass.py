@@ -13,7 +13,7 @@ from test_mass import Case, cases, chosen_rows, groups, positioned, seeds
 from torch import Tensor
 
 from kvprune import PolicyError, RowWeights, Scoring, attention_mass
-from kvprune.noise import Gumbel, hashed, mix
+from kvprune.attention.noise import Gumbel, hashed, mix
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 import triton

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvprune import CacheError, Policy, PrunedCache, Scoring, Step, TokenTable
-from kvprune.layer import PrunedLayer
+from kvprune.cache.layer import PrunedLayer
 from kvprune.policies import Full, ZipCache
 
 SCALE = 0.5

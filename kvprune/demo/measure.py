@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from kvprune.cache import PrunedCache
+from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.demo.task import RecallGenerator
-from kvprune.policy import Policy
+from kvprune.policy.base import Policy
 
 CONTINUATION = 24  # tokens decoded after the prompt: the answer and what the dense model writes next
 

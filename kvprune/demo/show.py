@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvprune.cache import PrunedCache
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.report import human_bytes
 from kvprune.demo import load
 from kvprune.demo.measure import CONTINUATION, Questions, Result, measure, reference
 from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH, decode
 from kvprune.errors import KVPruneError
-from kvprune.policy import Policy
-from kvprune.registry import parse
-from kvprune.report import human_bytes
+from kvprune.policy.base import Policy
+from kvprune.policy.registry import parse
 
 FULL = "full cache"
 POOLED = "A2SF, pooled"

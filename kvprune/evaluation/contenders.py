@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import Cache, DynamicCache
 
-from kvprune import stock
-from kvprune.cache import PrunedCache
+from kvprune.cache import stock
+from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import EvaluationError
-from kvprune.policy import Policy
-from kvprune.registry import parse
+from kvprune.policy.base import Policy
+from kvprune.policy.registry import parse
 
 FULL = "full"
 """The name of transformers' own cache, the baseline of every comparison."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvprune import plugins
 from kvprune.errors import EvaluationError
+from kvprune.policy import plugins
 
 GROUP = "kvprune.evaluations"
 

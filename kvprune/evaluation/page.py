@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from kvprune.cache.report import human_bytes
 from kvprune.evaluation.pictures import curves, svg
 from kvprune.evaluation.summary import Comparison
 from kvprune.evaluation.synthetic import depth_maps
 from kvprune.evaluation.tables import figure
-from kvprune.report import human_bytes
 
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvprune.attention.mass import Scoring
+from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
 from kvprune.kernels.reference import Columns, Kernels
-from kvprune.mass import Scoring
-from kvprune.noise import Gumbel
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import Codec, channel_scales, packed_bytes
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec, channel_scales, packed_bytes
 
 if TYPE_CHECKING:
-    from kvprune.table import TokenTable
+    from kvprune.table.token_table import TokenTable
 
 # As in cpu.c: lanes of a vector, rows that a thread takes at a time, keys of a tile, stretches of queries, kinds.
 _LANES, _PART, _TILE, _STRETCHES = 16, 256, 64, 16

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvprune.attention.mass import RowWeights, Scoring, lse_of_weighed
 from kvprune.kernels import gpu
 from kvprune.kernels.reference import Kernels
-from kvprune.mass import RowWeights, Scoring, lse_of_weighed
 
 if TYPE_CHECKING:
-    from kvprune.table import TokenTable
+    from kvprune.table.token_table import TokenTable
 
 
 class TritonKernels(Kernels):

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvprune.attention import single_query_attention
-from kvprune.mass import RowWeights, Scoring, attention_mass, hidden_keys
-from kvprune.noise import Gumbel
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import Codec
-from kvprune.rows import take_rows
+from kvprune.attention.mass import RowWeights, Scoring, attention_mass, hidden_keys
+from kvprune.attention.noise import Gumbel
+from kvprune.attention.softmax import single_query_attention
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
+from kvprune.table.rows import take_rows
 
 if TYPE_CHECKING:
-    from kvprune.table import TokenTable
+    from kvprune.table.token_table import TokenTable
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
 
@@ -59,7 +59,7 @@ class Kernels:
 
     def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """The same over a table with packed rows; see `packed.single_query`."""
-        from kvprune import packed
+        from kvprune.attention import packed
 
         return packed.single_query(queries, table, scoring)
 

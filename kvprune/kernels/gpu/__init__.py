@@ -1,9 +1,9 @@
 """Triton kernels, each the twin of a function in PyTorch that says what it computes.
 
-    attention_mass             kvprune.mass.attention_mass
-    decode_attention           kvprune.attention.single_query_attention, and what a policy makes of the probabilities
+    attention_mass             kvprune.attention_mass
+    decode_attention           attention.softmax.single_query_attention, and what a policy makes of the probabilities
     varlen_decode_attention    the same over heads of different lengths, without padding
-    packed_decode_attention    kvprune.packed.single_query
+    packed_decode_attention    attention.packed.single_query
 
 Triton is imported when the first of them is looked up. Launches depend on shapes alone and never wait for the device,
 so CUDA graphs can capture them. With TRITON_INTERPRET=1, set before Triton is imported, they run on the CPU: slow, and

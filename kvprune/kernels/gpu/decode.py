@@ -1,6 +1,6 @@
 """Attention of one query per sequence over a cache in full precision, with the row of probabilities it gives anyway.
 
-The twin of `kvprune.attention.single_query_attention`. All query heads of a KV head share a program, so every key and
+The twin of `attention.softmax.single_query_attention`. All query heads of a KV head share a program, so every key and
 value is read once.
 
 A group has fewer heads than the 16 rows that tensor cores want. It is padded to 16 nevertheless: the step is bound by
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvprune.attention.mass import Scoring
 from kvprune.kernels.gpu.splits import (
     CHANGING,
     Partials,
@@ -26,7 +27,6 @@ from kvprune.kernels.gpu.splits import (
     store_partial,
 )
 from kvprune.kernels.gpu.tiles import load_rows, matmul, padded, scored, tile_rows, with_dense_rows
-from kvprune.mass import Scoring
 
 # Keys and values of one tile are 16 KiB each: with two tiles on their way, a program takes 72 KiB of shared memory, so
 # that three fit on a multiprocessor of a large GPU, and one on those that have 99 KiB.

@@ -1,6 +1,6 @@
 """`attention_mass` on a GPU: the sum over weighed rows of attention probabilities, without writing any of them.
 
-The twin of `kvprune.mass.attention_mass`, in two kernels. The first finds the log-sum-exp of every weighed row, as
+The twin of `kvprune.attention_mass`, in two kernels. The first finds the log-sum-exp of every weighed row, as
 flash attention does; where that is known already, it is left out. With it, a probability is a function of one logit. So
 in the second kernel a program owns a block of keys, loops over rows and query heads, and adds up columns in registers:
 every number is written once, by one program, in a fixed order.
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvprune.attention.mass import GROUPS, RowWeights, Scoring
 from kvprune.errors import PolicyError
 from kvprune.kernels.gpu.noise import column_words, layer_word, minus_gumbel, row_words
 from kvprune.kernels.gpu.tiles import key_order, load_rows, padded, scored, tile_rows, with_dense_rows
-from kvprune.mass import GROUPS, RowWeights, Scoring
 
 # Queries or keys of a tile: 64 rows of 128 bfloat16. With twice as many keys, logits and noise do not fit in registers.
 _TILE_BYTES = 16 << 10
@@ -201,7 +201,7 @@ def attention_mass(
     in_order: bool = False,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Weighted attention mass of every key, `[B, Hkv, S]` float32: what `kvprune.mass.attention_mass` returns.
+    """Weighted attention mass of every key, `[B, Hkv, S]` float32: what `kvprune.attention_mass` returns.
 
     Args:
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`, of the same dtype: float32, float16 or bfloat16.

@@ -1,10 +1,10 @@
-"""Gumbel noise in registers: the counter-based numbers of `kvprune.noise`, bit for bit, and never in memory."""
+"""Gumbel noise in registers: the counter-based numbers of `attention.noise`, bit for bit, and never in memory."""
 
 import triton
 import triton.language as tl
 
-from kvprune import noise
-from kvprune.noise import Gumbel
+from kvprune.attention import noise
+from kvprune.attention.noise import Gumbel
 
 _GOLDEN = tl.constexpr(noise._GOLDEN)
 _COLUMN = tl.constexpr(noise._COLUMN)

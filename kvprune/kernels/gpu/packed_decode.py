@@ -1,6 +1,6 @@
 """Attention of one query per sequence over packed rows, decoded in registers, and over loose ones, in one softmax.
 
-The twin of `kvprune.packed.single_query`. Codes are read from memory once, as bytes, and nothing that they stand for is
+The twin of `attention.packed.single_query`. Codes are read from memory once, as bytes, and nothing they stand for is
 written back: a program unpacks a tile, applies the parameters in float32, and rounds it to the dtype of the queries, as
 a cache in full precision would hold it. Each tier and the loose rows have a launch of their own; `combine` makes one
 softmax of all their splits.
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvprune.attention.mass import Scoring
 from kvprune.kernels.gpu.decode import attend_segment, block_rows, marks_of
 from kvprune.kernels.gpu.splits import (
     CHANGING,
@@ -25,9 +26,8 @@ from kvprune.kernels.gpu.splits import (
     store_partial,
 )
 from kvprune.kernels.gpu.tiles import load_rows, matmul, padded, scored, tile_rows, with_dense_rows
-from kvprune.mass import Scoring
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import packed_bytes
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import packed_bytes
 
 # Decoded to float32, a tile of keys or values has to fit in the registers of a program. Parameters that are looked up
 # row by row are as large as decoded rows, and have to fit in shared memory.

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvprune.attention.mass import GROUPS
 from kvprune.errors import PolicyError
 from kvprune.kernels.gpu.tiles import padded
-from kvprune.mass import GROUPS
 
 SCORES = ("probabilities", *GROUPS)
 # Programs to aim at, several for each multiprocessor of a large GPU, so that its last ones do not run alone for long. A

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.heads import Heads
-from kvprune.models import text_config
+from kvprune.cache.heads import Heads
+from kvprune.cache.models import text_config
 
 # What decides the keys and values of a token, and their positions, beside the weights.
 _FACTS = (

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvprune.attention.mass import RowWeights, Scoring
+from kvprune.attention.queries import Attended, Queries, Remembered
+from kvprune.cache.heads import ALL_HEADS, Heads
+from kvprune.cache.steady import Steady
 from kvprune.errors import PolicyError
-from kvprune.heads import ALL_HEADS, Heads
-from kvprune.mass import RowWeights, Scoring
-from kvprune.policy import Policy, Step, per_sequence
-from kvprune.queries import Attended, Queries, Remembered
-from kvprune.steady import Steady
-from kvprune.table import MOST_HOLES, TokenTable
+from kvprune.policy.base import Policy, Step, per_sequence
+from kvprune.table.token_table import MOST_HOLES, TokenTable
 
 # A table that grows token by token takes 1/64 of its length as room, at least 8 slots.
 _ROOM_SHARE, _LEAST_ROOM = 64, 8

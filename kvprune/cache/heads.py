@@ -15,8 +15,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from kvprune.cache.models import kv_heads, layer_config, text_config
 from kvprune.errors import UnsupportedModelError
-from kvprune.models import kv_heads, layer_config, text_config
 
 
 @dataclass(frozen=True)

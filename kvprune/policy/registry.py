@@ -14,9 +14,9 @@ from importlib.metadata import EntryPoint, entry_points
 from numbers import Integral, Real
 from typing import Any
 
-from kvprune import plugins
 from kvprune.errors import PolicyError
-from kvprune.policy import Chain, Policy
+from kvprune.policy import plugins
+from kvprune.policy.base import Chain, Policy
 
 GROUP = "kvprune.policies"
 

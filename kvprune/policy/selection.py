@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.heads import ALL_HEADS, Heads
-from kvprune.policy import Policy
+from kvprune.cache.heads import ALL_HEADS, Heads
+from kvprune.policy.base import Policy
 from kvprune.state import Saved, State
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from kvprune.errors import CacheError, PolicyError
 from kvprune.kernels import TORCH, Columns, Kernels
-from kvprune.packed_rows import PackedRows
-from kvprune.quantize import Codec
-from kvprune.rows import take_rows, true_rows
 from kvprune.state import Saved, State
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
+from kvprune.table.rows import take_rows, true_rows
 
 EMPTY = -1
 # Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.

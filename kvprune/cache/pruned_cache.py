@@ -14,23 +14,24 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from kvprune import saving, stock
-from kvprune.attention import PendingKeys
-from kvprune.backends import choose
+from kvprune.attention.backends import choose
+from kvprune.attention.mass import Scoring
+from kvprune.attention.softmax import PendingKeys
+from kvprune.cache import stock
+from kvprune.cache.heads import Heads
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
+from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
+from kvprune.cache.progress import Progress
+from kvprune.cache.report import CacheReport, LayerReport
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
-from kvprune.heads import Heads
 from kvprune.kernels import check_name
-from kvprune.layer import PrunedLayer
-from kvprune.mass import Scoring
-from kvprune.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
-from kvprune.modes import cast, no_autocast, untrainable, without_gradients
-from kvprune.policy import Policy
-from kvprune.progress import Progress
-from kvprune.prompt_filter import install
-from kvprune.registry import parse
-from kvprune.report import CacheReport, LayerReport
-from kvprune.selection import FilteredStep, PromptFilter, Selection
-from kvprune.table import owned
+from kvprune.passes.prompt_filter import install
+from kvprune.policy.base import Policy
+from kvprune.policy.registry import parse
+from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
+from kvprune.saving import files as saving
+from kvprune.table.token_table import owned
 
 
 class PrunedCache(Cache):

@@ -24,18 +24,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvprune import stock
+from kvprune.cache import stock
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import layer_config, text_config
 from kvprune.errors import CacheError, PolicyError
-from kvprune.fingerprint import as_bytes, differences, fingerprint
-from kvprune.layer import PrunedLayer
-from kvprune.models import layer_config, text_config
-from kvprune.policy import Policy
-from kvprune.registry import described, from_description
+from kvprune.policy.base import Policy
+from kvprune.policy.registry import described, from_description
+from kvprune.saving.fingerprint import as_bytes, differences, fingerprint
 from kvprune.state import Saved, State
-from kvprune.table import owned
+from kvprune.table.token_table import owned
 
 if TYPE_CHECKING:
-    from kvprune.cache import PrunedCache
+    from kvprune.cache.pruned_cache import PrunedCache
 
 FORMAT, VERSION = "kvprune.cache", 1
 _DTYPES = {

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvprune import packed
-from kvprune.attention import causal_attention, positional_attention
-from kvprune.backends import SDPA, Sdpa
-from kvprune.mass import RowWeights, Scoring
+from kvprune.attention import packed
+from kvprune.attention.backends import SDPA, Sdpa
+from kvprune.attention.mass import RowWeights, Scoring
+from kvprune.attention.softmax import causal_attention, positional_attention
 from kvprune.state import Saved, State
-from kvprune.table import EMPTY, TokenTable
+from kvprune.table.token_table import EMPTY, TokenTable
 
 
 @dataclass(frozen=True)

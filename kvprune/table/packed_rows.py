@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.quantize import LARGEST, Codec, channel_scales, pack, packed_bytes, quantize, unpack
-from kvprune.rows import take_rows
 from kvprune.state import Saved, State
+from kvprune.table.quantize import LARGEST, Codec, channel_scales, pack, packed_bytes, quantize, unpack
+from kvprune.table.rows import take_rows
 
 # A block of decoded rows should stay in the cache of the processor.
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}

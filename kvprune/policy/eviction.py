@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.budget import Budget, share
+from kvprune.attention.mass import GROUPS
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.kernels import ranked
-from kvprune.mass import GROUPS
-from kvprune.policy import Decision, Policy, Step, per_sequence
+from kvprune.policy.base import Decision, Policy, Step, per_sequence
+from kvprune.policy.budget import Budget, share
 from kvprune.state import MOST_TOKENS
-from kvprune.table import EMPTY, TokenTable
+from kvprune.table.token_table import EMPTY, TokenTable
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
 _NEVER_KEPT = torch.iinfo(torch.int64).min

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvprune.errors import UnsupportedModelError
-from kvprune.filter_pass import FilterPass
-from kvprune.selection import FilteredStep, PromptFilter, Selection
-from kvprune.table import EMPTY
+from kvprune.passes.filter_pass import FilterPass
+from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
+from kvprune.table.token_table import EMPTY
 
 if TYPE_CHECKING:
-    from kvprune.cache import PrunedCache
+    from kvprune.cache.pruned_cache import PrunedCache
 
 # Arguments of decoders that hold something for every column, [B, L, ...].
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvprune.attention.mass import RowWeights
+from kvprune.cache.heads import ALL_HEADS, Heads
 from kvprune.errors import PolicyError
-from kvprune.heads import ALL_HEADS, Heads
-from kvprune.mass import RowWeights
-from kvprune.quantize import Codec
-from kvprune.table import EMPTY, TokenTable
+from kvprune.table.quantize import Codec
+from kvprune.table.token_table import EMPTY, TokenTable
 
 if TYPE_CHECKING:
-    from kvprune.queries import Queries
+    from kvprune.attention.queries import Queries
 
 
 @dataclass

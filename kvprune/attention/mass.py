@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
-from kvprune.noise import Gumbel
 
 if TYPE_CHECKING:
     from kvprune.kernels import Kernels

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvprune.attention import PendingKeys
-from kvprune.heads import Heads
-from kvprune.layer import PrunedLayer
-from kvprune.mass import Scoring
-from kvprune.modes import cast, no_autocast
-from kvprune.policy import per_sequence
-from kvprune.queries import Queries
-from kvprune.selection import PromptFilter
-from kvprune.table import TokenTable, owned
+from kvprune.attention.mass import Scoring
+from kvprune.attention.queries import Queries
+from kvprune.attention.softmax import PendingKeys
+from kvprune.cache.heads import Heads
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.modes import cast, no_autocast
+from kvprune.policy.base import per_sequence
+from kvprune.policy.selection import PromptFilter
+from kvprune.table.token_table import TokenTable, owned
 
 if TYPE_CHECKING:
-    from kvprune.cache import PrunedCache
+    from kvprune.cache.pruned_cache import PrunedCache
     from kvprune.errors import KVPruneError
 
 

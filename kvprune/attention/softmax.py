@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from kvprune.backends import SDPA, Sdpa, fused_attention
+from kvprune.attention.backends import SDPA, Sdpa, fused_attention
+from kvprune.attention.mass import Scoring, grouped, hidden_keys, row_blocks, row_probabilities
 from kvprune.errors import UnsupportedModelError
-from kvprune.mass import Scoring, grouped, hidden_keys, row_blocks, row_probabilities
 
 if TYPE_CHECKING:
-    from kvprune.cache import PrunedCache
-    from kvprune.filter_pass import FilterPass
+    from kvprune.cache.pruned_cache import PrunedCache
+    from kvprune.passes.filter_pass import FilterPass
 
 PREFIX = "kvprune_"
 # "flash" in a name makes transformers look for the flash-attn package under that very name (5.23).

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvprune.attention import NO_MASK, SOME_LENGTH, CacheLength
-from kvprune.backends import SDPA, Sdpa
+from kvprune.attention.backends import SDPA, Sdpa
+from kvprune.attention.mass import Scoring
+from kvprune.attention.queries import Attended, Queries, Remembered
+from kvprune.attention.softmax import NO_MASK, SOME_LENGTH, CacheLength
+from kvprune.cache.plans import Plan, Planner
+from kvprune.cache.steady import Counted, Steady, pin
 from kvprune.errors import CacheError, KVPruneError, PolicyError
 from kvprune.kernels import choose
-from kvprune.mass import Scoring
-from kvprune.plans import Plan, Planner
-from kvprune.policy import Decision, Policy, per_sequence
-from kvprune.queries import Attended, Queries, Remembered
-from kvprune.selection import FilteredStep, Selection
+from kvprune.policy.base import Decision, Policy, per_sequence
+from kvprune.policy.selection import FilteredStep, Selection
 from kvprune.state import Saved, State
-from kvprune.steady import Counted, Steady, pin
-from kvprune.table import TokenTable
+from kvprune.table.token_table import TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
 _UNDECIDED = 128

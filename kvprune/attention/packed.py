@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvprune.mass import RowWeights, Scoring, grouped, hidden_keys, row_blocks, weighed_rows
-from kvprune.noise import Gumbel
+from kvprune.attention.mass import RowWeights, Scoring, grouped, hidden_keys, row_blocks, weighed_rows
+from kvprune.attention.noise import Gumbel
 
 if TYPE_CHECKING:
-    from kvprune.table import TokenTable
+    from kvprune.table.token_table import TokenTable
 
 
 def single_query(states: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Attention over a table, and the mass that its rows get."""

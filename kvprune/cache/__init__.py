@@ -1,0 +1,1 @@
+"""`PrunedCache`, and what transformers sees of it."""

@@ -1,0 +1,1 @@
+"""What a policy is, and what most of them share."""

@@ -1,0 +1,1 @@
+"""Rows and columns: what a layer holds."""
