@@ -7,27 +7,52 @@ cache = PrunedCache(model, A2SF(budget=0.25))
 model.generate(**inputs, past_key_values=cache)
 """
 
-from kvprune.asking import Answers, ask
-from kvprune.attention.mass import RowWeights, Scoring, attention_mass
-from kvprune.cache.pruned_cache import PrunedCache
-from kvprune.cache.report import CacheReport
-from kvprune.errors import (
-    BudgetError,
-    CacheError,
-    EvaluationError,
-    KVPruneError,
-    PolicyError,
-    QuestionWarning,
-    UnsupportedModelError,
-)
-from kvprune.policy.base import Chain, Decision, Policy, Step
-from kvprune.policy.budget import Budget
-from kvprune.policy.eviction import Eviction
-from kvprune.policy.selection import PromptFilter
-from kvprune.table.quantize import Codec
-from kvprune.table.token_table import TokenTable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvprune.asking import Answers, ask
+    from kvprune.attention.mass import RowWeights, Scoring, attention_mass
+    from kvprune.cache.pruned_cache import PrunedCache
+    from kvprune.cache.report import CacheReport
+    from kvprune.errors import (
+        BudgetError,
+        CacheError,
+        EvaluationError,
+        KVPruneError,
+        PolicyError,
+        QuestionWarning,
+        UnsupportedModelError,
+    )
+    from kvprune.policy.base import Chain, Decision, Policy, Step
+    from kvprune.policy.budget import Budget
+    from kvprune.policy.eviction import Eviction
+    from kvprune.policy.selection import PromptFilter
+    from kvprune.table.quantize import Codec
+    from kvprune.table.token_table import TokenTable
 
 __version__ = "0.1.0"
+
+# Where each public name lives. It is imported when it is first asked for: torch and transformers take seconds, and
+# `kvprune --help` needs neither.
+_HOMES = {
+    "kvprune.asking": ("Answers", "ask"),
+    "kvprune.attention.mass": ("RowWeights", "Scoring", "attention_mass"),
+    "kvprune.cache.pruned_cache": ("PrunedCache",),
+    "kvprune.cache.report": ("CacheReport",),
+    "kvprune.errors": (
+        *("BudgetError", "CacheError", "EvaluationError", "KVPruneError", "PolicyError", "QuestionWarning"),
+        "UnsupportedModelError",
+    ),
+    "kvprune.policy.base": ("Chain", "Decision", "Policy", "Step"),
+    "kvprune.policy.budget": ("Budget",),
+    "kvprune.policy.eviction": ("Eviction",),
+    "kvprune.policy.selection": ("PromptFilter",),
+    "kvprune.table.quantize": ("Codec",),
+    "kvprune.table.token_table": ("TokenTable",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_PACKAGES = ("policies", "integrations")
 
 __all__ = [
     "Answers",
@@ -54,3 +79,18 @@ __all__ = [
     "ask",
     "attention_mass",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+    elif name in _PACKAGES:
+        value = import_module(f"kvprune.{name}")
+    else:
+        raise AttributeError(f"module 'kvprune' has no attribute {name!r}")
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -2,11 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from kvprune import KVPruneError
+import kvprune
+from kvprune import KVPruneError, policies
 from kvprune.cli import app, main
 from kvprune.demo.task import RecallGenerator, decode
 
@@ -141,3 +144,19 @@ def test_demo_as_json(tmp_path):
     full, *others = summary["results"]
     assert full["ratio"] == 1.0
     assert all(result["nbytes"] < full["nbytes"] for result in others)
+
+
+def test_help_waits_for_no_library():
+    """`kvprune --help` must not import torch, which takes seconds."""
+    code = "import sys, kvprune.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_found():
+    """Each when it is first asked for; the packages beside the core, too."""
+    for name in kvprune.__all__:
+        assert getattr(kvprune, name).__module__.startswith("kvprune.")
+    assert set(kvprune.__all__) == set(kvprune._HOME_OF) <= set(dir(kvprune))
+    assert kvprune.policies.A2SF is policies.A2SF
+    with pytest.raises(AttributeError, match="no_such_name"):
+        kvprune.no_such_name  # noqa: B018
