@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvprune import CacheError, Chain, Policy, PrunedCache
+from kvprune import CacheError, CacheReport, Chain, Policy, PrunedCache
+from kvprune.cache.report import LayerReport, human_bytes
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
@@ -685,11 +686,51 @@ def test_report_is_plain_data(reported):
 
 
 def test_report_is_a_table(reported):
-    """str(report) names the policy and has a line for each layer; repr(cache) is one line."""
-    text = str(reported.report())
+    """str(report) names the policy, and layers that are alike share a line; repr(cache) is one line."""
+    report = reported.report()
+    text = str(report)
     assert "A2SF" in text
-    assert len(text.splitlines()) >= len(reported.layers)
     assert "A2SF" in repr(reported)
+    assert ("no tokens yet" in text) == (reported.seen_tokens == 0)
+    assert "A2SF" in report._repr_html_()
+    if reported.seen_tokens:
+        assert {layer.kind for layer in report.layers} >= {"pruned"}
+        assert all(f" {layer.kind} " in text for layer in report.layers)
+
+
+def lines_of(report) -> list[tuple[str, ...]]:
+    """The cells of the lines of a report's table."""
+    columns = [list(column.cells) for column in report.__rich__().columns]
+    return list(zip(*columns, strict=True))
+
+
+def layer_report(index: int, rows: int, kind: str = "pruned") -> LayerReport:
+    return LayerReport(index, kind, 100 * rows, 90 * rows, 90_000, torch.arange(rows).expand(1, 2, rows))
+
+
+def test_report_is_one_screen():
+    """Layers that are alike share a line with the bytes of all of them; of many that differ, neighbours do."""
+    alike = CacheReport("Some", 1000, tuple(layer_report(index, 10) for index in range(40)))
+    ((layers, kind, rows, _, total, _, ratio),) = lines_of(alike)
+    assert (layers, kind, rows, ratio) == ("0-39", "pruned", "10", f"{alike.ratio:.1%}")
+    assert total == human_bytes(alike.nbytes)
+    mixed = CacheReport("Some", 1000, tuple(layer_report(i, 10, "pruned" if i % 2 else "window") for i in range(4)))
+    assert [line[0] for line in lines_of(mixed)] == ["0", "1", "2", "3"]
+    pyramid = CacheReport("Some", 1000, tuple(layer_report(index, 100 - index) for index in range(40)))
+    lines = lines_of(pyramid)
+    assert len(lines) <= 16
+    assert lines[0][:3] == ("0-2", "pruned", "98-100")
+    assert lines[-1][0] == "39"
+
+
+def test_report_says_what_a_policy_does():
+    kinds = {Full(): "full", KIVI(): "packed", A2SF(40) | KIVI(): "pruned, packed", GemFilter(40): "filtered"}
+    for policy, kind in kinds.items():
+        cache = PrunedCache(shared(), policy)
+        feed(shared(), left_padded([20]), cache, [20])
+        report = cache.report()
+        assert {layer.kind for layer in report.layers} == {kind}
+        assert ("more than a dense cache" in " ".join(str(report).split())) == (report.nbytes > report.dense_nbytes)
 
 
 def test_report_is_a_picture(reported, tmp_path):

@@ -23,7 +23,7 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
 from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
 from kvprune.cache.progress import Progress
-from kvprune.cache.report import CacheReport, LayerReport
+from kvprune.cache.report import CacheReport, LayerReport, kind_of
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
 from kvprune.passes.prompt_filter import install
@@ -416,7 +416,7 @@ class PrunedCache(Cache):
 
     def report(self) -> CacheReport:
         """Measured bytes and kept tokens, layer by layer. `str()` of it is a table, `.plot("kept.png")` a picture."""
-        layers = []
+        layers, pruned = [], kind_of(self.policy)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer) and layer.table is not None:
                 table, dense = layer.table, layer.seen * layer.table.kv_token_bytes
@@ -425,13 +425,13 @@ class PrunedCache(Cache):
                     code_nbytes, half_nbytes = table.code_nbytes, dense * 2 // table.keys.itemsize
                 layers.append(
                     LayerReport(
-                        index, "pruned", layer.nbytes, table.kv_nbytes, dense, self.kept_positions(index),
+                        index, pruned, layer.nbytes, table.kv_nbytes, dense, self.kept_positions(index),
                         code_nbytes, half_nbytes,
                     )
                 )  # fmt: skip
             else:
                 held, dense = stock.nbytes(layer), stock.dense_nbytes(layer)
-                kind = "pruned" if isinstance(layer, PrunedLayer) else type(layer).__name__
+                kind = pruned if isinstance(layer, PrunedLayer) else type(layer).__name__
                 layers.append(LayerReport(index, kind, held, held, dense, None))
         tables = (self.layers[index].table for index in self.pruned_layers)
         kernels = ", ".join(sorted({table.kernels.name for table in tables if table is not None})) or None

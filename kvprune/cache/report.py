@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ from rich.table import Table
 from torch import Tensor
 
 from kvprune.errors import CacheError
+from kvprune.policy.base import Policy
+
+_WIDTH = 110
+_MOST_LINES = 16  # of the table: more layers that differ share lines
+
+
+def kind_of(policy: Policy) -> str:
+    """What a policy does to a layer: "filtered", "pruned", "packed", several of them, or "full" if it keeps all."""
+    does = {"filtered": policy.filters_prompt, "pruned": policy.evicts, "packed": bool(policy.codecs)}
+    return ", ".join(name for name, done in does.items() if done) or "full"
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,7 @@ class LayerReport:
 
     index: int
     kind: str
-    """"pruned", or the class of transformers' layer, such as "DynamicSlidingWindowLayer"."""
+    """What the policy does, as `kind_of` says, or the class of transformers' layer ("DynamicSlidingWindowLayer")."""
     nbytes: int
     kv_nbytes: int
     dense_nbytes: int
@@ -41,6 +53,11 @@ class LayerReport:
     def rows(self) -> int | None:
         """Most tokens that a KV head of the layer keeps."""
         return None if self.positions is None else int((self.positions >= 0).sum(-1).max())
+
+    @property
+    def fewest_rows(self) -> int | None:
+        """Fewest tokens that a KV head of the layer keeps."""
+        return None if self.positions is None else int((self.positions >= 0).sum(-1).min())
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,7 @@ class CacheReport:
                     "layer": layer.index,
                     "kind": layer.kind,
                     "rows": layer.rows,
+                    "fewest_rows": layer.fewest_rows,
                     "nbytes": layer.nbytes,
                     "kv_nbytes": layer.kv_nbytes,
                     "dense_nbytes": layer.dense_nbytes,
@@ -121,29 +139,50 @@ class CacheReport:
 
     def __rich__(self) -> Table:
         table = Table(
-            title=f"{self.policy}\n"
-            f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})" + self._packed(),
+            title=f"{self.policy}\n{self._held()}" + self._packed(),
             caption=f"{self.seen_tokens:,} tokens seen; total = keys, values, positions, policy columns, spare slots"
             + f"\nattention over prompts: {self.attention}"
             + ("" if self.kernels is None else f"; kernels: {self.kernels}")
             + self._chosen()
+            + self._more_than_dense()
             + "".join(f"\n{note}" for note in self.notes),
             title_justify="left",
             caption_justify="left",
         )
-        for heading in ("layer", "kind", "rows/head", "keys+values", "total", "dense", "ratio"):
+        for heading in ("layers", "kind", "rows/head", "keys+values", "total", "dense", "ratio"):
             table.add_column(heading, justify="left" if heading == "kind" else "right")
-        for layer in self.layers:
+        for layers in _stretches(self.layers) if self.seen_tokens else ():
+            held, dense = sum(layer.nbytes for layer in layers), sum(layer.dense_nbytes for layer in layers)
             table.add_row(
-                str(layer.index),
-                layer.kind,
-                "" if layer.rows is None else f"{layer.rows:,}",
-                human_bytes(layer.kv_nbytes),
-                human_bytes(layer.nbytes),
-                human_bytes(layer.dense_nbytes),
-                f"{layer.ratio:.1%}" if layer.dense_nbytes else "",
+                _span(layers[0].index, layers[-1].index),
+                layers[0].kind,
+                _row_span(layers),
+                human_bytes(sum(layer.kv_nbytes for layer in layers)),
+                human_bytes(held),
+                human_bytes(dense),
+                f"{held / dense:.1%}" if dense else "",
             )
         return table
+
+    def _held(self) -> str:
+        if not self.seen_tokens:
+            return f"empty: {len(self.layers)} layers, and no tokens yet"
+        return f"{human_bytes(self.nbytes)} of {human_bytes(self.dense_nbytes)} dense ({self.ratio:.1%})"
+
+    def _more_than_dense(self) -> str:
+        if self.nbytes <= self.dense_nbytes:
+            return ""
+        beside = human_bytes(self.nbytes - self.kv_nbytes)
+        return (
+            f"\nmore than a dense cache: so few tokens save less than what comes on top of keys and values ({beside}:"
+            "\npositions, scores, remembered queries); it pays from some hundred tokens beyond the budget on"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        console = Console(width=_WIDTH, file=io.StringIO(), record=True)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height: normal">{code}</pre>')
 
     def _packed(self) -> str:
         if self.compression is None:
@@ -158,7 +197,7 @@ class CacheReport:
         return f"\nthe model ran on {counts} prompt tokens, chosen by layer {self.filter_layer}"
 
     def __str__(self) -> str:
-        console = Console(width=110, file=io.StringIO())
+        console = Console(width=_WIDTH, file=io.StringIO())
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -199,6 +238,29 @@ class CacheReport:
         except (OSError, ValueError) as error:  # ValueError: a suffix that stands for no format
             raise CacheError(f"no picture can be written to {path}: {error}.") from error
         return path
+
+
+def _stretches(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
+    """The layers in their order, with neighbours together that are alike; in few stretches, if many differ."""
+    alike = [list(each) for _, each in groupby(layers, key=lambda layer: (*_looks(layer), layer.nbytes))]
+    if len(alike) <= _MOST_LINES:
+        return alike
+    size = -(-len(layers) // _MOST_LINES)
+    return [list(each) for _, each in groupby(layers, key=lambda layer: (layer.kind, layer.index // size))]
+
+
+def _looks(layer: LayerReport) -> tuple[Any, ...]:
+    return layer.kind, layer.rows, layer.fewest_rows, layer.kv_nbytes
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,}-{last:,}"
+
+
+def _row_span(layers: Sequence[LayerReport]) -> str:
+    most = [layer.rows for layer in layers if layer.rows is not None]
+    fewest = [layer.fewest_rows for layer in layers if layer.fewest_rows is not None]
+    return _span(min(fewest), max(most)) if most else ""
 
 
 def human_bytes(count: float) -> str:
