@@ -7,8 +7,11 @@ from kvprune.policies.a2sf import A2SF
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
 from kvprune.policies.h2o import H2O
+from kvprune.policies.keydiff import KeyDiff
 from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
+from kvprune.policies.knorm import Knorm
+from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
@@ -22,7 +25,10 @@ __all__ = [
     "TOVA",
     "Full",
     "GemFilter",
+    "KeyDiff",
     "Keyformer",
+    "Knorm",
+    "Random",
     "SnapKV",
     "StreamingLLM",
     "ZipCache",

@@ -7,7 +7,21 @@ from typing import Any
 from hypothesis import strategies as st
 
 from kvprune import Chain, Policy
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    KIVI,
+    TOVA,
+    Full,
+    GemFilter,
+    KeyDiff,
+    Keyformer,
+    Knorm,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    ZipCache,
+)
 
 ROOM = 10_000
 
@@ -100,7 +114,12 @@ def gemfilter(draw: st.DrawFn) -> GemFilter:
     )
 
 
-evicting = st.one_of(a2sf(), h2o(), tova(), streaming_llm(), keyformer, snapkv)
+by_keys = st.one_of(
+    retention().map(lambda drawn: Knorm(**drawn)),
+    retention().map(lambda drawn: KeyDiff(**drawn)),
+    retention(seed=seeds).map(lambda drawn: Random(**drawn)),
+)
+evicting = st.one_of(a2sf(), h2o(), tova(), streaming_llm(), keyformer, snapkv, by_keys)
 
 
 @st.composite

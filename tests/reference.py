@@ -331,3 +331,40 @@ class StreamingLLM(Ranking):
 
     def observe(self, layer: Layer, new: range) -> None:
         self.score = np.array([range(1, layer.tokens + 1)] * len(layer.kept), np.float64)
+
+
+class Knorm(Ranking):
+    """F = -||k||."""
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.score = -np.sqrt((layer.keys**2).sum(-1))
+
+
+class Random(Ranking):
+    """F = a number in (0, 1) of seed, layer, KV head and position."""
+
+    def __init__(self, budget, *, seed=0, **settings) -> None:
+        super().__init__(budget, **settings)
+        self.seed = seed
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.score = np.array([
+            [uniform(hash_of(self.seed, 0, head, position)) for position in range(layer.tokens)]
+            for head in range(len(layer.kept))
+        ])  # fmt: skip
+
+
+class KeyDiff(Ranking):
+    """F = -cos(k, the mean of normalized keys that are kept), when a decision is due."""
+
+    def __init__(self, budget, *, interval=128, **settings) -> None:
+        super().__init__(budget, interval=interval, **settings)
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.grow(layer)
+        if not self.due(layer):
+            return
+        for head, kept in enumerate(layer.kept):
+            unit = layer.keys[head] / np.linalg.norm(layer.keys[head], axis=-1, keepdims=True)
+            anchor = unit[kept].mean(0)
+            self.score[head, kept] = -(unit[kept] @ anchor) / np.linalg.norm(anchor)

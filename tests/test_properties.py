@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import Eviction, Policy, Step, TokenTable
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, KeyDiff, Keyformer, Knorm, Random, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
 
@@ -89,6 +89,12 @@ SETUPS = {
         lambda capacity: 4,
     ),
 }
+# Tests of what is particular to a score: all else these share with the policies above.
+SCORES = {
+    "knorm": Setup(lambda b: Knorm(b, sinks=2, recent=3), 2, lambda capacity: 3),
+    "random": Setup(lambda b: Random(b, sinks=2, recent=3), 2, lambda capacity: 3),
+    "keydiff": Setup(lambda b: KeyDiff(b, sinks=2, recent=3, interval=3), 2, lambda capacity: 3, interval=3),
+}
 # These change what rows hold, so what is said about exact keys, values and logits is not said of them.
 PACKING = {
     "zipcache": Setup(lambda b: ZipCache(buffer=4), ROOM, evicts=False),
@@ -102,11 +108,12 @@ PACKING = {
 
 def each(*names: str) -> pytest.MarkDecorator:
     """Run a test with each of these setups."""
-    return pytest.mark.parametrize("setup", [{**SETUPS, **PACKING}[name] for name in names], ids=names)
+    return pytest.mark.parametrize("setup", [{**SETUPS, **SCORES, **PACKING}[name] for name in names], ids=names)
 
 
 exact_setups = each(*SETUPS)
 setups = each(*SETUPS, *PACKING)
+all_setups = each(*SETUPS, *SCORES, *PACKING)
 evicting_setups = each(*SETUPS, "a2sf-zipcache", "keyformer-kivi")
 
 prompt_lengths = st.integers(1, 40)
@@ -142,7 +149,7 @@ def history(batch: dict[str, Tensor], prompt: int, more: int, pruned: PrunedCach
 # -- padding -------------------------------------------------------------------------------------------------------
 
 
-@setups
+@all_setups
 @given(lengths=batches, padding=extra_padding, budget=budgets, seed=seeds)
 def test_a_padded_batch_equals_each_sequence_alone(setup, lengths, padding, budget, seed):
     """Whatever the padding, each sequence of a batch keeps the positions and gets the logits it has alone."""
@@ -185,17 +192,17 @@ def test_padding_between_turns_changes_nothing(setup, turns, budget, seed):
 # -- chunks --------------------------------------------------------------------------------------------------------
 
 
-@each("a2sf", "h2o", "snapkv", "tova", "pooled", "chain")
+@each("a2sf", "h2o", "snapkv", "tova", "knorm", "random", "pooled", "chain")
 @given(chunks=st.lists(st.integers(1, 15), min_size=1, max_size=5), shorter=st.integers(0, 30), seed=seeds)
 def test_chunks_give_the_scores_of_one_piece(setup, chunks, shorter, seed):
     """As long as nothing was evicted, a prompt in chunks ends with the scores of the prompt in one piece."""
     assert_chunks_do_not_matter(setup.make(ROOM), chunks, shorter, seed)
 
 
-@each("keyformer")
+@each("keyformer", "keydiff")
 @given(chunks=st.lists(st.integers(2, 15), min_size=1, max_size=5), shorter=st.integers(0, 30), seed=seeds)
 def test_chunks_of_several_tokens_give_the_scores_of_one_piece(setup, chunks, shorter, seed):
-    """The same, where a chunk of a single token would pass for a generated one, at another temperature."""
+    """The same, where a chunk of a single token would pass for a generated one: of another temperature, or not due."""
     assert_chunks_do_not_matter(setup.make(ROOM), chunks, shorter, seed)
 
 
@@ -223,7 +230,7 @@ def assert_chunks_do_not_matter(policy: Policy, chunks: list[int], shorter: int,
 # -- sizes and positions -------------------------------------------------------------------------------------------
 
 
-@setups
+@all_setups
 @given(lengths=batches, padding=extra_padding, budget=budgets, seed=seeds)
 def test_sizes_are_exact(setup, lengths, padding, budget, seed):
     """A head keeps all of a sequence within the budget, else the budget; between two intervals what came since."""
@@ -369,7 +376,7 @@ def poisoned(policy: Eviction, value: float, positions: list[int]) -> Eviction:
     return Poisoned(**{field.name: getattr(policy, field.name) for field in fields(policy)})
 
 
-@each("a2sf", "h2o", "keyformer", "snapkv", "tova", "streaming", "pooled")
+@each("a2sf", "h2o", "keyformer", "snapkv", "tova", "streaming", "keydiff", "pooled")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @given(lengths=batches, budget=budgets, positions=st.lists(st.integers(0, 45), max_size=45), seed=seeds)
 def test_no_number_in_a_score_evicts_what_is_always_kept(setup, value, lengths, budget, positions, seed):
@@ -407,7 +414,7 @@ def test_threads_share_nothing(setup, lengths, budget, seed):
         assert kept_everywhere(pruned) == kept_everywhere(other)
 
 
-@setups
+@all_setups
 @given(length=prompt_lengths, budget=budgets, seed=seeds)
 def test_values_never_influence_selection(setup, length, budget, seed):
     """Other values in the last layer change its output, and nothing about what any layer keeps."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvprune import Policy, Scoring
 from kvprune.cache.layer import PrunedLayer
-from kvprune.policies import A2SF, H2O, TOVA, Keyformer, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, TOVA, KeyDiff, Keyformer, Knorm, Random, SnapKV, StreamingLLM
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}
 ROOM = 10_000
@@ -59,9 +59,14 @@ TWINS = {
     "snapkv": Twins(SnapKV, reference.SnapKV),
     "tova": Twins(TOVA, reference.TOVA),
     "streaming": Twins(StreamingLLM, reference.StreamingLLM),
+    "knorm": Twins(Knorm, reference.Knorm),
+    "random": Twins(Random, reference.Random),
+    "keydiff": Twins(KeyDiff, reference.KeyDiff),
 }
 
 each_policy = pytest.mark.parametrize("name", TWINS)
+NO_ATTENTION = ("knorm", "random", "keydiff")
+attention_policies = pytest.mark.parametrize("name", [name for name in TWINS if name not in NO_ATTENTION])
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,9 @@ SETTINGS = {
             {"budget": budgets(sinks=sinks, recent=1), "sinks": st.just(sinks), "interval": intervals}
         )
     ),
+    "knorm": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals)),
+    "random": eviction(seed=st.integers(0, 2**40), interval=st.one_of(st.none(), intervals)),
+    "keydiff": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals)),
 }
 
 
@@ -278,7 +286,7 @@ def test_padded_batch_equals_the_formula_for_each_sequence(name, data, shape, st
     compare(data.draw(pairs(name)), shape, steps)
 
 
-@each_policy
+@attention_policies
 @pytest.mark.parametrize(("softcap", "sinks"), [(1.0, False), (None, True), (1.5, True)])
 @given(data=st.data(), shape=shapes, steps=steps(most_prompts=2))
 def test_soft_capped_logits_and_attention_sinks(name, softcap, sinks, data, shape, steps):

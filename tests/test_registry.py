@@ -16,15 +16,31 @@ from typer.testing import CliRunner
 import kvprune
 from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies
 from kvprune.cli import app
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    KIVI,
+    TOVA,
+    Full,
+    KeyDiff,
+    Keyformer,
+    Knorm,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    ZipCache,
+)
 from kvprune.policy import registry
 
 BUILT_IN = {
     "a2sf": A2SF,
     "full": Full,
     "h2o": H2O,
+    "keydiff": KeyDiff,
     "keyformer": Keyformer,
     "kivi": KIVI,
+    "knorm": Knorm,
+    "random": Random,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tova": TOVA,

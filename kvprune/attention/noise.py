@@ -58,6 +58,12 @@ def uniform(bits: Tensor) -> Tensor:
     return (bits >> 9).float().mul_(2**-23).add_(0.5 + 2**-24)
 
 
+def consecutive(first: int, count: int, device: torch.device) -> Tensor:
+    """Counters `first .. first + count - 1`, `[count]`, for `hashed`."""
+    # No arange: inductor (torch 2.13) knows its bounds, and takes it that sums and products stay within theirs.
+    return torch.ones(count, device=device).cumsum(0).add_(first - 1)
+
+
 @dataclass(frozen=True)
 class Gumbel:
     """Noise for attention logits x, and a temperature: probabilities become softmax((x + noise) / temperature).
@@ -89,9 +95,7 @@ class Gumbel:
 
     def row_words(self, positions: Tensor, kv_heads: int, group: int) -> Tensor:
         """A hash of every query head and position `[B or 1, L]`: `[B or 1, Hkv, G, L]` int32."""
-        # No arange: inductor (torch 2.13) knows its bounds, and takes it that sums and products stay within theirs.
-        heads = torch.ones(kv_heads * group, device=positions.device).cumsum(0).add_(self.first_head - 1)
-        heads = heads.view(1, kv_heads, group, 1)
+        heads = consecutive(self.first_head, kv_heads * group, positions.device).view(1, kv_heads, group, 1)
         return hashed(self.seed, self.layer, heads, positions[:, None, None, :])
 
     def column_words(self, positions: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ class Heads:
         """The number, in the whole layer, of the first query head here."""
         return self.rank * self.query_heads // self.size
 
+    @property
+    def first_kv_head(self) -> int:
+        """The number, in the whole layer, of the first KV head here."""
+        return self.rank * self.kv_heads // self.size
+
     def sum(self, part: Tensor) -> Tensor:
         """The sum of what every process has here, tensors of one shape: the same in each of them, bit by bit."""
         if self.size == 1:

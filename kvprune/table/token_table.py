@@ -157,6 +157,13 @@ class TokenTable:
         """Logical positions, `[B, Hkv, length]` int32; -1 where a slot is empty."""
         return self._tensors["positions"][:, :, : self.length]
 
+    def all_keys(self) -> Tensor:
+        """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
+        if not self.packed:
+            return self.keys
+        decoded = [tier.decoded()[0].to(self._tensors["keys"].dtype) for tier in self.packed]
+        return torch.cat([*decoded, self.keys], dim=2)
+
     def __getitem__(self, column: str) -> Tensor:
         name = f"column.{column}"
         if name in self._tensors:
