@@ -10,13 +10,12 @@ from torch import Tensor
 from kvprune.attention.mass import GROUPS, RowWeights
 from kvprune.attention.noise import hash_word, hashed
 from kvprune.errors import PolicyError
-from kvprune.kernels import ranked
 from kvprune.policy.base import Decision, Policy, Step, in_order
 from kvprune.policy.budget import share
 from kvprune.policy.eviction import along_positions, check_count, check_kernel, check_number, check_seed, max_pool
 from kvprune.table.quantize import Codec, is_width
-from kvprune.table.rows import top_rows, true_rows
-from kvprune.table.token_table import EMPTY, TokenTable
+from kvprune.table.rows import EMPTY, ranked, top_rows, true_rows
+from kvprune.table.token_table import TokenTable
 
 _UNSIGNED = 0xFFFFFFFF
 _FIRST = 1 << 40  # above any hash

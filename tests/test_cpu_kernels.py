@@ -15,10 +15,11 @@ from kvprune import PolicyError, PrunedCache, Scoring
 from kvprune.attention.mass import RowWeights, attention_mass
 from kvprune.attention.noise import Gumbel
 from kvprune.cache.layer import PrunedLayer
-from kvprune.kernels import TORCH, Columns, choose, cpu
+from kvprune.kernels import TORCH, choose, cpu
 from kvprune.kernels.cpu import CPU
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy.base import Policy
+from kvprune.table.operations import Columns
 from kvprune.table.quantize import Codec
 from kvprune.table.token_table import TokenTable
 

@@ -18,7 +18,8 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from kvprune import TokenTable, table
+from kvprune import TokenTable
+from kvprune.table import token_table as table
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
 

@@ -30,6 +30,7 @@ from kvprune import CacheError, Chain, Eviction, KVPruneError, Policy, PolicyErr
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import registry
 from kvprune.saving import files as saving
+from kvprune.table.storage import Storage
 
 A = A2SF(16, sinks=2, recent=3)
 POLICIES = {
@@ -77,10 +78,9 @@ def contents(thing: Any) -> Any:
         return [contents(each) for each in thing]
     if isinstance(thing, Policy):  # which may have worked out more of its settings than another
         return registry.described(thing)
-    if type(thing).__name__ == "TokenTable":
-        held = {name: each for name, each in vars(thing).items() if name not in ("_tensors", "_made_columns")}
-        rows = {name: each[:, :, : thing.length - thing._first_slot(name)] for name, each in thing._tensors.items()}
-        return contents({**held, **rows, "capacity": thing.capacity})
+    if isinstance(thing, Storage):
+        held = {name: each for name, each in vars(thing).items() if name not in ("tensors", "_columns")}
+        return contents({**held, **{name: thing.rows(name) for name in thing.tensors}, "capacity": thing.capacity})
     if is_dataclass(thing) or type(thing).__module__.startswith(("kvprune.", "transformers.cache_utils")):
         return type(thing).__name__, contents(vars(thing))
     return thing

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
-
-if TYPE_CHECKING:
-    from kvprune.kernels import Kernels
 
 GROUPS = ("mean", "max")
 # A block of probabilities should stay in the cache of the processor: 32 rows of 8 heads over 4,096 keys are 4 MiB.
@@ -220,6 +217,56 @@ def weighed_rows(queries: Tensor, row_weights: RowWeights, positions: Any) -> tu
     return queries, weights, positions, None if row_weights.noise is None else row_weights.noise.part(chosen)
 
 
+class MassOperations:
+    """What `attention_mass` leaves to kernels, in PyTorch."""
+
+    def noisy_weights(
+        self,
+        logits: Tensor,
+        noise: Gumbel,
+        scoring: Scoring,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A noisy, tempered softmax of capped logits `[B, Hkv, G, L, S]` float32, which may be overwritten.
+
+        Returns weights of that shape, 0 where a query does not see a key, and what a row of them is to be divided by,
+        `[B, Hkv, G, L]`.
+
+        query_positions: `[B or 1, L]`, -1 for padding. key_positions: `[B or 1, Hkv or 1, S]`, -1 for empty. lse:
+        log-sum-exp of the logits, of that shape, if it is known.
+        """
+        hidden = hidden_keys(query_positions, key_positions)
+        logits = noise.perturb(logits, query_positions, key_positions).masked_fill_(hidden, -math.inf)
+        # Normalized already; NaN where a row sees nothing.
+        return scoring.softmax(logits).nan_to_num_(0.0), logits.new_ones(logits.shape[:4])
+
+    def mass_from_lse(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        weights: Tensor,
+        scoring: Scoring,
+        places: Tensor,
+        lse: Tensor,
+        noise: Gumbel | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+    ) -> Tensor | None:
+        """Attention mass `[B, Hkv, S]` of the mean over query heads, where rows need not be normalized any more.
+
+        None where that is not faster than `attention_mass` without it, as in PyTorch, which would write every tile of
+        logits several times. queries: those weighed, `[B, Hq, R, D]`. weights: `[B, R]`. places: of these queries among
+        the keys, LongTensor `[B or 1, R]`, ascending. lse: log-sum-exp of their logits, `[B, Hq, R]`. noise goes by
+        query_positions `[B or 1, R]` and key_positions `[B or 1, Hkv or 1, S]`.
+        """
+        return None
+
+
+TORCH_MASS = MassOperations()
+
+
 def attention_mass(
     queries: Tensor,
     keys: Tensor,
@@ -232,7 +279,7 @@ def attention_mass(
     in_order: bool = False,
     lse: Tensor | None = None,
     block_bytes: int | None = None,
-    kernels: Kernels | None = None,
+    kernels: MassOperations = TORCH_MASS,
 ) -> Tensor:
     """Weighted attention mass of every key, `[B, Hkv, S]` float32.
 
@@ -251,9 +298,6 @@ def attention_mass(
         block_bytes: size of a block of probabilities; the result depends on it by float32 rounding alone.
         kernels: what computes it; PyTorch by default.
     """
-    from kvprune.kernels import TORCH
-
-    kernels = kernels or TORCH
     if group not in GROUPS:
         raise PolicyError(f'group must be "mean" or "max", not {group!r}.')
     batch, query_heads, length, _ = queries.shape

@@ -10,16 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights, Scoring, grouped, hidden_keys, row_blocks, weighed_rows
 from kvprune.attention.noise import Gumbel
-
-if TYPE_CHECKING:
-    from kvprune.table.token_table import TokenTable
+from kvprune.table.token_table import TokenTable
 
 
 def single_query(states: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:

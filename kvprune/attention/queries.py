@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvprune.attention import packed
+from kvprune.attention import operations, packed
 from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.softmax import causal_attention, positional_attention
 from kvprune.state import Saved, State
-from kvprune.table.token_table import EMPTY, TokenTable
+from kvprune.table.rows import EMPTY
+from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ class Queries:
         states, keys, values = self.states, table.keys, table.values
         if len(self) == 1 and self.valid is None:
             if table.packed:
-                return Attended(*table.kernels.packed_single_query(states, table, scoring))
+                return Attended(*operations.of(table).packed_single_query(states, table, scoring))
             empty = None if table.dense else table.positions < 0
-            return Attended(*table.kernels.single_query(states, keys, values, scoring, empty, with_probabilities))
+            return Attended(
+                *operations.of(table).single_query(states, keys, values, scoring, empty, with_probabilities)
+            )
         if table.packed:
             return Attended(packed.attention(states, self.positions, table, scoring))
         if table.dense:
@@ -143,32 +146,34 @@ class Queries:
             states, positions = earlier.followed_by(self)
             if table.packed:
                 return packed.attention_mass(states, positions, table, weights, scoring, group)
-            return table.kernels.attention_mass(
+            return operations.of(table).attention_mass(
                 states, table.keys, weights, scoring,
                 group=group, query_positions=positions, key_positions=table.positions,
             )  # fmt: skip
         if probabilities is not None and weights.rows is None:
             if weights.noise is None:
-                return table.kernels.query_mass(probabilities, group)
+                return operations.of(table).query_mass(probabilities, group)
             if scoring.sinks is None:
-                return table.kernels.query_mass(probabilities, group, weights.noise, self.positions, table.positions)
+                return operations.of(table).query_mass(
+                    probabilities, group, weights.noise, self.positions, table.positions
+                )
         if table.packed:
             return packed.attention_mass(self.states, self.positions, table, weights, scoring, group)
         if table.dense and weights.noise is None:
-            return table.kernels.attention_mass(self.states, table.keys, weights, scoring, group=group, lse=lse)
+            return operations.of(table).attention_mass(self.states, table.keys, weights, scoring, group=group, lse=lse)
         if table.dense:
-            return table.kernels.attention_mass(
+            return operations.of(table).attention_mass(
                 self.states, table.keys, weights, scoring, group=group, query_positions=self.positions,
                 key_positions=table.positions, in_order=True, lse=lse,
             )  # fmt: skip
         if self.spans is None or weights.rows is not None:
-            return table.kernels.attention_mass(
+            return operations.of(table).attention_mass(
                 self.states, table.keys, weights, scoring,
                 group=group, query_positions=self.positions, key_positions=table.positions,
             )  # fmt: skip
         mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
         for one in self._sequences():
-            mass[one] = table.kernels.attention_mass(
+            mass[one] = operations.of(table).attention_mass(
                 self.states[one], table.keys[one], weights, scoring,
                 group=group, query_positions=self.positions[one[0], one[2]], key_positions=table.positions[one],
                 in_order=True, lse=None if lse is None else lse[one],

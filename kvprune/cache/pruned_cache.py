@@ -31,7 +31,7 @@ from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
 from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
 from kvprune.saving import files as saving
-from kvprune.table.token_table import owned
+from kvprune.table.rows import owned
 
 
 class PrunedCache(Cache):

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 
 from kvprune.errors import PolicyError
-from kvprune.kernels.reference import TORCH, Columns, Kernels, ranked
+from kvprune.kernels.reference import TORCH, Kernels
 
 NAMES = ("auto", "torch", "cpu", "triton")
 
-__all__ = ["NAMES", "TORCH", "Columns", "Kernels", "check_name", "choose", "ranked"]
+__all__ = ["NAMES", "TORCH", "Kernels", "check_name", "choose"]
 
 
 def check_name(name: str) -> None:

@@ -12,7 +12,7 @@ from ctypes import c_float, c_int, c_int32, c_int64, c_long, c_uint32, c_void_p
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,11 @@ from torch import Tensor
 from kvprune.attention.mass import Scoring
 from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
-from kvprune.kernels.reference import Columns, Kernels
+from kvprune.kernels.reference import Kernels
+from kvprune.table.operations import Columns
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec, channel_scales, packed_bytes
-
-if TYPE_CHECKING:
-    from kvprune.table.token_table import TokenTable
+from kvprune.table.token_table import TokenTable
 
 # As in cpu.c: lanes of a vector, rows that a thread takes at a time, keys of a tile, stretches of queries, kinds.
 _LANES, _PART, _TILE, _STRETCHES = 16, 256, 64, 16

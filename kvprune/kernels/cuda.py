@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch import Tensor
 from kvprune.attention.mass import RowWeights, Scoring, lse_of_weighed
 from kvprune.kernels import gpu
 from kvprune.kernels.reference import Kernels
-
-if TYPE_CHECKING:
-    from kvprune.table.token_table import TokenTable
+from kvprune.table.token_table import TokenTable
 
 
 class TritonKernels(Kernels):

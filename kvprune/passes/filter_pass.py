@@ -18,7 +18,8 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.modes import cast, no_autocast
 from kvprune.policy.base import per_sequence
 from kvprune.policy.selection import PromptFilter
-from kvprune.table.token_table import TokenTable, owned
+from kvprune.table.rows import owned
+from kvprune.table.token_table import TokenTable
 
 if TYPE_CHECKING:
     from kvprune.cache.pruned_cache import PrunedCache

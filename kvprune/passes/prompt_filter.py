@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from kvprune.errors import UnsupportedModelError
 from kvprune.passes.filter_pass import FilterPass
 from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
-from kvprune.table.token_table import EMPTY
+from kvprune.table.rows import EMPTY
 
 if TYPE_CHECKING:
     from kvprune.cache.pruned_cache import PrunedCache

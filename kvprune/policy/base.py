@@ -24,7 +24,8 @@ from kvprune.attention.mass import RowWeights
 from kvprune.cache.heads import ALL_HEADS, Heads
 from kvprune.errors import PolicyError
 from kvprune.table.quantize import Codec
-from kvprune.table.token_table import EMPTY, TokenTable
+from kvprune.table.rows import EMPTY
+from kvprune.table.token_table import TokenTable
 
 if TYPE_CHECKING:
     from kvprune.attention.queries import Queries

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvprune.attention.mass import GROUPS
 from kvprune.errors import BudgetError, PolicyError
-from kvprune.kernels import ranked
 from kvprune.policy.base import Decision, Policy, Step, per_sequence
 from kvprune.policy.budget import Budget, share
 from kvprune.state import MOST_TOKENS
-from kvprune.table.token_table import EMPTY, TokenTable
+from kvprune.table.rows import EMPTY, ranked
+from kvprune.table.token_table import TokenTable
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
 _NEVER_KEPT = torch.iinfo(torch.int64).min

@@ -32,7 +32,7 @@ from kvprune.policy.base import Policy
 from kvprune.policy.registry import described, from_description
 from kvprune.saving.fingerprint import as_bytes, differences, fingerprint
 from kvprune.state import Saved, State
-from kvprune.table.token_table import owned
+from kvprune.table.rows import owned
 
 if TYPE_CHECKING:
     from kvprune.cache.pruned_cache import PrunedCache

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+EMPTY = -1
+"""The position of a slot that holds no row, and the slot of a row that is not there."""
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """The tensor in storage of its own and no larger: a view would keep, say, a fused QKV projection alive."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -23,6 +35,18 @@ def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
     first = first + torch.arange(heads, device=index.device)[:, None] * of_head
     matrix = tensor.as_strided((last + 1, dim), (dim, 1))
     return matrix.index_select(0, (index * of_row + first).flatten()).view(*index.shape, dim)
+
+
+def ranked(scores: Tensor, positions: Tensor) -> Tensor:
+    """An int64 for every row that orders rows by score, ties by recency, exactly.
+
+    The bits of a float32 read as an integer order like the float (negative ones after flipping), so score and position
+    pack into one integer. NaN ranks below every number. scores, positions: `[B, Hkv, rows]`, positions int32.
+    """
+    scores = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).add_(0.0)  # no -0.0
+    bits = scores.view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return torch.add(positions, bits.to(torch.int64), alpha=1 << 32)
 
 
 def top_rows(ranks: Tensor, count: int | Tensor) -> Tensor:
@@ -47,4 +71,4 @@ def true_rows(chosen: Tensor, first: int = 0) -> Tensor:
     most = int(rank[:, :, -1].max()) if chosen.shape[2] else 0
     place = torch.where(chosen, rank - 1, most)  # the last place is for all that are not chosen
     index = torch.arange(first, first + chosen.shape[2], device=chosen.device).expand_as(place)
-    return index.new_full((*chosen.shape[:2], most + 1), -1).scatter_(2, place, index)[:, :, :most]
+    return index.new_full((*chosen.shape[:2], most + 1), EMPTY).scatter_(2, place, index)[:, :, :most]

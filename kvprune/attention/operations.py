@@ -1,0 +1,78 @@
+"""`AttentionOperations`: what attention and its mass have several implementations of, here in PyTorch.
+
+`kvprune.kernels` has others, which override what they do faster. Shapes: see `kvprune.table`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kvprune.attention import packed
+from kvprune.attention.mass import MassOperations, RowWeights, Scoring, attention_mass
+from kvprune.attention.noise import Gumbel
+from kvprune.attention.softmax import single_query_attention
+from kvprune.table.token_table import TokenTable
+
+
+class AttentionOperations(MassOperations):
+    """PyTorch's, on every device. Others override what they do better, and pass on what they cannot do."""
+
+    # -- attention of one query per sequence -------------------------------------------------------------------------
+
+    def single_query(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scoring: Scoring,
+        empty: Tensor | None,
+        with_probabilities: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output `[B, Hq, 1, Dv]`, and probabilities `[B, Hkv, G, S]` float32 if wanted.
+
+        queries: `[B, Hq, 1, D]`. keys: `[B, Hkv, S, D]`. values: `[B, Hkv, S, Dv]`. empty: bool `[B, Hkv, S]`, slots
+        that hold nothing; None if there are none.
+        """
+        return single_query_attention(queries, keys, values, scoring, empty, with_probabilities)
+
+    def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """The same over a table with packed rows; see `packed.single_query`."""
+        return packed.single_query(queries, table, scoring)
+
+    # -- attention mass ----------------------------------------------------------------------------------------------
+
+    def attention_mass(
+        self, queries: Tensor, keys: Tensor, row_weights: RowWeights, scoring: Scoring, **settings: Any
+    ) -> Tensor:
+        """Weighted attention mass of every key, `[B, Hkv, S]` float32; see `mass.attention_mass`."""
+        return attention_mass(queries, keys, row_weights, scoring, **settings, kernels=self)
+
+    def query_mass(
+        self,
+        probabilities: Tensor,
+        group: str,
+        noise: Gumbel | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Mass `[B, Hkv, S]` that a single query gives to keys by its probabilities `[B, Hkv, G, S]` float32.
+
+        group: "mean" or "max" over query heads. With noise, it is the mass of the noisy softmax, at query_positions
+        `[B or 1, 1]` and key_positions `[B, Hkv, S]`: the logarithms of probabilities are logits like any other.
+        """
+        if noise is not None and query_positions is not None and key_positions is not None:
+            logits = probabilities.log().unsqueeze(3)
+            weights, totals = self.noisy_weights(logits, noise, Scoring(1.0), query_positions, key_positions)
+            probabilities = weights.div_(totals[..., None]).squeeze(3)
+        return probabilities.mean(2) if group == "mean" else probabilities.amax(2)
+
+
+TORCH_ATTENTION = AttentionOperations()
+
+
+def of(table: TokenTable) -> AttentionOperations:
+    """What attends to a table: the kernels that move its rows, if they can attend, and else PyTorch."""
+    kernels = table.kernels
+    return kernels if isinstance(kernels, AttentionOperations) else TORCH_ATTENTION

@@ -1,0 +1,84 @@
+"""`RowOperations`: what is done to the rows of a table and has several implementations, here in PyTorch.
+
+`kvprune.kernels` has others, which override what they do faster. Shapes: see `kvprune.table`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
+from kvprune.table.rows import ranked, take_rows
+
+_ALWAYS_KEPT = torch.iinfo(torch.int64).max
+
+
+class Columns(tuple[Tensor, ...]):
+    """The tensors of a table, `[B, Hkv, slots, ...]` contiguous: keys, values, positions, and others.
+
+    native: what kernels have worked out of them, to be used again: it is true as long as the tensors live, and they are
+    held here.
+    """
+
+    native: Any = None
+
+
+class RowOperations:
+    """PyTorch's, on every device. Others override what they do better, and pass on what they cannot do."""
+
+    name = "torch"
+
+    def worst_rows(self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
+        """Slot of the row of least score of every head, LongTensor `[B, Hkv, 1]`; of equal ones the oldest.
+
+        Rows at positions below `sinks` or from `recent` on, an int or LongTensor `[B, 1, 1]`, are not chosen. NaN
+        counts as -inf. scores: float32, broadcastable to positions `[B, Hkv, S]` int32, of which none is -1.
+        """
+        kept = positions >= recent
+        if sinks:
+            kept |= positions < sinks
+        ranks = ranked(scores.expand_as(positions), positions).masked_fill_(kept, _ALWAYS_KEPT)
+        return ranks.argmin(dim=-1, keepdim=True)
+
+    def move_rows(self, columns: Columns, slots: Tensor, newest: int) -> None:
+        """In every column, the row in slot `newest` takes the place of the one that slots `[B, Hkv, 1]` int64 name.
+
+        Writes to the columns in place.
+        """
+        batch, heads, capacity = columns[0].shape[:3]
+        first = torch.arange(0, batch * heads * capacity, capacity, device=slots.device)
+        target = slots.expand(batch, heads, 1).reshape(-1) + first
+        for column in columns:
+            rows = column.view(-1, *column.shape[3:])
+            moved = column[:, :, newest].flatten(0, 1)
+            # Of a single head or slot this is the very memory that is written to, which torch refuses.
+            rows.index_copy_(0, target, moved.clone() if 1 in (len(moved), capacity) else moved)
+
+    def append_row(self, columns: Columns, slot: int, keys: Tensor, values: Tensor, positions: int) -> None:
+        """Fill a slot of every head: keys `[B, Hkv, 1, D]`, values `[B, Hkv, 1, Dv]`, their position, then zeros.
+
+        Writes to the columns in place.
+        """
+        new = slice(slot, slot + 1)
+        columns[0][:, :, new] = keys
+        columns[1][:, :, new] = values
+        columns[2][:, :, new] = positions
+        for column in columns[3:]:
+            column[:, :, new] = 0
+
+    def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
+        """Rows packed by a codec: of keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` those in the slots.
+
+        slots: LongTensor `[B, Hkv, R]`, in the order of their positions; -1 for rows that are nothing.
+        """
+        empty, index = slots < 0, slots.clamp(min=0)
+        return PackedRows.encode(
+            codec, take_rows(keys, index), take_rows(values, index), empty if bool(empty.any()) else None
+        )
+
+
+TORCH_ROWS = RowOperations()

@@ -1,0 +1,58 @@
+"""The packed rows of a table, one `PackedRows` a codec: a tier. Their slots come first, tier by tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.rows import true_rows
+
+
+def add_to(tiers: list[PackedRows], parts: Sequence[tuple[Tensor, PackedRows]]) -> list[Tensor]:
+    """Put new rows behind those of their codec's tier; changes `tiers`, and those in it.
+
+    parts: slots `[B, Hkv, R]` that the rows were in, and the rows. Returns, tier by tier, in which slots its rows have
+    been so far, LongTensors `[B, Hkv, R]`; -1 for rows that are nothing.
+    """
+    order: list[list[Tensor]] = []
+    first = 0
+    for tier in tiers:
+        slots = torch.arange(first, first + len(tier), device=parts[0][0].device)
+        order.append([slots.expand(*parts[0][0].shape[:2], -1)])
+        first += len(tier)
+    for slots, rows in parts:
+        number = next((number for number, other in enumerate(tiers) if other.codec == rows.codec), len(tiers))
+        if number == len(tiers):
+            tiers.append(rows)
+            order.append([])
+        else:
+            tiers[number].append(rows)
+        order[number].append(slots)
+    return [slots for of_tier in order for slots in of_tier]
+
+
+def keep(tiers: list[PackedRows], kept: Tensor) -> list[Tensor]:
+    """Keep these packed rows as they are, bool `[B, Hkv, all of them]`, and free the others; changes `tiers`.
+
+    Returns what `add_to` does.
+    """
+    order, first = [], 0
+    for tier in tiers:
+        size = len(tier)
+        slots = true_rows(kept[:, :, first : first + size], first)
+        empty = slots < 0
+        order.append(slots)
+        # A row that is nothing may as well stay where it is: then, often, none has to move.
+        where = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
+        tier.keep(torch.where(empty, where, slots - first), empty)
+        first += size
+    tiers[:] = [tier for tier in tiers if len(tier)]
+    return order
+
+
+def nbytes(tiers: list[PackedRows]) -> int:
+    """Bytes of the storages behind codes and their parameters."""
+    return sum(tensor.untyped_storage().nbytes() for tier in tiers for tensor in tier.tensors.values())
