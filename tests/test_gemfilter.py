@@ -48,7 +48,7 @@ from transformers.masking_utils import eager_mask
 from typer.testing import CliRunner
 
 from kvprune import BudgetError, CacheError, Policy, PolicyError, Step, TokenTable, UnsupportedModelError
-from kvprune.attention.softmax import base_attention
+from kvprune.cache.registration import base_attention
 from kvprune.cli import app
 from kvprune.policies import A2SF, KIVI, GemFilter, SnapKV, get
 

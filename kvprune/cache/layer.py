@@ -21,8 +21,8 @@ from transformers.cache_utils import CacheLayerMixin
 from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
-from kvprune.attention.softmax import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.plans import Plan, Planner
+from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.steady import Counted, Steady, pin
 from kvprune.errors import CacheError, KVPruneError, PolicyError
 from kvprune.kernels import choose

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from kvprune.attention.softmax import PREFIX, register
+from kvprune.cache.registration import PREFIX, register
 from kvprune.errors import UnsupportedModelError
 
 _switching = threading.Lock()

@@ -16,13 +16,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from kvprune.attention.backends import choose
 from kvprune.attention.mass import Scoring
-from kvprune.attention.softmax import PendingKeys
 from kvprune.cache import stock
 from kvprune.cache.heads import Heads
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
 from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
 from kvprune.cache.progress import Progress
+from kvprune.cache.registration import PendingKeys
 from kvprune.cache.report import CacheReport, LayerReport, kind_of
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name

@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Queries
-from kvprune.attention.softmax import PendingKeys
 from kvprune.cache.heads import Heads
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.modes import cast, no_autocast
+from kvprune.cache.registration import PendingKeys
 from kvprune.policy.base import per_sequence
 from kvprune.policy.selection import PromptFilter
 from kvprune.table.rows import owned

@@ -137,7 +137,7 @@ class TokenTable(Sizes):
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
         if not self.packed:
             return self.keys
-        decoded = [tier.decoded()[0].to(self._tensors["keys"].dtype) for tier in self.packed]
+        decoded = [tier.decoded()[0].to(self.keys.dtype) for tier in self.packed]
         return torch.cat([*decoded, self.keys], dim=2)
 
     def __getitem__(self, column: str) -> Tensor:
