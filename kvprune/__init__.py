@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvprune.policy.budget import Budget
     from kvprune.policy.eviction import Eviction
     from kvprune.policy.selection import PromptFilter
+    from kvprune.policy.shares import Adaptive, Everywhere, Pyramid, Share, Uniform
     from kvprune.table.quantize import Codec
     from kvprune.table.token_table import TokenTable
 
@@ -48,6 +49,7 @@ _HOMES = {
     "kvprune.policy.budget": ("Budget",),
     "kvprune.policy.eviction": ("Eviction",),
     "kvprune.policy.selection": ("PromptFilter",),
+    "kvprune.policy.shares": ("Adaptive", "Everywhere", "Pyramid", "Share", "Uniform"),
     "kvprune.table.quantize": ("Codec",),
     "kvprune.table.token_table": ("TokenTable",),
 }
@@ -55,6 +57,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _PACKAGES = ("policies", "integrations")
 
 __all__ = [
+    "Adaptive",
     "Answers",
     "Budget",
     "BudgetError",
@@ -64,17 +67,21 @@ __all__ = [
     "Codec",
     "Decision",
     "EvaluationError",
+    "Everywhere",
     "Eviction",
     "KVPruneError",
     "Policy",
     "PolicyError",
     "PromptFilter",
     "PrunedCache",
+    "Pyramid",
     "QuestionWarning",
     "RowWeights",
     "Scoring",
+    "Share",
     "Step",
     "TokenTable",
+    "Uniform",
     "UnsupportedModelError",
     "ask",
     "attention_mass",

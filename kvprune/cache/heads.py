@@ -78,6 +78,29 @@ class Heads:
         torch.distributed.all_reduce(total, group=self.group)
         return total.to(part.device)
 
+    def gather(self, part: Tensor, width: int, filling: int) -> Tensor:
+        """Rows of all heads of the layer, `[B, H, width]` int64, of those here, `[B, Hkv, rows]` with rows <= width.
+
+        filling: what stands for rows that a head does not have.
+        """
+        if self.size == 1:
+            return part
+        heads = part.shape[1]
+        every = part.new_zeros(len(part), heads * self.size, width)
+        own = self.own(every)
+        own.fill_(filling)
+        own[:, :, : part.shape[2]] = part
+        return self.sum(every)
+
+    def own(self, every: Tensor) -> Tensor:
+        """Of something that all heads have, `[B, H, ...]`, the part of those here."""
+        heads = every.shape[1] // self.size
+        return every[:, self.rank * heads : (self.rank + 1) * heads]
+
+    def total(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """The sums of what every process counted, one a sequence."""
+        return counts if self.size == 1 else tuple(self.sum(torch.tensor(counts)).tolist())
+
     def mean(self, scores: Tensor) -> Tensor:
         """The mean over all KV heads of the layer, `[B, Hkv, rows] -> [B, 1, rows]`: `scores` are of those here."""
         mean = scores.mean(1, keepdim=True)

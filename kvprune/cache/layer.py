@@ -93,6 +93,7 @@ class PrunedLayer(CacheLayerMixin):
         self.remembered: Remembered | None = None  # for policies with a query window
         self.record_past = False
         self.undecided: Undecided | None = None
+        self.waiting: list[Plan] = []  # of a prompt, from the first on that decides for all layers together
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
         self.is_initialized = False
         self._of_inference_mode = False  # whether tensors may have been made there
@@ -162,10 +163,7 @@ class PrunedLayer(CacheLayerMixin):
             raise
 
     def _attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None) -> Tensor:
-        if self.undecided is not None:
-            # The model went on without a crop: all was accepted, and several tokens were a prompt, not a draft.
-            self.undecided.prefill |= len(self.undecided.queries) > 1
-            self._commit()
+        self.accept()
         device = states.device
         if self.home is not None:
             states, scoring = states.to(self.home), scoring.to(self.home)
@@ -173,8 +171,7 @@ class PrunedLayer(CacheLayerMixin):
             valid = valid.to(states.device)
         if states.shape[2] > 1:
             self._leave_steady()
-        # A draft of several tokens that is being verified is generated text, not a prompt.
-        prefill = self.table is None or (states.shape[2] > 1 and not self.record_past) or filtered is not None
+        prefill = self.takes_prompt(states.shape[2], filtered)
         table, queries = self._append(states, valid, filtered)
         if prefill:
             self.prompt_tokens, self.generated = self.tokens, 0
@@ -190,8 +187,13 @@ class PrunedLayer(CacheLayerMixin):
             attended = queries.attend(table, scoring, with_probabilities=wanted, backend=self.backend)
             output = attended.output
             self._observe(table, plans, queries, scoring, attended)
-            self._decide(table, plans)
+            self._decide(plans, prefill=prefill)
         return output.transpose(1, 2).contiguous().to(device)
+
+    def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
+        """Whether a step of so many columns is one of a prompt."""
+        # A draft of several tokens that is being verified is generated text.
+        return self.table is None or (length > 1 and not self.record_past) or filtered is not None
 
     def _settle_mode(self) -> None:
         """What was made in inference mode cannot be written to outside of it: there, it is copied once."""
@@ -309,35 +311,54 @@ class PrunedLayer(CacheLayerMixin):
         window = self.planner.query_window(plans[0].step.prefill)
         self.remembered = Remembered.newest(window - 1, self.remembered, queries) if window > 1 else None
 
-    def _decide(self, table: TokenTable, plans: list[Plan]) -> None:
-        evicted = False
-        for plan in plans:
-            decision = plan.policy.decide(plan.table, plan.step)
-            if decision is None:
-                continue
-            if not isinstance(decision, Decision):
-                raise PolicyError(f"decide() of {plan.policy} returned {decision!r}: return a Decision, or None.")
-            if plan.step.prefill:  # once, since it waits for the device
-                decision.check(table)
-            if decision.quantize is not None:
-                table.quantize(decision.quantize)
-                newest = table.length - table.packed_length if table.dense else 0
-                self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
-                continue
-            if decision.keep is not None:
-                table.compact(decision.keep, room=self.planner.interval_room(decision.keep.shape[2]))
-            elif decision.evict is not None:
-                table.evict(decision.evict)
-                table.shrink(plan.step.spare)
-            self.last_eviction = self.seen
-            evicted = True
-        if plans[0].step.prefill:
+    def _decide(self, plans: list[Plan], *, prefill: bool, evicted: bool = False) -> None:
+        """Let the policies decide in their order, up to one that does so for all layers together.
+
+        evicted: whether rows have gone in this step.
+        """
+        self.waiting = []
+        for number, plan in enumerate(plans):
+            if plan.waits:
+                plan.policy.check(plan.step)
+                self.waiting = [replace(each, step=replace(each.step, source=None)) for each in plans[number:]]
+                break
+            evicted |= self._apply(plan, plan.policy.decide(plan.table, plan.step))
+        table: TokenTable = self.table  # type: ignore[assignment]
+        if prefill:
             table.drop_empty()
             table.own()
         if self.steady is not None:
             self.steady.advance()
         elif evicted and self.planner.static_decode and not self.record_past:
             self._enter_steady(table)
+
+    def decide_waiting(self, decision: Decision | None) -> None:
+        """Do what the first of the plans that wait has decided together with the other layers, and go on from there."""
+        self._settle_mode()
+        plan, *others = self.waiting
+        self._decide(others, prefill=True, evicted=self._apply(plan, decision))
+
+    def _apply(self, plan: Plan, decision: Decision | None) -> bool:
+        """Do what a policy has decided; whether rows went away by that."""
+        table: TokenTable = self.table  # type: ignore[assignment]
+        if decision is None:
+            return False
+        if not isinstance(decision, Decision):
+            raise PolicyError(f"decide() of {plan.policy} returned {decision!r}: return a Decision, or None.")
+        if plan.step.prefill:  # once, since it waits for the device
+            decision.check(table)
+        if decision.quantize is not None:
+            table.quantize(decision.quantize)
+            newest = table.length - table.packed_length if table.dense else 0
+            self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
+            return False
+        if decision.keep is not None:
+            table.compact(decision.keep, room=self.planner.interval_room(decision.keep.shape[2]))
+        elif decision.evict is not None:
+            table.evict(decision.evict)
+            table.shrink(plan.step.spare)
+        self.last_eviction = self.seen
+        return True
 
     # -- rolling back ----------------------------------------------------------------------------------------------
 
@@ -360,6 +381,12 @@ class PrunedLayer(CacheLayerMixin):
                 self._observe(table, self._plans(table, early, prefill, to_come), early, scoring)
         self.undecided = Undecided(queries.part(split, len(queries)), prefill, scoring)
 
+    def accept(self) -> None:
+        """The model goes on without a crop: all was accepted, and several tokens were a prompt, not a draft."""
+        if self.undecided is not None:
+            self.undecided.prefill |= len(self.undecided.queries) > 1
+            self._commit()
+
     def _commit(self) -> None:
         undecided, self.undecided = self.undecided, None
         if undecided is None or self.table is None:
@@ -368,7 +395,7 @@ class PrunedLayer(CacheLayerMixin):
             self.prompt_tokens, self.generated = self.tokens, 0
         plans = self._plans(self.table, undecided.queries, undecided.prefill)
         self._observe(self.table, plans, undecided.queries, undecided.scoring)
-        self._decide(self.table, plans)
+        self._decide(plans, prefill=undecided.prefill)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; 0 only ends the step that waits while the past is recorded.

@@ -33,6 +33,11 @@ class Plan:
     def weights(self) -> RowWeights | None:
         return self.step.weights
 
+    @property
+    def waits(self) -> bool:
+        """Whether the decision is one for all layers, and waits for them."""
+        return self.step.prefill and self.step.layers > 1 and self.policy.decides_together
+
     def weighs_like(self, other: Plan) -> bool:
         """Whether the attention mass of one serves the other."""
         return (
@@ -48,10 +53,17 @@ class Planner:
     """The policies of one layer, the links of a chain in their order, and what does not change from step to step."""
 
     def __init__(
-        self, policy: Policy, layer: int, *, pruned_layers: int = 1, stock_tokens: int = 0, heads: Heads = ALL_HEADS
+        self,
+        policy: Policy,
+        layer: int,
+        *,
+        depth: int = 0,
+        pruned_layers: int = 1,
+        stock_tokens: int = 0,
+        heads: Heads = ALL_HEADS,
     ) -> None:
         """Args:
-        layer: its index in the model. pruned_layers: how many layers share a budget in bytes.
+        layer: its index in the model. pruned_layers: how many layers share a budget. depth: its number among those.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
         heads: the share of the layer's heads that is here, if the model's plan splits attention.
         """
@@ -63,6 +75,7 @@ class Planner:
         self.codecs = policy.codecs
         self.static_decode = len(self.policies) == 1 and policy.static_decode
         self.layer = layer
+        self.depth = depth
         self.pruned_layers = pruned_layers
         self.stock_tokens = stock_tokens
         self.heads = heads
@@ -133,6 +146,8 @@ class Planner:
                 spare=2 * self.interval - 1 if self.interval else 0,
                 generated=generated,
                 source=queries,
+                depth=self.depth,
+                layers=self.pruned_layers,
                 heads=heads,
             )
             step.weights = part.row_weights(step)

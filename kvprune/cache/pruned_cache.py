@@ -94,13 +94,14 @@ class PrunedCache(Cache):
         widest = max((head_dim(configs[index]) for index in pruned), default=1)
         backend = choose(attention, _device(device) or model.device, model.dtype, widest)
         self._empty = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in pruned}
-        for index in pruned:
+        for depth, index in enumerate(pruned):
             layers[index] = PrunedLayer(
                 policy,
                 index,
                 device=_device(device),
                 kernels=kernels,
                 backend=backend,
+                depth=depth,
                 pruned_layers=len(pruned),
                 stock_tokens=_stock_tokens(layers, configs, configs[index]),
                 heads=Heads.of(model, index),
@@ -188,6 +189,11 @@ class PrunedCache(Cache):
         scoring = self.scoring_of(module, query, layer, **settings)
         valid = self._valid(mask, query.shape[2], layer)
         first = self._open == self.pruned_layers[0]
+        if first and layer.undecided is not None:
+            for index in self.pruned_layers:
+                self.layers[index].accept()
+        if first and layer.waiting and not layer.takes_prompt(query.shape[2], self._filtered):
+            self._decide_together()
         begins = layer.table is None
         self._open = None
         try:
@@ -241,6 +247,23 @@ class PrunedCache(Cache):
                 UnsupportedModelError,
             )
         return Scoring(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+
+    def _end_prompt(self) -> None:
+        """Decide about a prompt whose policy waits for its end, which is when something is generated, or asked of it.
+
+        Until then more of the prompt may come. One that was interrupted in its layers is left as it is.
+        """
+        if self._open is None and self._progress.is_complete:
+            self._decide_together()
+
+    @without_gradients
+    def _decide_together(self) -> None:
+        layers = [self.layers[index] for index in self.pruned_layers]
+        while layers and all(layer.waiting for layer in layers):
+            plans = [layer.waiting[0] for layer in layers]
+            decisions = plans[0].policy.decide_together([plan.table for plan in plans], [plan.step for plan in plans])
+            for layer, decision in zip(layers, decisions, strict=True):
+                layer.decide_waiting(decision)
 
     def expect(self, filtered: FilteredStep | None, selection: Selection | None) -> None:
         """What a prompt filter left of the forward pass that comes now, and the selection that holds after it."""
@@ -374,6 +397,7 @@ class PrunedCache(Cache):
 
         Those of the storages behind them, as they were allocated.
         """
+        self._end_prompt()
         return sum(layer.nbytes if isinstance(layer, PrunedLayer) else stock.nbytes(layer) for layer in self.layers)
 
     @property
@@ -395,6 +419,7 @@ class PrunedCache(Cache):
         Positions count the tokens of each sequence from 0, padding left out. Where a sequence keeps fewer rows than
         another, the row begins with -1. Raises CacheError for a layer that is not pruned.
         """
+        self._end_prompt()
         return self._pruned(layer).kept_positions()
 
     @property
@@ -416,6 +441,7 @@ class PrunedCache(Cache):
 
     def report(self) -> CacheReport:
         """Measured bytes and kept tokens, layer by layer. `str()` of it is a table, `.plot("kept.png")` a picture."""
+        self._end_prompt()
         layers, pruned = [], kind_of(self.policy)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer) and layer.table is not None:
@@ -461,6 +487,7 @@ class PrunedCache(Cache):
         """
         self._check_closed()
         self._check_complete()
+        self._end_prompt()
         try:
             tokens_to_remove = operator.index(tokens_to_remove)  # transformers 5.17 counts in tensors
         except TypeError as error:
@@ -477,6 +504,11 @@ class PrunedCache(Cache):
                 )
         super().crop(tokens_to_remove)
 
+    def activate_past_recording(self) -> None:
+        """From now on nothing is evicted in a step before `crop` has said how many of its tokens were accepted."""
+        self._end_prompt()
+        super().activate_past_recording()
+
     def reset(self) -> None:
         """Empty the cache, whatever has happened to it; it may then be used with another batch size."""
         self._open = None
@@ -491,16 +523,19 @@ class PrunedCache(Cache):
     @without_gradients
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these sequences, LongTensor `[B]`, in this order: what beam search does after every step."""
+        self._end_prompt()
         super().reorder_cache(beam_idx)
 
     @without_gradients
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let every sequence stand so many times, side by side."""
+        self._end_prompt()
         super().batch_repeat_interleave(repeats)
 
     @without_gradients
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences, LongTensor `[n]` or bool `[B]`, in this order."""
+        self._end_prompt()
         super().batch_select_indices(indices)
 
     @without_gradients
@@ -508,6 +543,7 @@ class PrunedCache(Cache):
         """An independent copy: compress a document once, ask many questions. Raises CacheError in a forward pass."""
         self._check_closed()
         self._check_complete()
+        self._end_prompt()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._progress = copy.copy(self._progress)
@@ -545,6 +581,7 @@ class PrunedCache(Cache):
         if self._open is not None:
             raise CacheError("a forward pass is under way: save the cache before it or after it.")
         self._check_complete()
+        self._end_prompt()
         model = self._model()
         if model is None:
             raise CacheError("the model of this cache is gone, and a saved cache says whose it is: save it before.")

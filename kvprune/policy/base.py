@@ -67,6 +67,10 @@ class Step:
     """The attention rows that the policy asked for."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
+    depth: int = 0
+    """Number of the layer among those that share a budget, from 0."""
+    layers: int = 1
+    """How many layers share a budget."""
     heads: Heads = ALL_HEADS
     """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
 
@@ -186,6 +190,11 @@ class Policy:
         return False
 
     @property
+    def decides_together(self) -> bool:
+        """Whether a prompt step is decided for all layers at once, by `decide_together`, when the last has seen it."""
+        return False
+
+    @property
     def needs_question(self) -> bool:
         """Whether the last queries of a prompt decide what is dropped, so that a question has to be among them."""
         return False
@@ -231,6 +240,13 @@ class Policy:
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
         """Which rows stay; None keeps everything."""
         return None
+
+    def check(self, step: Step) -> None:
+        """Raise BudgetError for a prompt step that it could not decide about; asked where the decision waits."""
+
+    def decide_together(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
+        """What `decide` says, for all pruned layers at once, after a prompt step."""
+        return [self.decide(table, step) for table, step in zip(tables, steps, strict=True)]
 
     def __or__(self, other: Policy) -> Chain:
         """Run this policy, then the other, at every step."""

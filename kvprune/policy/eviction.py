@@ -16,13 +16,12 @@ from torch import Tensor
 from kvprune.attention.mass import GROUPS
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.policy.base import Decision, Policy, Step, per_sequence
-from kvprune.policy.budget import Budget, share
+from kvprune.policy.budget import Budget
+from kvprune.policy.budget import share as part_of
+from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT, UNIFORM, Share
 from kvprune.state import MOST_TOKENS
 from kvprune.table.rows import EMPTY, ranked
 from kvprune.table.token_table import TokenTable
-
-_ALWAYS_KEPT = torch.iinfo(torch.int64).max
-_NEVER_KEPT = torch.iinfo(torch.int64).min
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Eviction(Policy):
         group: how scores of the query heads of a KV head are reduced, "mean" or "max".
         kernel_size: odd; scores are max-pooled over that many neighbouring positions before a prefill step selects.
         seed: of policies that draw random numbers.
+        share: who gets how many rows of the budget, a `Share` or its text ("adaptive"). But for `Uniform`, heads or
+            layers keep different numbers of rows, as many on average as the budget says.
 
     Raises BudgetError for a budget without meaning or smaller than sinks + recent, PolicyError for other settings.
     """
@@ -55,9 +56,14 @@ class Eviction(Policy):
     group: str = "mean"
     kernel_size: int = 1
     seed: int = 0
+    share: Share = UNIFORM
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.share, str):
+            object.__setattr__(self, "share", Share.parse(self.share))
+        if not isinstance(self.share, Share):
+            raise PolicyError(f"share must be a Share such as Adaptive(floor=0.2), or its text, not {self.share!r}.")
         budget = self._budget  # parses, and raises for nonsense
         object.__setattr__(self, "budget", budget.plain(self.budget))
         check_count("sinks", self.sinks, least=0)
@@ -109,18 +115,24 @@ class Eviction(Policy):
         """Size of the recent window, in tokens, under a budget of `capacity` tokens."""
         if isinstance(self.recent, numbers.Integral):
             return int(self.recent)
-        tokens: int = share(self.recent, capacity)
+        tokens: int = part_of(self.recent, capacity)
         return tokens
 
     def capacity(self, step: Step) -> tuple[int, ...]:
-        """Tokens kept per KV head, for each sequence of the batch."""
+        """Tokens kept per KV head of this layer, on average over its heads, for each sequence of the batch."""
         return tuple(
-            self._budget.tokens(
-                tokens,
-                floor=self._least,
-                token_bytes=step.token_bytes,
-                other_bytes=step.other_bytes,
-                spare=step.spare,
+            self.share.of_layer(
+                self._budget.tokens(
+                    tokens,
+                    floor=self._least,
+                    token_bytes=step.token_bytes,
+                    other_bytes=step.other_bytes,
+                    spare=step.spare,
+                ),
+                depth=step.depth,
+                layers=step.layers,
+                prompt_tokens=tokens,
+                least=self._least,
             )
             for tokens in step.prompt_tokens
         )
@@ -129,9 +141,15 @@ class Eviction(Policy):
         """The score by which rows are kept, float32, `[B, Hkv, rows]` or broadcastable to it."""
         return table["score"]
 
+    @property
+    def decides_together(self) -> bool:
+        return self.share.scope == "model"
+
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
         if not step.due:
             return None
+        if self.share.scope != "head":
+            return self.decide_together([table], [step])[0] if step.prefill else self._evict_surplus(table, step)
         capacity = self.capacity(step)
         alike = len(set(capacity)) == 1
         excess = table.rows - max(capacity)
@@ -148,20 +166,24 @@ class Eviction(Policy):
 
     def _select(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Decision:
         """The best rows of all, in the order of their positions."""
-        most = min(max(capacity), table.length)
+        most, device = min(max(capacity), table.length), table.positions.device
+        retention = self._retention(table, step, capacity, self._selecting_scores(table, step, capacity))
+        return _best(table, retention, most, None if len(set(capacity)) == 1 else per_sequence(capacity, device))
+
+    def _selecting_scores(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
+        """The scores by which a step selects, `[B, Hkv, rows]` float32."""
         scores = self.scores(table, step).expand_as(table.positions)
         if self.kernel_size > 1 and step.prefill:
             scores = self.pool(scores, table, self._is_recent(table, step, capacity))
-        slots = self._retention(table, step, capacity, scores).topk(most, dim=-1).indices
-        positions = table.positions.gather(2, slots)
-        if len(set(capacity)) > 1:
-            over = torch.arange(most, device=slots.device) >= per_sequence(capacity, slots.device)
-            positions = positions.masked_fill(over, EMPTY)
-        positions, order = positions.sort(dim=-1)
-        return Decision(keep=slots.gather(2, order).masked_fill(positions < 0, EMPTY))
+        return scores
 
-    def _evict(self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int) -> Decision:
-        """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots."""
+    def _evict(
+        self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int, surplus: int | Tensor | None = None
+    ) -> Decision:
+        """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots.
+
+        surplus: rows above what a head may hold, where the capacity does not say that.
+        """
         if table.dense and excess == 1:
             scores, window = self.scores(table, step), self._window(table, step, capacity)
             return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window))
@@ -169,13 +191,83 @@ class Eviction(Policy):
         if table.dense:
             return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)
         empty = table.positions < 0
-        surplus = (~empty).sum(-1, keepdim=True) - per_sequence(capacity, empty.device)
-        worst = retention.masked_fill(empty, _ALWAYS_KEPT).topk(excess, dim=-1, largest=False).indices
+        if surplus is None:
+            surplus = (~empty).sum(-1, keepdim=True) - per_sequence(capacity, empty.device)
+        surplus = torch.as_tensor(surplus, device=empty.device)
+        worst = retention.masked_fill(empty, ALWAYS_KEPT).topk(excess, dim=-1, largest=False).indices
         vacant = empty.to(torch.int8).topk(excess, dim=-1).indices
         rank = torch.arange(excess, device=empty.device).expand_as(worst)
         return Decision(
             evict=torch.where(rank < surplus, worst, vacant.gather(2, (rank - surplus.clamp(min=0)).clamp(min=0)))
         )
+
+    # -- where heads compete -----------------------------------------------------------------------------------------
+
+    def check(self, step: Step) -> None:
+        self.capacity(step)
+
+    def decide_together(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
+        capacities = [self.capacity(step) for step in steps]
+        heads = [step.heads for step in steps]
+        of_layers = [table.kv_heads * of.size for table, of in zip(tables, heads, strict=True)]
+        # Of each sequence: rows that there are, and rows that there may be.
+        held = [of.total(table.row_totals()) for table, of in zip(tables, heads, strict=True)]
+        here = [sum(of_layer) for of_layer in zip(*held, strict=True)]
+        room = [
+            sum(tokens * number for tokens, number in zip(each, of_layers, strict=True))
+            for each in zip(*capacities, strict=True)
+        ]
+        spare = tuple(max(0, most - rows) // sum(of_layers) for most, rows in zip(room, here, strict=True))
+        if all(rows <= most for most, rows in zip(room, here, strict=True)):
+            counts = None
+        else:
+            asked = zip(tables, steps, capacities, strict=True)
+            scores = [self._selecting_scores(table, step, capacity) for table, step, capacity in asked]
+            counts = self._counts(tables, steps, capacities, scores)
+        decisions: list[Decision | None] = []
+        for number, (table, step, capacity) in enumerate(zip(tables, steps, capacities, strict=True)):
+            rows = table.row_totals() if counts is None else tuple(counts[number].sum(1).tolist())
+            table.given = tuple(a + b * table.kv_heads for a, b in zip(rows, spare, strict=True))
+            if counts is None or rows == table.row_totals():
+                decisions.append(None)
+                continue
+            retention = self._retention(table, step, capacity, scores[number])
+            own = counts[number].to(retention.device)
+            decisions.append(_best(table, retention, int(own.max()), own[..., None]))
+        return decisions
+
+    def _counts(
+        self, tables: list[TokenTable], steps: list[Step], capacities: list[tuple[int, ...]], scores: list[Tensor]
+    ) -> list[Tensor]:
+        """How many rows each head keeps that is here, LongTensors `[B, Hkv]`, one for each layer."""
+        ranks, room = [], []
+        device = tables[0].positions.device
+        for table, step, capacity, of_layer in zip(tables, steps, capacities, scores, strict=True):
+            retention = self._retention(table, step, capacity, of_layer)
+            candidates = (retention > NEVER_KEPT) & (retention < ALWAYS_KEPT)
+            compared = self.share.normalized(of_layer, candidates)
+            if compared is not of_layer:
+                retention = self._retention(table, step, capacity, compared)
+            # Other processes may have other numbers of rows in a head, but none more than tokens and queries.
+            width = int(torch.as_tensor(step.tokens).max()) + step.queries
+            ranks.append(step.heads.gather(retention, width, NEVER_KEPT).to(device))
+            room += [torch.tensor(capacity, device=device)[:, None].expand(-1, ranks[-1].shape[1])]
+        most = max(each.shape[2] for each in ranks)
+        ranks = [F.pad(each, (0, most - each.shape[2]), value=NEVER_KEPT) for each in ranks]
+        counts = self.share.counts(torch.cat(ranks, dim=1), torch.cat(room, dim=1))
+        parts = counts.split([each.shape[1] for each in ranks], dim=1)
+        return [step.heads.own(part) for step, part in zip(steps, parts, strict=True)]
+
+    def _evict_surplus(self, table: TokenTable, step: Step) -> Decision | None:
+        """After generated tokens: as many rows from every head as there are more than the sequence was given."""
+        rows, capacity = table.row_totals(), self.capacity(step)
+        given = table.given or tuple(tokens * table.kv_heads for tokens in capacity)
+        surplus = tuple(max(0, -((most - here) // table.kv_heads)) for most, here in zip(given, rows, strict=True))
+        if not any(surplus):
+            return None
+        return self._evict(table, step, capacity, max(surplus), per_sequence(surplus, table.positions.device))
+
+    # -- what rows are kept by ---------------------------------------------------------------------------------------
 
     def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
         """Scores max-pooled over neighbouring positions. Rows of the recent window, kept anyway, lend nothing."""
@@ -198,8 +290,18 @@ class Eviction(Policy):
         kept = self._is_recent(table, step, capacity)
         if self.sinks:
             kept |= positions < self.sinks
-        retention = retention.masked_fill_(kept, _ALWAYS_KEPT)
-        return retention if table.dense else retention.masked_fill_(positions < 0, _NEVER_KEPT)
+        retention = retention.masked_fill_(kept, ALWAYS_KEPT)
+        return retention if table.dense else retention.masked_fill_(positions < 0, NEVER_KEPT)
+
+
+def _best(table: TokenTable, retention: Tensor, most: int, counts: int | Tensor | None) -> Decision:
+    """Keep the best `most` rows of each head, or `counts` of them, `[B, Hkv or 1, 1]`, in the order of positions."""
+    slots = retention.topk(most, dim=-1).indices
+    positions = table.positions.gather(2, slots)
+    if counts is not None:
+        positions = positions.masked_fill(torch.arange(most, device=slots.device) >= counts, EMPTY)
+    positions, order = positions.sort(dim=-1)
+    return Decision(keep=slots.gather(2, order).masked_fill(positions < 0, EMPTY))
 
 
 def check_count(name: str, value: int, *, least: int, most: int = MOST_TOKENS) -> None:

@@ -6,6 +6,7 @@ Packages register theirs under the entry-point group `kvprune.policies`; the bui
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -17,6 +18,7 @@ from typing import Any
 from kvprune.errors import PolicyError
 from kvprune.policy import plugins
 from kvprune.policy.base import Chain, Policy
+from kvprune.policy.shares import Share
 
 GROUP = "kvprune.policies"
 
@@ -100,7 +102,7 @@ def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
     name, colon, rest = text.partition(":")
     known = settings_of(find(name))
     settings = {setting: value for setting, value in defaults.items() if setting in known}
-    for item in rest.split(",") if colon else ():
+    for item in re.split(r",(?![^()]*\))", rest) if colon else ():  # commas in brackets are of a share's settings
         setting, equals, value = (part.strip() for part in item.partition("="))
         if not (setting and equals and value):
             raise PolicyError(f"cannot read {item!r} in {text!r}: write settings as name:setting=value,setting=value.")
@@ -177,6 +179,8 @@ def _plain(policy: Policy, setting: str) -> Any:
 def _as_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, Share):
+        return str(value)
     if isinstance(value, tuple):
         return [_as_json(each) for each in value]
     if isinstance(value, Integral | Real):  # of numpy, too

@@ -72,3 +72,10 @@ def true_rows(chosen: Tensor, first: int = 0) -> Tensor:
     place = torch.where(chosen, rank - 1, most)  # the last place is for all that are not chosen
     index = torch.arange(first, first + chosen.shape[2], device=chosen.device).expand_as(place)
     return index.new_full((*chosen.shape[:2], most + 1), EMPTY).scatter_(2, place, index)[:, :, :most]
+
+
+def picked(counts: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
+    """Of counts of sequences those of these rows; does not wait for the device where all are equal."""
+    if len(set(counts)) == 1:
+        return counts[:1] * len(rows)
+    return tuple(counts[row] for row in rows.tolist())

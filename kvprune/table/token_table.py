@@ -31,7 +31,7 @@ from kvprune.table import packing
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import EMPTY, true_rows
+from kvprune.table.rows import EMPTY, picked, true_rows
 from kvprune.table.sizes import Sizes
 from kvprune.table.storage import Storage, is_of_all_slots
 from kvprune.table.view import TableView
@@ -82,6 +82,7 @@ class TokenTable(Sizes):
         self._storage = Storage(tensors)
         self._most_rows = self.length
         self._closed_length = 0  # of a packed table, when its rows last closed up
+        self._given: dict[str, tuple[int, ...]] = {}  # by the prefix of a link of a chain
 
     # -- what is in it: nothing changes ----------------------------------------------------------------------------
 
@@ -133,6 +134,12 @@ class TokenTable(Sizes):
         """Logical positions, `[B, Hkv, length]` int32; -1 where a slot is empty. A view."""
         return self._storage.rows("positions")
 
+    def row_totals(self) -> tuple[int, ...]:
+        """Rows of each sequence in all heads here. Waits for the device where slots are empty."""
+        if self.dense:
+            return (self.length * self.kv_heads,) * self.batch_size
+        return tuple((self.positions >= 0).sum((1, 2)).tolist())
+
     def all_keys(self) -> Tensor:
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
         if not self.packed:
@@ -158,6 +165,23 @@ class TokenTable(Sizes):
     def scoped(self, scope: str) -> TokenTable:
         """The table with its columns under names that lack this prefix: what one link of a chain works on."""
         return cast(TokenTable, TableView(self, scope)) if scope else self
+
+    @property
+    def given(self) -> tuple[int, ...] | None:
+        """Rows that each sequence may hold in all heads here, as a share of a budget gave them; None where none did."""
+        return self.given_to("")
+
+    @given.setter
+    def given(self, rows: tuple[int, ...]) -> None:
+        self.give("", rows)
+
+    def given_to(self, scope: str) -> tuple[int, ...] | None:
+        """The same of one link of a chain, whose columns have names with this prefix."""
+        return self._given.get(scope)
+
+    def give(self, scope: str, rows: tuple[int, ...]) -> None:
+        """Remember it for that link."""
+        self._given = {**self._given, scope: rows}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the table holds, at full capacity."""
@@ -329,6 +353,7 @@ class TokenTable(Sizes):
 
         rows: LongTensor `[B']`.
         """
+        self._given = {scope: picked(given, rows) for scope, given in self._given.items()}
         rows = rows.to(self._storage.device)
         self._storage.select_batch(rows)
         self.packed = [tier.select_batch(rows) for tier in self.packed]
@@ -354,6 +379,7 @@ class TokenTable(Sizes):
                 "dense": self.dense,
                 "most_rows": self._most_rows,
                 "closed_rows": self._closed_length,
+                "given": dict(self._given),
             },
             {name: self._storage.rows(name) for name in self._storage.tensors},
         )
@@ -383,3 +409,5 @@ class TokenTable(Sizes):
             raise saved.refused("has empty rows, and says that it has none")
         self._most_rows = saved.count("most_rows", self.length)
         self._closed_length = saved.count("closed_rows")
+        given = saved.part("given")
+        self._given = {scope: given.counts(scope, length=heads[0]) for scope in given.facts} if given else {}

@@ -26,3 +26,11 @@ class TableView:
 
     def __setitem__(self, column: str, content: Tensor) -> None:
         self._table[self._scope + column] = content
+
+    @property
+    def given(self) -> tuple[int, ...] | None:
+        return self._table.given_to(self._scope)
+
+    @given.setter
+    def given(self, rows: tuple[int, ...]) -> None:
+        self._table.give(self._scope, rows)
