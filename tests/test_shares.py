@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from kvprune import Adaptive, Everywhere, PolicyError, PrunedCache, Pyramid, Share, Uniform
-from kvprune.kernels import ranked
 from kvprune.policies import A2SF, H2O, SnapKV, parse
 from kvprune.policy.registry import described, from_description
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT
+from kvprune.table.rows import ranked
 
 FLOORS = [0, 0.2, 0.5, 1]
 floors = st.sampled_from(FLOORS)
