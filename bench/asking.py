@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import Cache
 from workload import Session, held_bytes
 
+from kvprune.cache.models import cache_argument
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -68,7 +70,7 @@ class _Feed:
         if self._session.logical_positions:
             told["position_ids"] = torch.arange(self._seen, self._seen + tokens.shape[1])[None].expand_as(tokens)
         self._seen += tokens.shape[1]
-        output = self._model(tokens, past_key_values=self._session.cache, logits_to_keep=1, **told)
+        output = self._model(tokens, **cache_argument(self._session.cache), logits_to_keep=1, **told)
         choice: Tensor = output.logits[:, -1].argmax(-1)
         return choice
 

@@ -23,6 +23,7 @@ from workload import build_model
 from kvprune import PrunedCache, Scoring
 from kvprune.attention.queries import Queries
 from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, SnapKV
 
 ROWS, HEADS, QUERY_HEADS, HEAD_DIM = 1024, 4, 8, 32
@@ -64,13 +65,13 @@ def parts(repeats: int = 300) -> dict[str, float]:
 def step_ms(cache: Any, tokens: int, repeats: int = 60) -> float:
     """Median milliseconds of a decode step after a prompt of so many tokens."""
     model = build_model()
-    model(torch.randint(0, 512, (1, tokens)), past_key_values=cache(model), logits_to_keep=1)  # warm up
+    model(torch.randint(0, 512, (1, tokens)), **cache_argument(cache(model)), logits_to_keep=1)  # warm up
     held = cache(model)
-    token = model(torch.randint(0, 512, (1, tokens)), past_key_values=held, logits_to_keep=1).logits.argmax(-1)
+    token = model(torch.randint(0, 512, (1, tokens)), **cache_argument(held), logits_to_keep=1).logits.argmax(-1)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        token = model(token, past_key_values=held).logits.argmax(-1)
+        token = model(token, **cache_argument(held)).logits.argmax(-1)
         times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times)
 

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvprune import Budget, KVPruneError, Policy, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.evaluation.contenders import contenders
 from kvprune.integrations.longbench import LongBench
 from kvprune.integrations.longbench_tasks import TASKS
@@ -158,7 +159,7 @@ def use(pruned: PrunedCache, tokens: int = 12) -> None:
     """A prompt, two generated tokens, and a second turn."""
     batch = next((len(pruned.layers[index].tokens) for index in pruned.pruned_layers), 0) or 1
     for length in (tokens, 1, 1, 3):
-        model()(torch.ones(batch, length, dtype=torch.long), past_key_values=pruned)
+        model()(torch.ones(batch, length, dtype=torch.long), **cache_argument(pruned))
 
 
 def as_budget(draw: random.Random) -> Any:

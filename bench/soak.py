@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvprune import Eviction, Policy, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
@@ -111,13 +112,13 @@ def soak(
     model = model or tiny_model()
     pruned = PrunedCache(model, POLICIES[name](budget))
     evicting = next(part for part in pruned.policy.parts() if isinstance(part, Eviction))
-    token = model(random_tokens(PROMPT), past_key_values=pruned).logits[:, -1:].argmax(-1)
+    token = model(random_tokens(PROMPT), **cache_argument(pruned)).logits[:, -1:].argmax(-1)
     times, nbytes, resident_bytes, faults = np.full(steps, np.nan), [], [], []
     every = max(1, steps // SAMPLES)
     begin = time.perf_counter()
     for step in progress(range(steps)):
         before = time.perf_counter()
-        logits = model(token, past_key_values=pruned).logits
+        logits = model(token, **cache_argument(pruned)).logits
         times[step] = time.perf_counter() - before
         # Greedy decoding soon repeats itself, so every other token is random.
         token = logits[:, -1:].argmax(-1) if step % 2 else random_tokens(1)

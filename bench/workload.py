@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 
+from kvprune.cache.models import cache_argument
+
 MODELS: dict[str, dict[str, int]] = {
     "core": {
         "vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
@@ -245,7 +247,7 @@ def run(
     held, peaks = session.cache, {}
     watch = Stopwatch(prompt.device.type)
     with session.prefilling:
-        token = model(prompt, past_key_values=held, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        token = model(prompt, **cache_argument(held), logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
     watch.mark()
     (prefill,) = watch.seconds()
     if peak:
@@ -254,7 +256,7 @@ def run(
     with session.decoding:
         for step in range(new_tokens):
             told = {"position_ids": torch.full_like(token, prompt.shape[1] + step)} if session.logical_positions else {}
-            token = model(token, past_key_values=held, **told).logits[:, -1].argmax(-1, keepdim=True)
+            token = model(token, **cache_argument(held), **told).logits[:, -1].argmax(-1, keepdim=True)
             watch.mark()
     steps = watch.seconds()
     if peak:

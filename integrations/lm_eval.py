@@ -43,6 +43,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvprune.cache import stock
+from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.report import human_bytes
 from kvprune.errors import EvaluationError, KVPruneError, PolicyError, UnsupportedModelError
@@ -195,7 +196,7 @@ class KVPruneLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         cache = self.new_cache()
-        output = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+        output = super()._model_generate(context, max_length, stop, **cache_argument(cache), **generation_kwargs)
         self.measured.add(cache, len(context))
         return output
 
@@ -313,7 +314,7 @@ class KVPruneLM(HFLM):
         with torch.no_grad(), torch.autocast(self.device.type, precision, enabled=precision is not None):
             output = self.model(
                 **{name: tensor.to(self.device) for name, tensor in inputs.items()},
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
             )

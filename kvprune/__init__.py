@@ -4,7 +4,7 @@ from kvprune import PrunedCache
 from kvprune.policies import A2SF
 
 cache = PrunedCache(model, A2SF(budget=0.25))
-model.generate(**inputs, past_key_values=cache)
+model.generate(**inputs, cache=cache)
 """
 
 from importlib import import_module

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.report import CacheReport
 from kvprune.errors import KVPruneError, QuestionWarning
@@ -78,14 +79,14 @@ def ask(
         )
     read = _ids(model, tokenizer, prompts[0][0], special=not chat)
     known = inspect.signature(model.forward).parameters
-    model(read, past_key_values=cache, **({"logits_to_keep": 1} if "logits_to_keep" in known else {}))
+    model(read, **cache_argument(cache), **({"logits_to_keep": 1} if "logits_to_keep" in known else {}))
     texts = []
     for _, rest in prompts:
         ids = torch.cat([read, _ids(model, tokenizer, rest, special=False)], dim=1)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache.fork(),
+            **cache_argument(cache.fork()),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

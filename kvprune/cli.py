@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kvprune.cache.models import cache_argument
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.evaluation import cli as evaluation
 
@@ -97,7 +98,7 @@ def generate(
     cache = PrunedCache(language_model, chosen)
     with torch.inference_mode():
         output = language_model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False
+            **inputs, **cache_argument(cache), max_new_tokens=max_new_tokens, do_sample=False
         )
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     report = cache.report()

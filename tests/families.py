@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from kvprune import Policy, PrunedCache, Step, TokenTable
+from kvprune.cache.models import cache_argument
 
 VOCAB = 97
 PAD = 0
@@ -98,6 +99,8 @@ if hasattr(transformers, "Gemma4TextConfig"):  # not in transformers 5.17; its l
         hidden_size_per_layer_input=4,
         vocab_size_per_layer_input=VOCAB,
     )
+if transformers.GPTJForCausalLM._can_set_attn_implementation():  # not before transformers 5.24
+    CONFIGS["gpt-j"] = lambda: transformers.GPTJConfig(**_SHAPE, rotary_dim=4)
 FAMILIES = tuple(CONFIGS)
 STOCK_ONLY = ("mistral-sliding",)
 """Families without a layer that can be pruned."""
@@ -184,7 +187,7 @@ def stepwise(
             ids[:, begin:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, begin:end],
-            past_key_values=cache,
+            **cache_argument(cache),
         ).logits
         begin = end
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from kvprune import KVPruneError, Policy, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 PROCESSES = 2
@@ -74,30 +75,30 @@ def found(cache: PrunedCache, ids: torch.Tensor) -> dict[str, Any]:
 def generated(model: Any, policy: str) -> dict[str, Any]:
     """A batch with left padding."""
     cache = PrunedCache(model, POLICIES[policy])
-    return found(cache, generate(model, left_padded(PROMPT), NEW_TOKENS, past_key_values=cache))
+    return found(cache, generate(model, left_padded(PROMPT), NEW_TOKENS, **cache_argument(cache)))
 
 
 def beams(model: Any) -> dict[str, Any]:
     cache = PrunedCache(model, POLICIES["tova"])
-    return found(cache, generate(model, left_padded(PROMPT), NEW_TOKENS, past_key_values=cache, num_beams=3))
+    return found(cache, generate(model, left_padded(PROMPT), NEW_TOKENS, **cache_argument(cache), num_beams=3))
 
 
 def drafts(model: Any) -> dict[str, Any]:
     """Drafts from the prompt, most of which are taken back."""
     ids = token_ids(1, 20).repeat(1, 3)
     cache = PrunedCache(model, POLICIES["a2sf | tova"])
-    return found(cache, model.generate(ids, past_key_values=cache, max_new_tokens=12, prompt_lookup_num_tokens=3))
+    return found(cache, model.generate(ids, **cache_argument(cache), max_new_tokens=12, prompt_lookup_num_tokens=3))
 
 
 def saved(model: Any, path: Path) -> dict[str, Any]:
     """A second turn on a cache that was saved and loaded."""
     cache = PrunedCache(model, POLICIES["tova"])
-    ids = generate(model, left_padded(PROMPT), 4, past_key_values=cache)
+    ids = generate(model, left_padded(PROMPT), 4, **cache_argument(cache))
     cache.save(path)
     cache = PrunedCache.load(path, model)
     more = torch.cat([ids, token_ids(len(ids), 9, seed=1)], dim=1)
     mask = torch.nn.functional.pad(left_padded(PROMPT)["attention_mask"], (0, 13), value=1)
-    return found(cache, generate(model, {"input_ids": more, "attention_mask": mask}, 8, past_key_values=cache))
+    return found(cache, generate(model, {"input_ids": more, "attention_mask": mask}, 8, **cache_argument(cache)))
 
 
 TURNS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
@@ -139,7 +140,7 @@ def main(folder: Path) -> None:
     plan = {f"model.layers.*.self_attn.{name}": kind for name, kind in plan.items() if kind in ALL_PARALLEL_STYLES}
     model = AutoModelForCausalLM.from_pretrained(folder / "one KV head", tp_plan=plan).eval()
     results["queries alone"] = refusal(
-        lambda: generate(model, left_padded(PROMPT), 2, past_key_values=PrunedCache(model, A2SF(40)))
+        lambda: generate(model, left_padded(PROMPT), 2, **cache_argument(PrunedCache(model, A2SF(40))))
     )
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvprune import CacheError, Chain, KVPruneError, PolicyError, PrunedCache, QuestionWarning, ask
+from kvprune.cache.models import cache_argument
 from kvprune.demo import load
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
@@ -44,10 +45,10 @@ def answered_alone(policy, question):
     """The document, then the question, then token by token, in a cache that no other question has seen."""
     model, tokenizer = embedded().model, embedded().tokenizer
     own, ids = PrunedCache(model, policy), []
-    model(tokenizer(embedded().document, return_tensors="pt").input_ids, past_key_values=own)
+    model(tokenizer(embedded().document, return_tensors="pt").input_ids, **cache_argument(own))
     given = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids
     while len(ids) < 6 and tokenizer.eos_token_id not in ids:
-        ids.append(int(model(given, past_key_values=own).logits[0, -1].argmax()))
+        ids.append(int(model(given, **cache_argument(own)).logits[0, -1].argmax()))
         given = torch.tensor([[ids[-1]]])
     return tokenizer.decode(ids, skip_special_tokens=True).strip(), own
 
@@ -82,7 +83,7 @@ def test_a_saved_document_answers_like_the_one_that_was_read(tmp_path):
     loaded = PrunedCache.load(tmp_path / "document", embedded().model)
     ids = embedded().tokenizer(embedded().questions[0], return_tensors="pt", add_special_tokens=False).input_ids
     with torch.no_grad():
-        logits = [embedded().model(ids, past_key_values=each).logits for each in (loaded, found.cache)]
+        logits = [embedded().model(ids, **cache_argument(each)).logits for each in (loaded, found.cache)]
     assert torch.equal(*logits)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvprune import CacheError, PrunedCache, Scoring
 from kvprune.attention.backends import BACKENDS, SDPA, FlashAttn, choose
 from kvprune.attention.softmax import causal_attention
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, GemFilter
 
 FLASH = BACKENDS["flash"]
@@ -261,7 +262,7 @@ def test_generate_on_a_gpu(attention):
     model = shared().to("cuda", torch.bfloat16)
     try:
         cache = PrunedCache(model, A2SF(20, recent=4), attention=attention)
-        ids = generate(model, {"input_ids": token_ids(2, 40).cuda()}, 8, past_key_values=cache)
+        ids = generate(model, {"input_ids": token_ids(2, 40).cuda()}, 8, **cache_argument(cache))
         assert ids.shape == (2, 48)
         assert all(layer.table.values.isfinite().all() for layer in cache.layers)
     finally:

@@ -18,6 +18,7 @@ from worker import Here, Worker, incomparable
 from workload import Contender, Job, Stopwatch, build_model, fingerprint, held_bytes, measure, resident
 
 from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, Full, ZipCache
 
 
@@ -140,7 +141,7 @@ def test_bytes_found_are_those_that_the_cache_counts(policy):
     model = families.build("llama")
     cache = PrunedCache(model, policy)
     with torch.no_grad():
-        model(families.token_ids(2, 60), past_key_values=cache)
+        model(families.token_ids(2, 60), **cache_argument(cache))
     assert 0 <= held_bytes(cache) - cache.nbytes <= 128 * len(cache.layers)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import Budget, BudgetError, KVPruneError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 # -- what may be written -----------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_bytes_are_used(make):
     """A cache that could hold more than its bytes allow comes close to them, but for what an interval may add."""
     size = 30_000
     cache = PrunedCache(shared(), make(f"{size}B"))
-    generate(shared(), left_padded([200]), 30, past_key_values=cache)
+    generate(shared(), left_padded([200]), 30, **cache_argument(cache))
     token = sum(layer.table.token_bytes for layer in cache.layers)
     assert size - 11 * token < cache.nbytes <= size
 
@@ -236,7 +237,7 @@ def test_bytes_are_never_exceeded_with_beams(make, beams):
     """Beams share the bytes too."""
     size = 60_000
     cache = PrunedCache(shared(), make(f"{size}B"))
-    generate(shared(), left_padded([80]), 12, past_key_values=cache, num_beams=beams)
+    generate(shared(), left_padded([80]), 12, **cache_argument(cache), num_beams=beams)
     assert cache.nbytes <= size
 
 
@@ -276,7 +277,7 @@ def test_too_few_bytes_are_told_the_least_that_work(make, family, lengths):
 
     def run(size: int) -> None:
         cache = PrunedCache(shared(family), make(f"{size}B"))
-        generate(shared(family), batch, 20, past_key_values=cache)
+        generate(shared(family), batch, 20, **cache_argument(cache))
         assert cache.nbytes <= size
 
     with pytest.raises(BudgetError) as error:

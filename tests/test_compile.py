@@ -11,6 +11,7 @@ from torch._guards import TracingContext
 from transformers import CompileConfig
 
 from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM
 
 PROMPT, NEW = 40, 24
@@ -53,7 +54,7 @@ def decode(forward, cache, token, steps=NEW):
     """Greedy tokens `[B, steps]`, one step each, without a mask or positions."""
     tokens = []
     for _ in range(steps):
-        token = forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = forward(token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
         tokens.append(token)
     return torch.cat(tokens, dim=1)
 
@@ -63,7 +64,7 @@ def prefilled(policy, *, sequences=1, prompt=PROMPT, model=None):
     """A cache with a prompt in it, and the token that comes next."""
     model = model or shared()
     cache = PrunedCache(model, policy)
-    return cache, model(token_ids(sequences, prompt), past_key_values=cache).logits[:, -1:].argmax(-1)
+    return cache, model(token_ids(sequences, prompt), **cache_argument(cache)).logits[:, -1:].argmax(-1)
 
 
 def assert_same_state(cache, other):
@@ -185,7 +186,7 @@ def test_cuda_graphs(policy):
         @torch.no_grad()
         def run(forward):
             cache = PrunedCache(model, policy)
-            token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(prompt, **cache_argument(cache)).logits[:, -1:].argmax(-1)
             return decode(forward, cache, token)
 
         tokens = run(model)
@@ -203,10 +204,10 @@ def test_is_compileable_at_the_budget_alone():
     cache = PrunedCache(shared(), A2SF(20, recent=4))
     assert not cache.is_compileable
     with torch.no_grad():
-        shared()(token_ids(1, 18), past_key_values=cache)
+        shared()(token_ids(1, 18), **cache_argument(cache))
         for length in range(18, 24):
             assert cache.is_compileable == (length > 20)
-            shared()(token_ids(1, 1), past_key_values=cache)
+            shared()(token_ids(1, 1), **cache_argument(cache))
     cache.reset()
     assert not cache.is_compileable
 
@@ -246,7 +247,7 @@ def test_sequences_that_keep_different_numbers_of_rows():
     """Shares of prompts of different lengths leave empty slots, which a graph would not know of."""
     for policy, expected in ((A2SF(0.5, recent=4), False), (A2SF(16, recent=4), True)):
         cache = PrunedCache(shared(), policy)
-        generate(shared(), left_padded([PROMPT, 25]), 4, past_key_values=cache)
+        generate(shared(), left_padded([PROMPT, 25]), 4, **cache_argument(cache))
         assert cache.is_compileable == expected
 
 
@@ -272,10 +273,10 @@ def compile_on_the_cpu(**settings):
 def two_turns(model, policy, lengths, **settings):
     """A turn that fills the cache, and another with these settings; its ids, and the cache."""
     cache, batch = PrunedCache(model, policy), left_padded(lengths)
-    ids = generate(model, batch, 6, past_key_values=cache)
+    ids = generate(model, batch, 6, **cache_argument(cache))
     batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 6), value=1)
     model.__dict__.pop("_compiled_call", None)
-    return generate(model, batch | {"input_ids": ids}, NEW, past_key_values=cache, **settings), cache
+    return generate(model, batch | {"input_ids": ids}, NEW, **cache_argument(cache), **settings), cache
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in STOCK_ONLY])
@@ -302,9 +303,9 @@ def test_a_prompt_that_was_read_beforehand():
     for settings in ({}, {"compile_config": compile_on_the_cpu(fullgraph=True)}):
         cache = PrunedCache(model, A2SF(0.4, recent=4))
         with torch.no_grad():
-            model(batch["input_ids"][:, :-1], past_key_values=cache)
+            model(batch["input_ids"][:, :-1], **cache_argument(cache))
         model.__dict__.pop("_compiled_call", None)
-        ids.append(generate(model, batch, NEW, past_key_values=cache, **settings))
+        ids.append(generate(model, batch, NEW, **cache_argument(cache), **settings))
         assert cache.seen_tokens == PROMPT + NEW - 1
     assert torch.equal(*ids)
     assert counters["stats"]["unique_graphs"] == 1
@@ -322,7 +323,7 @@ def test_a_model_that_was_compiled_generates_the_same(prompt, settings):
     def run():
         torch.manual_seed(0)
         cache = PrunedCache(model, policy)
-        ids = generate(model, left_padded([prompt]), 16, past_key_values=cache, **settings)
+        ids = generate(model, left_padded([prompt]), 16, **cache_argument(cache), **settings)
         return ids, kept_everywhere(cache), cache.seen_tokens
 
     expected = run()

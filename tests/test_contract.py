@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvprune import CacheError, CacheReport, Chain, Policy, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.cache.report import LayerReport, human_bytes
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
@@ -104,7 +105,7 @@ def assert_unchanged(cache: PrunedCache, before: dict[tuple[int, str], Tensor], 
 def test_prefill_chunk_size_changes_nothing_at_full_budget(policy, chunk, lengths, seed):
     """A prompt that generate() feeds in chunks of any size gives the ids of the stock cache."""
     batch = left_padded(lengths, seed=seed)
-    ids = generate(shared(), batch, 6, past_key_values=PrunedCache(shared(), policy), prefill_chunk_size=chunk)
+    ids = generate(shared(), batch, 6, **cache_argument(PrunedCache(shared(), policy)), prefill_chunk_size=chunk)
     assert torch.equal(ids, generate(stock(), batch, 6))
 
 
@@ -114,7 +115,7 @@ def test_prefill_chunk_size_bounds_the_cache(policy, chunk, length):
     """Between two chunks the cache holds no more than its budget, and after the prompt and a few tokens just that."""
     spy = Spy()
     cache = PrunedCache(shared(), policy | spy)
-    generate(shared(), left_padded([length]), 5, past_key_values=cache, prefill_chunk_size=chunk)
+    generate(shared(), left_padded([length]), 5, **cache_argument(cache), prefill_chunk_size=chunk)
     assert sum(spy.queries) == cache.seen_tokens == length + 4
     assert max(spy.peaks) <= BUDGET + chunk
     assert all(len(head) == BUDGET for layer in kept_everywhere(cache) for head in layer)
@@ -129,10 +130,10 @@ def test_turns_at_full_budget_equal_one_stock_run(policy, lengths, new, seed):
     """Every turn of a chat on one cache answers as the stock model does when it is given the whole chat at once."""
     cache = PrunedCache(shared(), policy)
     batch = left_padded(lengths, seed=seed)
-    ids = generate(shared(), batch, 5, past_key_values=cache)
+    ids = generate(shared(), batch, 5, **cache_argument(cache))
     for count in new:
         batch = follow_up(batch, ids, count, seed=seed + count)
-        ids = generate(shared(), batch, 5, past_key_values=cache)
+        ids = generate(shared(), batch, 5, **cache_argument(cache))
         assert torch.equal(ids, generate(stock(), batch, 5))
 
 
@@ -143,11 +144,11 @@ def test_turns_compress_again_at_the_right_positions(policy, length, new):
     spy = Spy()
     cache = PrunedCache(shared(), policy | spy)
     batch = left_padded([length])
-    ids = generate(shared(), batch, 5, past_key_values=cache)
+    ids = generate(shared(), batch, 5, **cache_argument(cache))
     for count in new:
         batch = follow_up(batch, ids, count, seed=count)
         spy.queries.clear()
-        ids = generate(shared(), batch, 5, past_key_values=cache)
+        ids = generate(shared(), batch, 5, **cache_argument(cache))
         assert spy.queries == [count + 1, 1, 1, 1, 1]  # the last id of a turn is only fed in the next one
         assert cache.seen_tokens == ids.shape[1] - 1
         for layer in kept_everywhere(cache):
@@ -159,8 +160,8 @@ def test_generate_feeds_what_a_manual_loop_feeds(policy):
     """Two turns of generate() leave the rows that direct calls with the same tokens leave."""
     cache, manual = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
     batch = left_padded([30, 12])
-    first = follow_up(batch, generate(shared(), batch, 5, past_key_values=cache), 10, seed=1)
-    ids = generate(shared(), first, 5, past_key_values=cache)
+    first = follow_up(batch, generate(shared(), batch, 5, **cache_argument(cache)), 10, seed=1)
+    ids = generate(shared(), first, 5, **cache_argument(cache))
     everything = follow_up(first, ids, 0, seed=0)
     feed(shared(), everything, manual, [30, 1, 1, 1, 1, 11, 1, 1, 1, 1])
     assert_same_rows(cache, manual)
@@ -174,7 +175,7 @@ def call_directly(cache: PrunedCache, ids: Tensor, sizes: list[int]) -> Tensor:
     """Logits of calls that leave positions and masks to the model."""
     with torch.no_grad():
         pieces = ids[:, : sum(sizes)].split(sizes, dim=1)
-        return torch.cat([shared()(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+        return torch.cat([shared()(piece, **cache_argument(cache)).logits for piece in pieces], dim=1)
 
 
 sizes = st.lists(st.integers(1, 15), min_size=1, max_size=6)
@@ -215,7 +216,7 @@ def test_prompt_lookup_at_full_budget_equals_greedy(policy, length, draft):
     """Prompt-lookup decoding gives the greedy ids of the stock cache."""
     batch = repetitive(length)
     cache = PrunedCache(shared(), policy)
-    ids = generate(shared(), batch, 15, past_key_values=cache, prompt_lookup_num_tokens=draft)
+    ids = generate(shared(), batch, 15, **cache_argument(cache), prompt_lookup_num_tokens=draft)
     assert torch.equal(ids, generate(stock(), batch, 15))
     assert cache.seen_tokens == length + 14
 
@@ -226,7 +227,7 @@ def test_prompt_lookup_with_evictions_is_bounded_and_ends_at_the_budget(policy, 
     """Prompt-lookup decoding never holds more than budget and draft, and leaves exactly the budget."""
     spy = Spy()
     cache = PrunedCache(shared(), policy | spy)
-    generate(shared(), repetitive(length), 15, past_key_values=cache, prompt_lookup_num_tokens=draft)
+    generate(shared(), repetitive(length), 15, **cache_argument(cache), prompt_lookup_num_tokens=draft)
     # What is observed is what crop() accepted; the first step brings the prompt.
     assert max(spy.peaks[1:]) <= BUDGET + 1 + draft
     assert cache.seen_tokens == length + 14 == sum(spy.queries)
@@ -237,9 +238,9 @@ def test_prompt_lookup_with_evictions_is_bounded_and_ends_at_the_budget(policy, 
 def test_a_turn_after_prompt_lookup_is_a_prompt_again():
     """A turn that follows one with prompt lookup is compressed as a prompt, not kept as a draft of generated text."""
     cache = PrunedCache(shared(), SnapKV(0.5, sinks=1, window=4))
-    ids = generate(shared(), repetitive(30), 5, past_key_values=cache, prompt_lookup_num_tokens=3)
+    ids = generate(shared(), repetitive(30), 5, **cache_argument(cache), prompt_lookup_num_tokens=3)
     ids = torch.cat([ids, token_ids(1, 30)], dim=1)
-    generate(shared(), as_batch(ids), 2, past_key_values=cache)
+    generate(shared(), as_batch(ids), 2, **cache_argument(cache))
     assert cache.seen_tokens == 66
     # Half of the 65 tokens of the chat, and the one that was generated since.
     assert all(len(head) == 33 + 1 for layer in kept_everywhere(cache) for head in layer)
@@ -253,7 +254,7 @@ def test_assisted_decoding(policy, assistant_seed):
     assistant = build("llama", seed=assistant_seed)
     assistant.generation_config.num_assistant_tokens = 4
     cache = PrunedCache(shared(), policy)
-    ids = generate(shared(), batch, 15, past_key_values=cache, assistant_model=assistant)
+    ids = generate(shared(), batch, 15, **cache_argument(cache), assistant_model=assistant)
     assert cache.seen_tokens == ids.shape[1] - 1 == 44
     if policy in FULL_BUDGET.values():
         assert torch.equal(ids, generate(stock(), batch, 15))
@@ -447,13 +448,13 @@ def test_crop_of_an_empty_cache_by_zero_is_nothing():
 def test_reset_makes_a_new_cache_of_it(policy, first, second):
     """After reset() a cache does with any other batch what a new one does."""
     cache, new = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
-    generate(shared(), left_padded(first), 6, past_key_values=cache)
+    generate(shared(), left_padded(first), 6, **cache_argument(cache))
     cache.reset()
     assert cache.seen_tokens == 0
     assert cache.nbytes == 0
     batch = left_padded(second, seed=1)
-    ids = generate(shared(), batch, 6, past_key_values=cache)
-    assert torch.equal(ids, generate(shared(), batch, 6, past_key_values=new))
+    ids = generate(shared(), batch, 6, **cache_argument(cache))
+    assert torch.equal(ids, generate(shared(), batch, 6, **cache_argument(new)))
     for row in range(len(second)):
         assert_same_rows(cache, new, row, row)
 
@@ -464,7 +465,7 @@ def test_reset_ends_the_recording_of_the_past(policy, family):
     """After reset() of a cache that recorded the past, evictions wait for nothing, and windows move on."""
     model = shared(family)
     cache, new = PrunedCache(model, policy), PrunedCache(model, policy)
-    generate(model, repetitive(30), 6, past_key_values=cache, prompt_lookup_num_tokens=3)
+    generate(model, repetitive(30), 6, **cache_argument(cache), prompt_lookup_num_tokens=3)
     cache.reset()
     for one in (cache, new):
         feed(model, left_padded([30]), one, [25, 1, 1])
@@ -594,8 +595,8 @@ def test_returning_a_sequence_twice_equals_returning_it_once(policy, lengths):
     batch = left_padded(lengths)
     cache, single = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
     same = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
-    ids = generate(shared(), batch, 10, past_key_values=cache, **same)
-    assert torch.equal(ids, generate(shared(), batch, 10, past_key_values=single).repeat_interleave(2, dim=0))
+    ids = generate(shared(), batch, 10, **cache_argument(cache), **same)
+    assert torch.equal(ids, generate(shared(), batch, 10, **cache_argument(single)).repeat_interleave(2, dim=0))
     for row in range(2 * len(lengths)):
         assert_same_rows(cache, single, row, row // 2, atol=1e-4, rtol=1e-4)
 
@@ -639,7 +640,7 @@ def reported(request) -> PrunedCache:
     family = "llama" if request.param == "empty" else request.param
     cache = PrunedCache(shared(family), EVICTING["a2sf"])
     if request.param != "empty":
-        generate(shared(family), left_padded([40, 10]), 5, past_key_values=cache)
+        generate(shared(family), left_padded([40, 10]), 5, **cache_argument(cache))
     return cache
 
 
@@ -779,8 +780,8 @@ def test_device_argument(policy, device):
     """A cache on a device that was named does what a cache on the model's device does."""
     batch = left_padded([40, 20])
     named, default = PrunedCache(shared(), policy, device=device), PrunedCache(shared(), policy)
-    ids = generate(shared(), batch, 6, past_key_values=named)
-    assert torch.equal(ids, generate(shared(), batch, 6, past_key_values=default))
+    ids = generate(shared(), batch, 6, **cache_argument(named))
+    assert torch.equal(ids, generate(shared(), batch, 6, **cache_argument(default)))
     assert_same_rows(named, default)
     assert rows(named, 0)["keys"].device == torch.device("cpu")
 
@@ -793,7 +794,7 @@ def test_half_precision_is_finite(policy, dtype):
     cache = PrunedCache(model, policy)
     batch = left_padded([40, 20])
     out = generate(
-        model, batch, 8, past_key_values=cache, output_logits=True, return_dict_in_generate=True
+        model, batch, 8, **cache_argument(cache), output_logits=True, return_dict_in_generate=True
     )  # fmt: skip
     assert all(logits.isfinite().all() for logits in out.logits)
     held = rows(cache, 0)
@@ -811,5 +812,5 @@ def test_a_chain_of_chains_is_one_chain():
     nested = Chain((Chain((first, second)), third))
     assert nested == first | second | third == first | (second | third)
     cache = PrunedCache(shared(), nested)
-    generate(shared(), left_padded([40]), 5, past_key_values=cache)
+    generate(shared(), left_padded([40]), 5, **cache_argument(cache))
     assert all(len(head) == BUDGET for layer in kept_everywhere(cache) for head in layer)

@@ -11,6 +11,7 @@ import torch
 from families import kept_everywhere, token_ids
 
 from kvprune import Policy, PrunedCache
+from kvprune.cache.models import cache_argument
 
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 
@@ -38,7 +39,7 @@ def test_is_under_thirty_lines():
 def test_works_as_shown():
     """The policy evicts in prefill and decode, within its budget, and keeps the sinks."""
     cache = PrunedCache(model(), mean_attention()(budget=40, kernel_size=5))
-    model().generate(token_ids(2, 100), past_key_values=cache, max_new_tokens=10, do_sample=False)
+    model().generate(token_ids(2, 100), **cache_argument(cache), max_new_tokens=10, do_sample=False)
     for layer in range(model().config.num_hidden_layers):
         positions = cache.kept_positions(layer)
         assert positions.shape[2] == 40
@@ -54,7 +55,7 @@ def test_scores_are_mean_attention():
         attention = stock(token_ids(1, tokens), output_attentions=True).attentions[0]
     pruned = PrunedCache(model(), mean_attention()(budget, sinks=0, recent=1))
     with torch.no_grad():
-        model()(token_ids(1, tokens), past_key_values=pruned)
+        model()(token_ids(1, tokens), **cache_argument(pruned))
     kept = pruned.kept_positions(0)
     mass = attention.unflatten(1, (kept.shape[1], -1)).mean(2).sum(2)
     mean = mass / torch.arange(tokens, 0, -1)
@@ -71,7 +72,7 @@ def test_chunks_keep_the_same_rows(chunks):
         cache = PrunedCache(model(), mean_attention()(budget=40, kernel_size=5))
         for piece in ids.split(sizes, dim=1):
             with torch.no_grad():
-                model()(piece, past_key_values=cache)
+                model()(piece, **cache_argument(cache))
         kept.append([kept_everywhere(cache, row) for row in range(2)])
     assert kept[0] == kept[1]
 

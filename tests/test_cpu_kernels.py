@@ -15,6 +15,7 @@ from kvprune import PolicyError, PrunedCache, Scoring
 from kvprune.attention.mass import RowWeights, attention_mass
 from kvprune.attention.noise import Gumbel
 from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, choose, cpu
 from kvprune.kernels.cpu import CPU
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
@@ -366,7 +367,7 @@ def test_a_policy_keeps_the_same_with_all_kernels(policy: Policy, padded: bool):
     found = []
     for kernels in ("cpu", "torch"):
         cache = PrunedCache(model, policy, kernels=kernels)
-        tokens = generate(model, batch, 20, past_key_values=cache)
+        tokens = generate(model, batch, 20, **cache_argument(cache))
         found.append((tokens.tolist(), kept_everywhere(cache), kept_everywhere(cache, 1)))
         assert cache.report().kernels == kernels
         assert f"kernels: {kernels}" in str(cache.report())
@@ -378,7 +379,7 @@ def test_half_precision_models_generate(dtype):
     """Probabilities are float32, outputs of the model's type."""
     model = build("llama", dtype=dtype, hidden_size=64, head_dim=32)
     cache = PrunedCache(model, A2SF(20, recent=4))
-    assert generate(model, left_padded([40]), 8, past_key_values=cache).shape == (1, 48)
+    assert generate(model, left_padded([40]), 8, **cache_argument(cache)).shape == (1, 48)
     assert cache.layers[0].table["score"].isfinite().all()
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import KVPruneError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.demo.show import Demo
@@ -128,9 +129,9 @@ def test_a_quarter_is_a_quarter(model, questions):
     """Keys, values and positions take at most 26 % of the dense bytes; the score column is what comes on top."""
     for policy in (A2SF(0.25, kernel_size=7), SnapKV(0.25)):
         cache = PrunedCache(model, policy)
-        tokens = model(questions.prompts[:2], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        tokens = model(questions.prompts[:2], **cache_argument(cache), logits_to_keep=1).logits.argmax(-1)
         for _ in range(8):
-            tokens = model(tokens, past_key_values=cache).logits.argmax(-1)
+            tokens = model(tokens, **cache_argument(cache)).logits.argmax(-1)
         score = sum(layer.table.tensors()["column.score"].nbytes for layer in cache.layers)
         assert cache.nbytes - score <= 0.26 * cache.dense_nbytes
 
@@ -146,7 +147,7 @@ def test_generate_answers_in_words(model, policy):
         cache = PrunedCache(model, policy)
         output = model.generate(
             **{name: inputs[name] for name in ("input_ids", "attention_mask")},
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=ANSWER_LENGTH + 1,
             do_sample=False,
         )
@@ -170,7 +171,7 @@ def test_the_model_fits_documents_of_any_batch(model):
     together = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=PrunedCache(model, A2SF(0.25, kernel_size=7)),
+        **cache_argument(PrunedCache(model, A2SF(0.25, kernel_size=7))),
         max_new_tokens=3,
         do_sample=False,
     )[:, width:]
@@ -178,7 +179,7 @@ def test_the_model_fits_documents_of_any_batch(model):
         alone = model.generate(
             prompt[None],
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            past_key_values=PrunedCache(model, A2SF(0.25, kernel_size=7)),
+            **cache_argument(PrunedCache(model, A2SF(0.25, kernel_size=7))),
             max_new_tokens=3,
             do_sample=False,
         )[0, len(prompt) :]

@@ -30,6 +30,7 @@ from kvprune import (
     TokenTable,
     UnsupportedModelError,
 )
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache, parse
 
 EVICTING = [A2SF, H2O, Keyformer, SnapKV, TOVA, StreamingLLM]
@@ -386,10 +387,6 @@ UNSUPPORTED = {
             num_heads=2,
         ),
     ),
-    "GPTJForCausalLM": (
-        "registry",
-        lambda: transformers.GPTJConfig(**TINY, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
-    ),
     "BloomForCausalLM": ("registry", lambda: transformers.BloomConfig(**TINY, hidden_size=16, n_layer=1, n_head=2)),
     "MptForCausalLM": ("registry", lambda: transformers.MptConfig(**TINY, d_model=16, n_layers=1, n_heads=2)),
     "FalconForCausalLM": (
@@ -432,11 +429,11 @@ def test_encoders(kind):
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = getattr(transformers, kind)(transformers.BertConfig(**TINY, **shape)).eval()
     with pytest.raises(UnsupportedModelError, match="not causal"):
-        encoder(token_ids(1, 8), past_key_values=PrunedCache(encoder, POLICY), use_cache=True)
+        encoder(token_ids(1, 8), **cache_argument(PrunedCache(encoder, POLICY)), use_cache=True)
     decoder = transformers.BertLMHeadModel(transformers.BertConfig(**TINY, **shape, is_decoder=True)).eval()
     with torch.no_grad():
         expected = decoder(token_ids(1, 8)).logits
-        logits = decoder(token_ids(1, 8), past_key_values=PrunedCache(decoder, POLICY), use_cache=True).logits
+        logits = decoder(token_ids(1, 8), **cache_argument(PrunedCache(decoder, POLICY)), use_cache=True).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -448,7 +445,7 @@ def test_models_that_attend_twice():
         )
     ).eval()
     with pytest.raises(UnsupportedModelError, match="more than once"), torch.no_grad():
-        model(token_ids(1, 8), past_key_values=PrunedCache(model, POLICY))
+        model(token_ids(1, 8), **cache_argument(PrunedCache(model, POLICY)))
 
 
 def test_models_without_attention():
@@ -517,7 +514,7 @@ def test_a_cache_given_to_another_model_generates_nothing(met, layers):
     twin = Twin("llama")
     other = another("llama", met=met, num_hidden_layers=layers)
     with pytest.raises(CacheError, match="Make a new PrunedCache"):
-        generate(other, twin.batch, 5, past_key_values=twin.misused)
+        generate(other, twin.batch, 5, **cache_argument(twin.misused))
     twin.assert_goes_on()
 
 
@@ -527,11 +524,11 @@ def test_an_empty_cache_given_to_another_model(met):
     model, other = build("llama"), another("llama", met=met)
     cache, batch = PrunedCache(model, POLICY), left_padded([30, 20])
     with pytest.raises(CacheError, match="Make a new PrunedCache"):
-        generate(other, batch, 5, past_key_values=cache)
+        generate(other, batch, 5, **cache_argument(cache))
     assert cache.seen_tokens == 0
     assert cache.nbytes == 0
-    expected = generate(model, batch, 5, past_key_values=PrunedCache(model, POLICY))
-    assert torch.equal(generate(model, batch, 5, past_key_values=cache), expected)
+    expected = generate(model, batch, 5, **cache_argument(PrunedCache(model, POLICY)))
+    assert torch.equal(generate(model, batch, 5, **cache_argument(cache)), expected)
 
 
 @each_family
@@ -553,7 +550,7 @@ def test_masks_of_four_dimensions(tokens, mask):
     length = twin.begin + tokens
     full = torch.zeros(2, 1, tokens, length) if mask == "float" else torch.ones(2, 1, tokens, length, dtype=torch.bool)
     with pytest.raises(CacheError, match=r"\(2, 1, .*padding mask"), torch.no_grad():
-        twin.model(token_ids(2, tokens), attention_mask=full, past_key_values=twin.misused)
+        twin.model(token_ids(2, tokens), attention_mask=full, **cache_argument(twin.misused))
     twin.assert_goes_on()
 
 
@@ -562,7 +559,7 @@ def test_masks_that_are_too_short(columns):
     """A padding mask covers at least the new tokens."""
     twin = Twin("llama")
     with pytest.raises(CacheError, match="covers the 4 new tokens"), torch.no_grad():
-        twin.model(token_ids(1, 4), attention_mask=torch.ones(1, columns), past_key_values=twin.misused)
+        twin.model(token_ids(1, 4), attention_mask=torch.ones(1, columns), **cache_argument(twin.misused))
     twin.assert_goes_on()
 
 
@@ -608,7 +605,7 @@ def test_masks_that_are_not_causal():
             config=model.config,
             inputs_embeds=torch.zeros(1, 4, 32),
             attention_mask=None,
-            past_key_values=cache,
+            **cache_argument(cache),
             or_mask_function=lambda batch, head, query, key: key >= 0,
         )
 
@@ -654,12 +651,12 @@ def test_an_interrupted_forward_pass_is_not_forgotten(family, tokens):
 def test_after_an_interrupted_prompt_the_cache_can_be_reset():
     """reset() makes a new cache of one that was left in the middle of a forward pass."""
     model, batch = build("llama"), left_padded([30, 20])
-    expected = generate(model, batch, 5, past_key_values=PrunedCache(model, POLICY))
+    expected = generate(model, batch, 5, **cache_argument(PrunedCache(model, POLICY)))
     cache = PrunedCache(model, POLICY)
-    interrupt(model, 0, lambda: generate(model, batch, 5, past_key_values=cache))
+    interrupt(model, 0, lambda: generate(model, batch, 5, **cache_argument(cache)))
     cache.reset()
     assert cache.nbytes == 0
-    assert torch.equal(generate(model, batch, 5, past_key_values=cache), expected)
+    assert torch.equal(generate(model, batch, 5, **cache_argument(cache)), expected)
 
 
 def test_a_prompt_that_the_bytes_cannot_hold_leaves_the_cache_empty():
@@ -668,7 +665,7 @@ def test_a_prompt_that_the_bytes_cannot_hold_leaves_the_cache_empty():
     cache = PrunedCache(shared(), A2SF("100B", sinks=2, recent=3))
     for _ in range(3):
         with pytest.raises(BudgetError, match=r"at least [\d,]+ bytes"):
-            generate(shared(), batch, 5, past_key_values=cache)
+            generate(shared(), batch, 5, **cache_argument(cache))
         assert cache.seen_tokens == 0
         assert cache.nbytes == 0
 

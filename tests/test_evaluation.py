@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvprune import EvaluationError, KVPruneError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.evaluation.answers import Answers
 from kvprune.evaluation.contenders import Held, contenders
@@ -109,7 +110,7 @@ def test_held_bytes_are_those_of_the_cache(demo):
     ids = families.token_ids(1, 40)
     stock, pruned = DynamicCache(config=demo.model.config), PrunedCache(demo.model, Full())
     for cache in (stock, pruned):
-        demo.model(ids, past_key_values=cache)
+        demo.model(ids, **cache_argument(cache))
     assert Held.by(pruned, demo.model).nbytes == pruned.nbytes
     held = Held.by(stock, demo.model)
     assert held.nbytes == held.dense_nbytes == pruned.dense_nbytes == 2 * held.half_nbytes
@@ -121,7 +122,7 @@ def test_held_bytes_of_hybrid_models_count_alike(family):
     model = families.linear_hybrid() if family == "linear" else families.build(family)
     stock, pruned = DynamicCache(config=model.config), PrunedCache(model, Full())
     for cache in (stock, pruned):
-        model(families.token_ids(1, 40), past_key_values=cache)
+        model(families.token_ids(1, 40), **cache_argument(cache))
     assert Held.by(stock, model).nbytes == pruned.dense_nbytes
 
 
@@ -212,7 +213,7 @@ def test_answers_are_those_of_generate(demo):
         (unit,) = work.units()[row["index"]]
         ids = demo.tokenizer(unit.prompt, return_tensors="pt").input_ids
         cache = None if row["label"] == "full" else PrunedCache(demo.model, A2SF(0.5, kernel_size=7))
-        output = demo.model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        output = demo.model.generate(ids, **cache_argument(cache), max_new_tokens=3, do_sample=False)
         assert row["prediction"] == demo.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         assert row["score"] == work.suite.score(unit, row["prediction"]) > 0.5
         assert row["prompt_tokens"] == ids.shape[1]
@@ -228,8 +229,8 @@ def test_an_unknown_question_comes_after_compression(demo):
     ids = demo.tokenizer(unit.prompt, return_tensors="pt").input_ids
     cache = PrunedCache(demo.model, "snapkv:budget=40")
     with torch.no_grad():
-        demo.model(ids[:, :-3], past_key_values=cache)
-    output = demo.model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        demo.model(ids[:, :-3], **cache_argument(cache))
+    output = demo.model.generate(ids, **cache_argument(cache), max_new_tokens=3, do_sample=False)
     assert row["prediction"] == demo.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     known = run(work_of(demo), contenders(["snapkv"], ["40"]), Results(None), model="demo")
     assert sum(each["score"] for each in known) > row["score"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
@@ -71,7 +72,7 @@ def family(request) -> Family:
         for name, (batch, settings) in asked.items()
     }
     with torch.no_grad():
-        logits = model(**padded, past_key_values=DynamicCache(config=model.config)).logits
+        logits = model(**padded, **cache_argument(DynamicCache(config=model.config))).logits
     PrunedCache(model, Full())  # only now
     return Family(request.param, model, cases, logits)
 
@@ -82,7 +83,7 @@ def test_full_budget_generates_the_ids_of_the_stock_cache(family, policy, case):
     """With a budget larger than the sequence, generate() gives the token ids of the stock cache."""
     case = family.cases[case]
     cache = PrunedCache(family.model, policy)
-    ids = generate(family.model, case.batch, NEW, past_key_values=cache, **case.settings)
+    ids = generate(family.model, case.batch, NEW, **cache_argument(cache), **case.settings)
     assert torch.equal(ids, case.expected)
 
 
@@ -91,7 +92,7 @@ def test_full_budget_gives_the_logits_of_the_stock_cache(family, policy):
     """With a budget larger than the sequence, a direct call gives the stock logits at every real token."""
     batch = family.cases["padded"].batch
     with torch.no_grad():
-        logits = family.model(**batch, past_key_values=PrunedCache(family.model, policy)).logits
+        logits = family.model(**batch, **cache_argument(PrunedCache(family.model, policy))).logits
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(logits[real], family.logits[real], atol=2e-4, rtol=1e-4)
 
@@ -100,10 +101,12 @@ def test_full_budget_gives_the_logits_of_the_stock_cache(family, policy):
 def test_model_behaves_as_before_with_other_caches(family, case):
     """A model that kvprune has touched generates exactly the ids of before, with no cache given and with its own."""
     case = family.cases[case]
-    generate(family.model, case.batch, NEW, past_key_values=PrunedCache(family.model, A2SF(24, sinks=2, recent=8)))
+    generate(family.model, case.batch, NEW, **cache_argument(PrunedCache(family.model, A2SF(24, sinks=2, recent=8))))
     assert torch.equal(generate(family.model, case.batch, NEW, **case.settings), case.expected)
     dynamic = DynamicCache(config=family.model.config)
-    assert torch.equal(generate(family.model, case.batch, NEW, past_key_values=dynamic, **case.settings), case.expected)
+    assert torch.equal(
+        generate(family.model, case.batch, NEW, **cache_argument(dynamic), **case.settings), case.expected
+    )
 
 
 def test_model_logits_without_a_cache_are_those_of_before(family):
@@ -120,7 +123,7 @@ def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy,
     batch = left_padded([10, 50, 37], seed=2)
     cache = PrunedCache(family.model, policy)
     out = generate(
-        family.model, batch, 20, past_key_values=cache, num_beams=num_beams, output_logits=True,
+        family.model, batch, 20, **cache_argument(cache), num_beams=num_beams, output_logits=True,
         return_dict_in_generate=True,
     )  # fmt: skip
     assert all(logits.isfinite().all() for logits in out.logits)
@@ -140,7 +143,7 @@ def test_packed_rows_run_with_exact_sizes_and_finite_logits(family, name, num_be
     batch = left_padded([10, 50, 37], seed=2)
     cache = PrunedCache(family.model, PACKING[name])
     out = generate(
-        family.model, batch, 20, past_key_values=cache, num_beams=num_beams, output_logits=True,
+        family.model, batch, 20, **cache_argument(cache), num_beams=num_beams, output_logits=True,
         return_dict_in_generate=True,
     )  # fmt: skip
     assert all(logits.isfinite().all() for logits in out.logits)
@@ -173,7 +176,7 @@ def test_bytes_where_layers_differ_in_their_heads(budget):
     model = build("gemma4")
     cache = PrunedCache(model, A2SF(budget, sinks=2, recent=2))
     with torch.no_grad():
-        model(**left_padded([200]), past_key_values=cache)
+        model(**left_padded([200]), **cache_argument(cache))
     least = 0.7 if budget != "40KiB" else 0.5  # of what is given, of which 40 KiB are more than there is to keep
     assert least * int(budget[:-3]) * 1024 <= cache.nbytes <= int(budget[:-3]) * 1024
 

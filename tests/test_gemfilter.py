@@ -48,6 +48,7 @@ from transformers.masking_utils import eager_mask
 from typer.testing import CliRunner
 
 from kvprune import BudgetError, CacheError, Policy, PolicyError, Step, TokenTable, UnsupportedModelError
+from kvprune.cache.models import cache_argument
 from kvprune.cache.registration import base_attention
 from kvprune.cli import app
 from kvprune.policies import A2SF, KIVI, GemFilter, SnapKV, get
@@ -92,7 +93,7 @@ def double():
 def queries_and_keys(model, ids: Tensor, layer: int, past: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
     """Of the new tokens of one sequence: query of the last `[Hq, D]` and keys, a copy for every query head."""
     length = 0 if past is None else past.get_seq_length()
-    model(ids, past_key_values=past or DynamicCache(config=model.config))
+    model(ids, **cache_argument(past or DynamicCache(config=model.config)))
     query, key = captured[layer]
     key = key[0].repeat_interleave(query.shape[1] // key.shape[1], dim=0)
     return query[0, :, -1], key[:, length:] if key.shape[1] > ids.shape[1] else key
@@ -133,7 +134,7 @@ def test_chooses_by_the_formula_and_runs_on_nothing_else(
     ids, models = token_ids(1, length, seed=seed), double()
     settings = {"kernel_size": kernel_size, "keep_first": keep_first, "keep_last": keep_last}
     pruned = PrunedCache(models.pruned, GemFilter(budget, layer=layer, **settings))
-    found = generate(models.pruned, alone(ids), 5, past_key_values=pruned)
+    found = generate(models.pruned, alone(ids), 5, **cache_argument(pruned))
     if length <= budget:
         assert pruned.selected_positions is None
         assert torch.equal(found, generate(models.stock, alone(ids), 5))
@@ -150,7 +151,7 @@ def test_every_family_goes_on_as_if_the_chosen_tokens_were_the_prompt(family):
     model, ids = shared(family), token_ids(1, 48, seed=3)
     pruned = PrunedCache(model, GemFilter(20))
     settings = {"return_dict_in_generate": True, "output_logits": True}
-    found = generate(model, alone(ids), 8, past_key_values=pruned, **settings)
+    found = generate(model, alone(ids), 8, **cache_argument(pruned), **settings)
     chosen = best(*queries_and_keys(capturing(family), ids, pruned.filter_layer), 20)
     assert pruned.selected_positions[0].tolist() == chosen
     expected = generate(stock(family), alone(ids[:, chosen]), 8, **settings)
@@ -164,7 +165,7 @@ def test_a_prompt_within_the_budget_is_left_alone(family):
     batch = left_padded([30, 21], seed=2)
     settings = {"return_dict_in_generate": True, "output_logits": True}
     pruned = PrunedCache(shared(family), GemFilter(30))
-    found = generate(shared(family), batch, 6, past_key_values=pruned, **settings)
+    found = generate(shared(family), batch, 6, **cache_argument(pruned), **settings)
     expected = generate(stock(family), batch, 6, **settings)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
@@ -218,10 +219,10 @@ def test_a_padded_batch_equals_each_sequence_alone(lengths, padding, budget, see
     batch, model = left_padded(lengths, width=max(lengths) + padding, seed=seed), double().pruned
     policy = GemFilter(budget, layer=1)
     together = PrunedCache(model, policy)
-    found = generate(model, batch, 6, past_key_values=together)
+    found = generate(model, batch, 6, **cache_argument(together))
     for row, length in enumerate(lengths):
         one = PrunedCache(model, policy)
-        expected = generate(model, sequence(batch, row), 6, past_key_values=one)
+        expected = generate(model, sequence(batch, row), 6, **cache_argument(one))
         assert found[row, -6:].tolist() == expected[0, -6:].tolist()
         assert [kept(together, layer, row) for layer in range(3)] == [kept(one, layer) for layer in range(3)]
         if together.selected_positions is not None:
@@ -234,7 +235,7 @@ def test_sliding_windows_count_what_they_have_seen(family):
     """In a padded batch of a hybrid model, each sequence goes on like a stock model on its chosen tokens."""
     batch, model = left_padded([60, 12, 35], seed=4), shared(family)
     pruned = PrunedCache(model, GemFilter(22))
-    found = generate(model, batch, 25, past_key_values=pruned)
+    found = generate(model, batch, 25, **cache_argument(pruned))
     assert pruned.seen_tokens == 84
     for row, chosen in enumerate(pruned.selected_positions):
         ids = sequence(batch, row)["input_ids"][:, chosen]
@@ -244,7 +245,7 @@ def test_sliding_windows_count_what_they_have_seen(family):
 def test_beams_are_those_of_the_chosen_tokens():
     ids, settings = token_ids(1, 40, seed=5), {"num_beams": 3, "num_return_sequences": 3}
     pruned = PrunedCache(double().pruned, GemFilter(14))
-    found = generate(double().pruned, alone(ids), 8, past_key_values=pruned, **settings)
+    found = generate(double().pruned, alone(ids), 8, **cache_argument(pruned), **settings)
     chosen = pruned.selected_positions[0]
     assert torch.equal(found[:, 40:], generate(double().stock, alone(ids[:, chosen]), 8, **settings)[:, 14:])
     assert len(pruned.selected_positions) == 3
@@ -254,7 +255,7 @@ def test_reordering_moves_what_was_chosen():
     """After `reorder_cache`, `batch_select_indices` and `batch_repeat_interleave` every sequence goes on as it was."""
     batch, model = left_padded([40, 9], seed=6), shared("gemma3")
     pruned = PrunedCache(model, GemFilter(12))
-    generate(model, batch, 3, past_key_values=pruned)
+    generate(model, batch, 3, **cache_argument(pruned))
     before = [positions.tolist() for positions in pruned.selected_positions]
     expected = continued(model, pruned.fork())
     pruned.reorder_cache(torch.tensor([1, 0]))
@@ -272,8 +273,8 @@ def continued(model, pruned: PrunedCache, columns=(0, 1)) -> Tensor:
     mask = left_padded([40, 9])["attention_mask"][list(columns)]
     mask = torch.cat([mask, torch.ones(2, 3, dtype=mask.dtype)], dim=1)
     ids, positions = token_ids(2, 1, seed=9)[:1].expand(2, -1), (mask.sum(1, keepdim=True) - 1)
-    unsaid = model(ids, attention_mask=mask, past_key_values=pruned.fork()).logits
-    told = model(ids, attention_mask=mask, position_ids=positions, past_key_values=pruned).logits
+    unsaid = model(ids, attention_mask=mask, **cache_argument(pruned.fork())).logits
+    told = model(ids, attention_mask=mask, position_ids=positions, **cache_argument(pruned)).logits
     torch.testing.assert_close(unsaid, told)
     return told
 
@@ -281,18 +282,18 @@ def continued(model, pruned: PrunedCache, columns=(0, 1)) -> Tensor:
 def test_a_fork_goes_its_own_way_and_a_reset_starts_over():
     ids, model = token_ids(1, 40, seed=7), shared()
     pruned = PrunedCache(model, GemFilter(10))
-    first = generate(model, alone(ids), 4, past_key_values=pruned)
+    first = generate(model, alone(ids), 4, **cache_argument(pruned))
     other = pruned.fork()
     longer = torch.cat([first, token_ids(1, 30, seed=8)], dim=1)
     assert torch.equal(
-        generate(model, alone(longer), 4, past_key_values=pruned),
-        generate(model, alone(longer), 4, past_key_values=other),
+        generate(model, alone(longer), 4, **cache_argument(pruned)),
+        generate(model, alone(longer), 4, **cache_argument(other)),
     )
     assert other.selected_positions[0].tolist() == pruned.selected_positions[0].tolist()
     other.reset()
     assert other.selected_positions is None
     assert other.seen_tokens == 0
-    assert torch.equal(generate(model, alone(ids), 4, past_key_values=other), first)
+    assert torch.equal(generate(model, alone(ids), 4, **cache_argument(other)), first)
 
 
 # -- positions, turns, chunks ------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def test_positions_are_those_of_the_whole_prompt():
     """The cache holds the chosen positions of the prompt, and the k-th generated token has position n + k."""
     batch, model = left_padded([40, 28], seed=9), shared()
     pruned = PrunedCache(model, GemFilter(11))
-    generate(model, batch, 6, past_key_values=pruned)
+    generate(model, batch, 6, **cache_argument(pruned))
     assert pruned.get_seq_length() == pruned.seen_tokens == 45
     for row, length in enumerate([40, 28]):
         expected = pruned.selected_positions[row].tolist() + [*range(length, length + 5)]
@@ -315,7 +316,7 @@ def test_a_second_turn_filters_what_is_new(family):
     model, ids = shared(family), token_ids(1, 40, seed=10)
     layer = model.config.num_hidden_layers - 1
     pruned = PrunedCache(model, GemFilter(16, layer=layer))
-    answer = generate(model, alone(ids), 5, past_key_values=pruned)
+    answer = generate(model, alone(ids), 5, **cache_argument(pruned))
     first = ids[:, pruned.selected_positions[0]]
     question = token_ids(1, 30, seed=11)
     longer = torch.cat([answer, question], dim=1)
@@ -323,12 +324,12 @@ def test_a_second_turn_filters_what_is_new(family):
     held = torch.cat([first, answer[:, 40:]], dim=1)
     past = DynamicCache(config=stock(family).config)
     with torch.no_grad():
-        stock(family)(held[:, :-1], past_key_values=past)
+        stock(family)(held[:, :-1], **cache_argument(past))
     # The last token of the answer is new to the cache, too: generate() never fed it.
     new = torch.cat([answer[:, -1:], question], dim=1)
     chosen = best(*queries_and_keys(capturing(family), new, layer, past), 16)
 
-    found = generate(model, alone(longer), 6, past_key_values=pruned)
+    found = generate(model, alone(longer), 6, **cache_argument(pruned))
     assert pruned.selected_positions[0].tolist()[16:] == [44 + place for place in chosen]
     whole = torch.cat([held[:, :-1], new[:, chosen]], dim=1)
     assert found[0, -6:].tolist() == generate(stock(family), alone(whole), 6)[0, -6:].tolist()
@@ -388,16 +389,16 @@ def test_a_turn_of_one_chosen_token_is_still_a_prompt():
     noted = Prompts()
     pruned = PrunedCache(shared(), GemFilter(1) | noted)
     for tokens in (20, 1, 10):
-        shared()(token_ids(1, tokens), past_key_values=pruned)
+        shared()(token_ids(1, tokens), **cache_argument(pruned))
     assert noted.said == [True] * 2 + [False] * 2 + [True] * 2
 
 
 def test_a_short_second_turn_is_read_in_full():
     model, ids = shared("gemma3"), token_ids(1, 40, seed=12)
     pruned = PrunedCache(model, GemFilter(16))
-    answer = generate(model, alone(ids), 5, past_key_values=pruned)
+    answer = generate(model, alone(ids), 5, **cache_argument(pruned))
     longer = torch.cat([answer, token_ids(1, 9, seed=13)], dim=1)
-    found = generate(model, alone(longer), 6, past_key_values=pruned)
+    found = generate(model, alone(longer), 6, **cache_argument(pruned))
     whole = torch.cat([ids[:, pruned.selected_positions[0]], longer[:, 40:]], dim=1)
     assert found[0, -6:].tolist() == generate(stock("gemma3"), alone(whole), 6)[0, -6:].tolist()
 
@@ -405,7 +406,7 @@ def test_a_short_second_turn_is_read_in_full():
 def test_chunks_are_filtered_one_by_one():
     model = shared()
     pruned = PrunedCache(model, GemFilter(8))
-    generate(model, alone(token_ids(1, 60, seed=14)), 3, past_key_values=pruned, prefill_chunk_size=20)
+    generate(model, alone(token_ids(1, 60, seed=14)), 3, **cache_argument(pruned), prefill_chunk_size=20)
     chosen = pruned.selected_positions[0].tolist()
     assert [sum(start <= position < start + 20 for position in chosen) for start in (0, 20, 40)] == [8, 8, 8]
 
@@ -414,22 +415,22 @@ def test_chunks_are_filtered_one_by_one():
 def test_a_bare_forward_needs_neither_mask_nor_positions():
     ids, model = token_ids(2, 30, seed=15), shared("gpt2")
     pruned = PrunedCache(model, GemFilter(10))
-    output = model(ids, past_key_values=pruned, output_hidden_states=True)
+    output = model(ids, **cache_argument(pruned), output_hidden_states=True)
     assert output.logits.shape[1] == output.hidden_states[0].shape[1] == 10
     chosen = torch.stack(pruned.selected_positions)
     past = DynamicCache(config=model.config)
-    expected = stock("gpt2")(ids.gather(1, chosen), past_key_values=past).logits
+    expected = stock("gpt2")(ids.gather(1, chosen), **cache_argument(past)).logits
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
     more = token_ids(2, 1, seed=16)
-    expected = stock("gpt2")(more, past_key_values=past).logits
-    torch.testing.assert_close(model(more, past_key_values=pruned).logits, expected, atol=1e-4, rtol=1e-4)
+    expected = stock("gpt2")(more, **cache_argument(past)).logits
+    torch.testing.assert_close(model(more, **cache_argument(pruned)).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_arguments_may_come_by_place():
     ids, model = token_ids(1, 30, seed=15), shared()
     named, placed = PrunedCache(model, GemFilter(10)), PrunedCache(model, GemFilter(10))
-    expected = model.model(input_ids=ids, past_key_values=named)[0]
+    expected = model.model(input_ids=ids, **cache_argument(named))[0]
     assert torch.equal(model.model(ids, None, None, placed)[0], expected)
     assert named.selected_positions[0].tolist() == placed.selected_positions[0].tolist()
 
@@ -438,7 +439,7 @@ def test_arguments_may_come_by_place():
 def test_types_are_chosen_with_their_tokens():
     ids, kinds, model = token_ids(1, 30, seed=16), token_ids(1, 30, seed=17), shared("gpt2")
     pruned = PrunedCache(model, GemFilter(10))
-    found = model(ids, token_type_ids=kinds, past_key_values=pruned).logits
+    found = model(ids, token_type_ids=kinds, **cache_argument(pruned)).logits
     chosen = pruned.selected_positions[0]
     expected = stock("gpt2")(ids[:, chosen], token_type_ids=kinds[:, chosen]).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -455,7 +456,7 @@ def test_linear_layers_of_a_hybrid_start_over():
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = left_padded([40, 22], seed=30)
     pruned = PrunedCache(model, GemFilter(12, layer=3))
-    found = generate(model, batch, 5, past_key_values=pruned)
+    found = generate(model, batch, 5, **cache_argument(pruned))
     for row, chosen in enumerate(pruned.selected_positions):
         ids = sequence(batch, row)["input_ids"][:, chosen]
         assert found[row, 40:].tolist() == generate(model, alone(ids), 5)[0, 12:].tolist()
@@ -464,9 +465,9 @@ def test_linear_layers_of_a_hybrid_start_over():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_embeddings_are_chosen_like_ids(family):
     ids, model = token_ids(1, 40, seed=17), shared(family)
-    expected = generate(model, alone(ids), 5, past_key_values=PrunedCache(model, GemFilter(12)))
+    expected = generate(model, alone(ids), 5, **cache_argument(PrunedCache(model, GemFilter(12))))
     batch = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": torch.ones_like(ids)}
-    found = generate(model, batch, 5, past_key_values=PrunedCache(model, GemFilter(12)))
+    found = generate(model, batch, 5, **cache_argument(PrunedCache(model, GemFilter(12))))
     assert found[0, -5:].tolist() == expected[0, 40:].tolist()
 
 
@@ -489,7 +490,7 @@ def test_nothing_above_the_choosing_layer_sees_the_prompt_and_nothing_is_kept():
         lambda *_: seen.append(("bytes", pruned.nbytes)) if ("layer 2", 10) not in seen else None
     )
     with torch.no_grad():
-        model(ids, past_key_values=pruned)
+        model(ids, **cache_argument(pruned))
     through = [(f"{part} {index}", 50) for index in (0, 1) for part in ("layer", "mlp")]
     assert seen[:6] == [*through, ("layer 2", 50), ("bytes", 0)]
     again = [(f"{part} {index}", 10) for index in range(4) for part in ("layer", "output", "mlp")]
@@ -503,7 +504,7 @@ def test_an_error_inside_the_pass_leaves_cache_and_model_as_they_were(family, er
     model, ids = build(family), token_ids(1, 40, seed=19)
     reference, pruned = (PrunedCache(model, GemFilter(20)) for _ in range(2))
     if turn == 2:
-        answers = [generate(model, alone(ids), 4, past_key_values=each) for each in (reference, pruned)]
+        answers = [generate(model, alone(ids), 4, **cache_argument(each)) for each in (reference, pruned)]
         ids = torch.cat([answers[0], token_ids(1, 40, seed=20)], dim=1)
     held = pruned.nbytes, pruned.seen_tokens, pruned.report().to_dict()
 
@@ -512,12 +513,12 @@ def test_an_error_inside_the_pass_leaves_cache_and_model_as_they_were(family, er
 
     handle = model.get_decoder().layers[0].mlp.register_forward_pre_hook(fail)
     with pytest.raises(error, match="inside"):
-        generate(model, alone(ids), 4, past_key_values=pruned, output_hidden_states=True)
+        generate(model, alone(ids), 4, **cache_argument(pruned), output_hidden_states=True)
     handle.remove()
     assert (pruned.nbytes, pruned.seen_tokens, pruned.report().to_dict()) == held
     assert torch.equal(
-        generate(model, alone(ids), 4, past_key_values=pruned),
-        generate(model, alone(ids), 4, past_key_values=reference),
+        generate(model, alone(ids), 4, **cache_argument(pruned)),
+        generate(model, alone(ids), 4, **cache_argument(reference)),
     )
     assert_stock(model, family)
 
@@ -525,7 +526,7 @@ def test_an_error_inside_the_pass_leaves_cache_and_model_as_they_were(family, er
 @families
 def test_a_model_that_has_filtered_is_as_it_was(family):
     model = shared(family)
-    generate(model, alone(token_ids(1, 40, seed=21)), 3, past_key_values=PrunedCache(model, GemFilter(9)))
+    generate(model, alone(token_ids(1, 40, seed=21)), 3, **cache_argument(PrunedCache(model, GemFilter(9))))
     assert_stock(model, family)
 
 
@@ -546,7 +547,7 @@ def test_attentions_of_other_caches_are_those_of_the_model():
     for each in (model, untouched):
         each.set_attn_implementation("eager")
     ids = token_ids(1, 30, seed=23)
-    model(ids, past_key_values=PrunedCache(model, GemFilter(10)), output_attentions=True)
+    model(ids, **cache_argument(PrunedCache(model, GemFilter(10))), output_attentions=True)
     found, expected = (each(ids, output_attentions=True).attentions for each in (model, untouched))
     assert len(found) == len(expected) == 2
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
@@ -556,7 +557,7 @@ def test_threads_that_share_a_model_share_nothing_else():
     model, prompts = build("llama"), [alone(token_ids(1, 40, seed=seed)) for seed in range(6)]
 
     def answer(batch):
-        return generate(model, batch, 5, past_key_values=PrunedCache(model, GemFilter(12))).tolist()
+        return generate(model, batch, 5, **cache_argument(PrunedCache(model, GemFilter(12)))).tolist()
 
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(answer, prompts))
@@ -568,7 +569,7 @@ def test_nothing_is_filtered_while_the_past_is_recorded():
     """Prompt-lookup decoding needs the logits of every token, so it gives the ids of the stock cache."""
     batch, model = alone(token_ids(1, 12, seed=24).repeat(1, 3)), shared()
     pruned = PrunedCache(model, GemFilter(10))
-    found = generate(model, batch, 8, past_key_values=pruned, prompt_lookup_num_tokens=3)
+    found = generate(model, batch, 8, **cache_argument(pruned), prompt_lookup_num_tokens=3)
     assert torch.equal(found, generate(stock(), batch, 8))
     assert pruned.selected_positions is None
 
@@ -578,14 +579,14 @@ def test_crop_goes_back_to_the_filter_and_no_further():
     model = shared("gemma3")
     pruned, batch = PrunedCache(model, GemFilter(6)), left_padded([26, 9], seed=25)
     mask = batch["attention_mask"][:, :20]
-    model(batch["input_ids"][:, :20], attention_mask=mask, past_key_values=pruned)
+    model(batch["input_ids"][:, :20], attention_mask=mask, **cache_argument(pruned))
     reference = pruned.fork()
-    model(token_ids(2, 3, seed=26), attention_mask=F.pad(mask, (0, 3), value=1), past_key_values=pruned)
+    model(token_ids(2, 3, seed=26), attention_mask=F.pad(mask, (0, 3), value=1), **cache_argument(pruned))
     pruned.crop(-3)
     assert pruned.seen_tokens == 20
     more, mask = token_ids(2, 4, seed=27), torch.cat([mask, torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])], dim=1)
-    expected = model(more, attention_mask=mask, past_key_values=reference).logits[:, -1]
-    torch.testing.assert_close(model(more, attention_mask=mask, past_key_values=pruned).logits[:, -1], expected)
+    expected = model(more, attention_mask=mask, **cache_argument(reference)).logits[:, -1]
+    torch.testing.assert_close(model(more, attention_mask=mask, **cache_argument(pruned)).logits[:, -1], expected)
     pruned.crop(-4)
     with pytest.raises(CacheError, match="cannot crop to 19 tokens"):
         pruned.crop(-1)
@@ -598,7 +599,7 @@ def test_a_chain_evicts_what_the_filter_left():
     """Fractions of a later link are of the whole prompt, its steps count chosen tokens, and decode stays bounded."""
     spy, model = Spy(), shared()
     pruned = PrunedCache(model, GemFilter(20) | A2SF(0.2, sinks=1, recent=2) | spy)
-    generate(model, alone(token_ids(1, 50, seed=28)), 9, past_key_values=pruned)
+    generate(model, alone(token_ids(1, 50, seed=28)), 9, **cache_argument(pruned))
     assert spy.queries == [20] + [1] * 8
     chosen = pruned.selected_positions[0].tolist()
     for head in (head for layer in (0, 1) for head in kept(pruned, layer)):
@@ -660,7 +661,7 @@ def test_a_budget_in_bytes_is_that_of_the_whole_cache(family, size, lengths):
     model = shared(family)
     pruned = PrunedCache(model, GemFilter(f"{size}B"))
     with torch.no_grad():
-        model(**left_padded(lengths), past_key_values=pruned)
+        model(**left_padded(lengths), **cache_argument(pruned))
     assert pruned.nbytes <= size + 64 * (family == "gemma3")  # the padding mask of sliding layers
     if pruned.selected_positions is not None and family == "llama" and len(lengths) == 1:
         table = pruned.layers[0].table
@@ -670,7 +671,7 @@ def test_a_budget_in_bytes_is_that_of_the_whole_cache(family, size, lengths):
 def test_bytes_that_hold_nothing_change_nothing():
     pruned = PrunedCache(shared(), GemFilter("100B"))
     with pytest.raises(BudgetError, match="100 bytes"):
-        generate(shared(), alone(token_ids(1, 30)), 2, past_key_values=pruned)
+        generate(shared(), alone(token_ids(1, 30)), 2, **cache_argument(pruned))
     assert pruned.seen_tokens == pruned.nbytes == 0
 
 
@@ -693,7 +694,7 @@ def test_the_layer_must_be_one_that_is_pruned():
         pruned = PrunedCache(shared("mistral-sliding"), GemFilter(4))
     batch = alone(token_ids(1, 20))
     assert torch.equal(
-        generate(shared("mistral-sliding"), batch, 4, past_key_values=pruned),
+        generate(shared("mistral-sliding"), batch, 4, **cache_argument(pruned)),
         generate(stock("mistral-sliding"), batch, 4),
     )
 
@@ -708,15 +709,15 @@ def test_a_decoder_without_positions_is_refused():
 def test_only_a_padding_mask_can_be_filtered():
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with pytest.raises(CacheError, match="not a padding mask"):
-        shared()(token_ids(1, 20), attention_mask=mask, past_key_values=PrunedCache(shared(), GemFilter(4)))
+        shared()(token_ids(1, 20), attention_mask=mask, **cache_argument(PrunedCache(shared(), GemFilter(4))))
 
 
 @torch.no_grad()
 def test_another_batch_is_refused_as_ever():
     pruned = PrunedCache(shared(), GemFilter(4))
-    shared()(token_ids(2, 20), past_key_values=pruned)
+    shared()(token_ids(2, 20), **cache_argument(pruned))
     with pytest.raises(CacheError, match="holds a batch of 2"):
-        shared()(token_ids(3, 20), past_key_values=pruned)
+        shared()(token_ids(3, 20), **cache_argument(pruned))
 
 
 # -- report and command line -------------------------------------------------------------------------------------------
@@ -724,7 +725,7 @@ def test_another_batch_is_refused_as_ever():
 
 def test_the_report_shows_what_was_chosen(tmp_path):
     pruned = PrunedCache(shared(), GemFilter(12))
-    generate(shared(), left_padded([40, 8], seed=29), 3, past_key_values=pruned)
+    generate(shared(), left_padded([40, 8], seed=29), 3, **cache_argument(pruned))
     report = pruned.report()
     assert [len(positions) for positions in report.selected] == [12, 8]
     assert "the model ran on 12, 8 prompt tokens, chosen by layer 1" in str(report)

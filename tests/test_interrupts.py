@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import CacheError, Policy, PrunedCache, Step, TokenTable
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, KIVI, GemFilter, SnapKV, ZipCache
 
 MODELS = {
@@ -213,11 +214,11 @@ def test_an_interruption_between_two_tokens_costs_nothing():
                 raise KeyboardInterrupt
 
     batch = left_padded([30])
-    whole = generate(shared(), batch, 10, past_key_values=PrunedCache(shared(), A))
+    whole = generate(shared(), batch, 10, **cache_argument(PrunedCache(shared(), A)))
     pruned = PrunedCache(shared(), A)
     with pytest.raises(KeyboardInterrupt):
-        generate(shared(), batch, 10, past_key_values=pruned, streamer=Impatient())
+        generate(shared(), batch, 10, **cache_argument(pruned), streamer=Impatient())
     so_far = {"input_ids": whole[:, : pruned.seen_tokens + 1]}
     more = whole.shape[1] - so_far["input_ids"].shape[1]
     assert 0 < more < 10
-    assert torch.equal(generate(shared(), so_far, more, past_key_values=pruned), whole)
+    assert torch.equal(generate(shared(), so_far, more, **cache_argument(pruned)), whole)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvprune import PrunedCache, Scoring
 from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import cache_argument
 from kvprune.policies import KIVI, Full
 
 KEY_DIM, VALUE_DIM = 6, 5
@@ -204,7 +205,7 @@ def test_a_prompt_is_packed_after_it_was_attended_to():
 def test_a_large_residual_is_a_full_cache():
     """Nothing is packed of a sequence that the residual holds, so generate() gives the ids of the stock cache."""
     batch = left_padded([40, 25])
-    ids = generate(shared(), batch, 12, past_key_values=PrunedCache(shared(), KIVI(residual=60)))
+    ids = generate(shared(), batch, 12, **cache_argument(PrunedCache(shared(), KIVI(residual=60))))
     assert torch.equal(ids, generate(stock(), batch, 12))
 
 
@@ -228,7 +229,7 @@ def test_half_precision_is_finite(dtype):
     model = build("llama", dtype=dtype)
     cache = PrunedCache(model, KIVI(group_size=4, residual=4))
     out = generate(
-        model, left_padded([40, 20]), 12, past_key_values=cache, output_logits=True, return_dict_in_generate=True
+        model, left_padded([40, 20]), 12, **cache_argument(cache), output_logits=True, return_dict_in_generate=True
     )
     assert all(logits.isfinite().all() for logits in out.logits)
     held = rows(cache, 0)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import EvaluationError, KVPruneError, Policy, PolicyError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policies import A2SF, KIVI, Full, SnapKV, StreamingLLM
@@ -217,10 +218,10 @@ def one_by_one(embedded, policy, context, continuation):
     after = tokenizer(context + continuation)["input_ids"][len(before) :]
     cache = PrunedCache(model, policy)
     if before[:-1]:
-        model(torch.tensor([before[:-1]]), past_key_values=cache)
+        model(torch.tensor([before[:-1]]), **cache_argument(cache))
     total, greedy = 0.0, True
     for fed, expected in zip([before[-1], *after], after, strict=False):
-        logits = model(torch.tensor([[fed]]), past_key_values=cache).logits[0, -1]
+        logits = model(torch.tensor([[fed]]), **cache_argument(cache)).logits[0, -1]
         total += logits.log_softmax(-1)[expected].item()
         greedy &= logits.argmax().item() == expected
     return total, greedy
@@ -323,7 +324,7 @@ def test_windows_of_a_long_text_are_scored_one_after_another(embedded):
         inputs = [tokenizer.bos_token_id, *ids][start : start + window]
         cache = PrunedCache(model, policy)
         pieces = torch.tensor([inputs]).split(chunk, dim=1)
-        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)[0]
+        logits = torch.cat([model(piece, **cache_argument(cache)).logits for piece in pieces], dim=1)[0]
         likelihood = logits.log_softmax(-1)
         expected += sum(likelihood[place - start, ids[place]].item() for place in range(done, start + window))
         done = start + window
@@ -343,7 +344,7 @@ def test_measured_bytes_are_those_of_the_caches(embedded):
     context, continuation = choices()[0]
     ask(model, "loglikelihood", (context, continuation))
     cache = PrunedCache(embedded[0], policy)
-    embedded[0](torch.tensor([embedded[1](context)["input_ids"][:-1]]), past_key_values=cache)
+    embedded[0](torch.tensor([embedded[1](context)["input_ids"][:-1]]), **cache_argument(cache))
     assert (model.measured.nbytes, model.measured.dense_nbytes) == (cache.nbytes, cache.dense_nbytes)
     assert model.measured.sequences == 1
 

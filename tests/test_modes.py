@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvprune import CacheError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, ZipCache
 
 POLICIES = {
@@ -35,7 +36,7 @@ def fed(model: PreTrainedModel, cache: Cache, steps: list[int] = STEPS, begin: i
     """Logits of one sequence, in whatever mode this is called."""
     ids, logits = left_padded([60])["input_ids"], []
     for count in steps:
-        logits.append(model(ids[:, begin : begin + count], past_key_values=cache).logits)
+        logits.append(model(ids[:, begin : begin + count], **cache_argument(cache)).logits)
         begin += count
     return torch.cat(logits, dim=1)
 
@@ -63,7 +64,7 @@ def test_every_policy_runs_under_autocast(policy, kernels):
     cache = PrunedCache(shared(), policy, kernels=kernels)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert fed(shared(), cache).isfinite().all()
-        ids = generate(shared(), left_padded([30, 20]), 5, past_key_values=PrunedCache(shared(), policy))
+        ids = generate(shared(), left_padded([30, 20]), 5, **cache_argument(PrunedCache(shared(), policy)))
     assert ids.shape == (2, 35)
 
 

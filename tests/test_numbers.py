@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kvprune import Policy, PrunedCache, RowWeights, Scoring, Step, TokenTable, attention_mass
 from kvprune.attention.mass import row_logits
+from kvprune.cache.models import cache_argument
 from kvprune.kernels import choose
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
@@ -238,7 +239,7 @@ def test_a_turn_that_brings_nothing_new(policy, budget):
     model, batch = build("llama"), left_padded([30])
     pruned = PrunedCache(model, policy)
     feed(model, batch, pruned, [30])
-    ids = generate(model, batch, 5, past_key_values=pruned)
+    ids = generate(model, batch, 5, **cache_argument(pruned))
     assert ids.shape == (1, 35)
     assert pruned.seen_tokens == 64
     generated = 4 if pruned.prompt_filter else 34  # a filter has chosen from the second reading as well
@@ -253,9 +254,9 @@ def test_steps_of_no_tokens_change_nothing(policy, budget):
     for pruned in caches:
         feed(model, batch, pruned, [30])
     with pytest.raises(ValueError, match="max_new_tokens"):
-        generate(model, {"input_ids": batch["input_ids"][:, :30]}, 0, past_key_values=caches[0])
+        generate(model, {"input_ids": batch["input_ids"][:, :30]}, 0, **cache_argument(caches[0]))
     with pytest.raises(RuntimeError, match="0 elements"):
-        model(token_ids(2, 0), past_key_values=caches[0])
+        model(token_ids(2, 0), **cache_argument(caches[0]))
     logits, expected = (feed(model, batch, pruned, [1] * 6, begin=30) for pruned in caches)
     assert torch.equal(logits, expected)
     assert_kept(caches[0], [30, 20], 6, budget)
@@ -266,15 +267,15 @@ def test_sequences_that_finish_early(policy, budget):
     """What follows the end of a sequence is padding: until there, each is what it is alone, and the rest goes on."""
     model = build("llama", dtype=torch.float64)
     batch = left_padded([25, 14, 9], seed=2)
-    endless = generate(model, batch, 20, past_key_values=PrunedCache(model, policy))[:, 25:]
+    endless = generate(model, batch, 20, **cache_argument(PrunedCache(model, policy)))[:, 25:]
     ends = [int(endless[0, 4]), int(endless[1, 12])]
     settings = {"eos_token_id": ends, "pad_token_id": PAD, "min_new_tokens": 0}
     pruned = PrunedCache(model, policy)
-    together = generate(model, batch, 20, past_key_values=pruned, **settings)[:, 25:]
+    together = generate(model, batch, 20, **cache_argument(pruned), **settings)[:, 25:]
     lengths = []
     for row in range(3):
         one = sequence(batch, row)
-        ids = generate(model, one, 20, past_key_values=PrunedCache(model, policy), **settings)
+        ids = generate(model, one, 20, **cache_argument(PrunedCache(model, policy)), **settings)
         alone = ids[0, one["input_ids"].shape[1] :]
         assert torch.equal(together[row, : len(alone)], alone)
         assert (together[row, len(alone) :] == PAD).all()

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import Eviction, Policy, Step, TokenTable
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, KeyDiff, Keyformer, Knorm, Random, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
@@ -280,7 +281,7 @@ def assert_sinks_and_recent(setup: Setup, pruned: PrunedCache, row: int, tokens:
 def test_size_is_bounded_for_any_length(setup, length, budget):
     """However long a model generates, the table has beside the budget room for two intervals and a few holes."""
     pruned = PrunedCache(model(), setup.make(budget))
-    generate(model(), left_padded([length]), 80, past_key_values=pruned)
+    generate(model(), left_padded([length]), 80, **cache_argument(pruned))
     for layer in pruned.pruned_layers:
         assert pruned.layers[layer].table.capacity < max(budget, length) + 2 * setup.interval + setup.holes
         if length + 79 - setup.interval >= budget:
@@ -312,7 +313,7 @@ def test_generated_tokens_have_the_positions_that_follow(setup, lengths, budget)
     """The k-th generated token has logical position n + k, n being the sequence's own tokens."""
     pruned = PrunedCache(model(), setup.make(budget))
     batch = left_padded(lengths)
-    ids = generate(model(), batch, 7, past_key_values=pruned)
+    ids = generate(model(), batch, 7, **cache_argument(pruned))
     assert pruned.seen_tokens == ids.shape[1] - 1
     for row, length in enumerate(lengths):
         assert {head[-1] for layer in kept_everywhere(pruned, row) for head in layer} == {length + 5}

@@ -17,6 +17,7 @@ from quality_tables import FULL, Row, Rows
 from worker import PEERS, Worker
 
 from kvprune import KVPruneError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.demo import load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.policies import Full, SnapKV, StreamingLLM, find
@@ -51,10 +52,10 @@ def write(model, policy, document, question, known):
     cache = PrunedCache(model, policy)
     if not known:
         with torch.no_grad():
-            model(torch.tensor([document]), past_key_values=cache)
+            model(torch.tensor([document]), **cache_argument(cache))
     prompt = torch.tensor([[*document, *question]])
     mask = torch.ones_like(prompt)
-    written = model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    written = model.generate(prompt, attention_mask=mask, **cache_argument(cache), max_new_tokens=3, do_sample=False)
     return written[0, prompt.shape[1] :].tolist()
 
 
@@ -139,7 +140,7 @@ class StreamingLLMPress:
             hook.remove()
 
     def prune(self, module, args, kwargs, output):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = (kwargs.get("cache") or kwargs["past_key_values"]).layers[module.layer_idx]
         length = layer.keys.shape[2]
         last = -(-length * (1 - self.compression_ratio) // 1) - self.n_sink
         slots = [*range(self.n_sink), *range(length - int(last), length)]

@@ -18,6 +18,7 @@ from families import (
 )
 
 from kvprune import BudgetError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
 
 BUDGET = 16
@@ -53,7 +54,7 @@ def test_every_chunk_of_a_chunked_prefill_is_compressed(policy):
     """Not only the first chunk of a prompt is compressed, but each one as it comes."""
     spy = Spy()
     cache = PrunedCache(shared(), policy | spy)
-    generate(shared(), left_padded([60]), 1, past_key_values=cache, prefill_chunk_size=20)
+    generate(shared(), left_padded([60]), 1, **cache_argument(cache), prefill_chunk_size=20)
     assert spy.queries == [20, 20, 20]
     assert spy.peaks == [20, BUDGET + 20, BUDGET + 20]
     assert [len(head) for layer in kept_everywhere(cache) for head in layer] == [BUDGET] * 4
@@ -64,9 +65,9 @@ def test_a_second_turn_feeds_only_new_tokens(policy):
     """The logical length, not the number of rows, says where a second turn begins: no token is fed twice."""
     spy = Spy()
     cache = PrunedCache(shared(), policy | spy)
-    ids = generate(shared(), left_padded([40]), 3, past_key_values=cache)
+    ids = generate(shared(), left_padded([40]), 3, **cache_argument(cache))
     ids = torch.cat([ids, token_ids(1, 10)], dim=1)
-    generate(shared(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 2, past_key_values=cache)
+    generate(shared(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 2, **cache_argument(cache))
     assert spy.queries == [40, 1, 1, 11, 1]
     assert [head[-1] for layer in kept_everywhere(cache) for head in layer] == [53] * 4
 
@@ -79,7 +80,7 @@ def test_positions_are_right_without_position_ids(policy):
     expected = feed(shared(), batch, explicit, [40, 1, 4])
     with torch.no_grad():
         pieces = batch["input_ids"].split([40, 1, 4], dim=1)
-        logits = torch.cat([shared()(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+        logits = torch.cat([shared()(piece, **cache_argument(cache)).logits for piece in pieces], dim=1)
     torch.testing.assert_close(logits, expected, atol=0, rtol=0)
     assert all(kept(cache, layer)[0][-3:] == [42, 43, 44] for layer in cache.pruned_layers if policy.recent >= 3)
 
@@ -134,7 +135,7 @@ def test_prompts_shorter_than_a_window_are_kept_whole(policy, lengths):
     """A prompt of fewer tokens than sinks, window or kernel is not compressed, and nothing crashes."""
     batch = left_padded(lengths)
     cache = PrunedCache(shared(), policy)
-    ids = generate(shared(), batch, 3, past_key_values=cache)
+    ids = generate(shared(), batch, 3, **cache_argument(cache))
     assert torch.equal(ids, generate(stock(), batch, 3))
     for row, length in enumerate(lengths):
         assert all(head == list(range(length + 2)) for layer in kept_everywhere(cache, row) for head in layer)
@@ -148,7 +149,7 @@ def test_budgets_are_never_enlarged_in_silence(kind):
     with pytest.raises(BudgetError):
         kind(8, sinks=4, recent=5)
     cache = PrunedCache(shared(), kind(8, sinks=4, recent=4))
-    generate(shared(), left_padded([40]), 5, past_key_values=cache)
+    generate(shared(), left_padded([40]), 5, **cache_argument(cache))
     assert [len(head) for layer in kept_everywhere(cache) for head in layer] == [8] * 4
 
 
@@ -158,7 +159,7 @@ def test_nothing_leaks_from_one_generation_into_the_next(policy):
     first, other = left_padded([40, 20]), left_padded([33], seed=1)
     caches = [PrunedCache(shared(), policy) for _ in range(3)]
     ids = [
-        generate(shared(), batch, 10, past_key_values=cache)
+        generate(shared(), batch, 10, **cache_argument(cache))
         for batch, cache in zip([first, other, first], caches, strict=True)
     ]
     assert torch.equal(ids[0], ids[2])

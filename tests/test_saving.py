@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import CacheError, Chain, Eviction, KVPruneError, Policy, PolicyError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import registry
 from kvprune.saving import files as saving
@@ -181,13 +182,13 @@ def test_generate_takes_a_second_turn(path):
     first, second = token_ids(1, 50), token_ids(1, 70)
     second[:, :50] = first
     cache = PrunedCache(shared(), A)
-    shared()(first, past_key_values=cache)
+    shared()(first, **cache_argument(cache))
     loaded = again(cache, path)
     for settings in ({}, {"do_sample": True}):
         ids = []
         for each in (cache, loaded):
             torch.manual_seed(1)
-            ids.append(generate(shared(), {"input_ids": second}, 8, past_key_values=each.fork(), **settings))
+            ids.append(generate(shared(), {"input_ids": second}, 8, **cache_argument(each.fork()), **settings))
         assert torch.equal(*ids)
 
 
@@ -230,14 +231,14 @@ def test_compiled_steps_are_caught_up_with(path):
     torch._dynamo.reset()
     step = torch.compile(shared().forward, backend="eager", fullgraph=True)
     cache = PrunedCache(shared(), A)
-    token = shared()(token_ids(2, 40), past_key_values=cache).logits[:, -1:].argmax(-1)
+    token = shared()(token_ids(2, 40), **cache_argument(cache)).logits[:, -1:].argmax(-1)
     for _ in range(3):
-        token = step(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = step(token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
     loaded = again(cache, path)
     assert loaded.seen_tokens == 43
     assert loaded.is_compileable
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert torch.equal(*(step(token, past_key_values=each).logits for each in (cache, loaded)))
+        assert torch.equal(*(step(token, **cache_argument(each)).logits for each in (cache, loaded)))
     assert_same(cache, loaded)
     torch._dynamo.reset()
 
@@ -284,10 +285,10 @@ def test_a_prompt_that_was_read_with_gradients_can_be_saved_and_forked(path):
     """Tensors with a history, in pruned layers and others, are saved without it."""
     model = shared("qwen3-hybrid")
     cache = PrunedCache(model, A)
-    model(token_ids(1, 40), past_key_values=cache)
+    model(token_ids(1, 40), **cache_argument(cache))
     loaded, fork = again(cache, path, model), cache.fork()
     token = token_ids(1, 1)
-    logits = [model(token, past_key_values=each).logits for each in (cache, loaded, fork)]
+    logits = [model(token, **cache_argument(each)).logits for each in (cache, loaded, fork)]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
 
@@ -756,7 +757,7 @@ def test_a_refused_file_leaves_the_model_as_it_was(kept_file):
         PrunedCache.load(kept_file.path, model)
     assert not model.config._attn_implementation.startswith("kvprune")
     ids = token_ids(1, 5)
-    model(ids, past_key_values=DynamicCache(config=model.config))
+    model(ids, **cache_argument(DynamicCache(config=model.config)))
 
 
 # -- forks -------------------------------------------------------------------------------------------------------------

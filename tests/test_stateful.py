@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from kvprune import BudgetError, CacheError, Policy, PrunedCache
 from kvprune.cache import layer
+from kvprune.cache.models import cache_argument
 from kvprune.policy.budget import Budget
 from kvprune.table import token_table as table
 
@@ -139,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             with torch.no_grad():
                 logits = self.model(
-                    padded, attention_mask=mask, position_ids=positions, past_key_values=self.fast
+                    padded, attention_mask=mask, position_ids=positions, **cache_argument(self.fast)
                 ).logits
         except BudgetError:
             assert self.in_bytes
@@ -285,7 +286,7 @@ class CacheMachine(RuleBasedStateMachine):
     @counted()
     def call_with_another_batch_size(self) -> None:
         with pytest.raises(CacheError), torch.no_grad():
-            self.model(token_ids(self.pair.batch + 1, 2), past_key_values=self.fast)
+            self.model(token_ids(self.pair.batch + 1, 2), **cache_argument(self.fast))
 
     # -- copies ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprune import Policy, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.kernels import cpu
 from kvprune.passes.prompt_filter import shorten
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
@@ -65,10 +66,10 @@ def conversation(model: PreTrainedModel, policy: Policy | str, number: int) -> t
     """Two turns of a padded batch, other ones for every number."""
     pruned = PrunedCache(model, policy)
     batch = left_padded([30 + number, 20], seed=number)
-    ids = generate(model, batch, 6, past_key_values=pruned)
+    ids = generate(model, batch, 6, **cache_argument(pruned))
     batch = {name: torch.cat([tensor, tensor[:, -9:]], dim=1) for name, tensor in batch.items()}
     batch["input_ids"][:, -9:-3] = ids[:, -6:]
-    return generate(model, batch, 6, past_key_values=pruned), pruned
+    return generate(model, batch, 6, **cache_argument(pruned)), pruned
 
 
 def assert_alike(found: list[tuple[Tensor, PrunedCache]], expected: list[tuple[Tensor, PrunedCache]]) -> None:
@@ -94,9 +95,9 @@ def test_a_stock_cache_beside_three_pruned_ones():
     PrunedCache(model, A)
     expected = generate(build("llama"), batch, 15)
     found = at_once(
-        [lambda: generate(model, batch, 15, past_key_values=DynamicCache(config=model.config))]
+        [lambda: generate(model, batch, 15, **cache_argument(DynamicCache(config=model.config)))]
         + [
-            lambda p=p: generate(model, batch, 15, past_key_values=PrunedCache(model, p))
+            lambda p=p: generate(model, batch, 15, **cache_argument(PrunedCache(model, p)))
             for p in (A, TOVA(12), H2O(0.5))
         ]
     )

@@ -6,6 +6,7 @@ from devices import on_devices
 from families import build, generate, kept_everywhere, left_padded
 
 from kvprune import PolicyError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.kernels import choose, gpu
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, ZipCache
 
@@ -27,7 +28,7 @@ def test_a_policy_keeps_the_same_with_triton(policy, device):
     found = []
     for kernels in ("triton", "torch"):
         cache = PrunedCache(model, policy, kernels=kernels)
-        tokens = generate(model, batch, 6, past_key_values=cache)
+        tokens = generate(model, batch, 6, **cache_argument(cache))
         assert cache.report().kernels == kernels
         found.append((tokens.tolist(), kept_everywhere(cache), kept_everywhere(cache, 1)))
     assert found[0] == found[1]

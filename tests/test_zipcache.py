@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvprune import CacheError, Policy, PrunedCache, Scoring, Step, TokenTable
 from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import cache_argument
 from kvprune.policies import Full, ZipCache
 
 SCALE = 0.5
@@ -484,7 +485,7 @@ def test_half_precision_is_finite(dtype, policy):
     model = build("llama", dtype=dtype)
     cache = PrunedCache(model, policy)
     out = generate(
-        model, left_padded([40, 20]), 12, past_key_values=cache, output_logits=True, return_dict_in_generate=True
+        model, left_padded([40, 20]), 12, **cache_argument(cache), output_logits=True, return_dict_in_generate=True
     )
     assert all(logits.isfinite().all() for logits in out.logits)
     held = rows(cache, 0)

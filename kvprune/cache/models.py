@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
+
+from transformers.masking_utils import create_causal_mask
 
 from kvprune.cache.registration import PREFIX, register
 from kvprune.errors import UnsupportedModelError
 
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""Under which name models and `generate()` take a cache: transformers 5.24 renamed it, and warns of the old name."""
 _switching = threading.Lock()
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The cache as an argument of a model, or of `generate()`, of the transformers that is installed."""
+    return {CACHE_ARGUMENT: cache}
 
 
 def text_config(model: Any) -> Any:
@@ -48,8 +58,8 @@ def check_supported(model: Any) -> None:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' attention registry, so kvprune cannot reach "
-            "it. GPT-J, BLOOM, MPT and Falcon are such models; Llama, Mistral, Qwen, Phi-3, Gemma, GPT-NeoX, OPT, "
-            "GPT-2 and most others work."
+            "it. BLOOM, MPT and Falcon are such models, and GPT-J before transformers 5.24; Llama, Mistral, Qwen, "
+            "Phi-3, Gemma, GPT-NeoX, OPT, GPT-2 and most others work."
         )
     text = text_config(model)
     if getattr(text, "kv_lora_rank", None) is not None:
@@ -57,7 +67,7 @@ def check_supported(model: Any) -> None:
             f"{name} uses multi-head latent attention, which transforms its keys after caching them: kvprune does not "
             "support it."
         )
-    if any(mode is not None for mode in getattr(text, "kv_sharing_modes", None) or ()):
+    if any(mode not in (None, "store") for mode in getattr(text, "kv_sharing_modes", None) or ()):  # those who read
         raise UnsupportedModelError(
             f"layers of {name} read the cache of other layers, whose rows may be gone: kvprune does not support it."
         )

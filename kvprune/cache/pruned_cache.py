@@ -38,7 +38,7 @@ class PrunedCache(Cache):
     """A KV cache whose policy decides, at every prefill and decode step, which tokens stay.
 
         cache = PrunedCache(model, A2SF(budget=0.25))
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)
 
     Layers with full attention are pruned; sliding-window, chunked and linear layers of a hybrid model keep the layer
     that transformers gives them.

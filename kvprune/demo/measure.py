@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.demo.task import RecallGenerator
 from kvprune.policy.base import Policy
@@ -167,4 +168,4 @@ def measure(
 
 def _next(model: Any, tokens: Tensor, cache: Cache) -> Tensor:
     """The most likely next token of each sequence, `[B]`."""
-    return model(tokens.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1).cpu()
+    return model(tokens.to(model.device), **cache_argument(cache), logits_to_keep=1).logits[:, -1].argmax(-1).cpu()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.report import human_bytes
 from kvprune.demo import load
@@ -119,7 +120,7 @@ class Demo:
             written = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                past_key_values=cache,
+                **cache_argument(cache),
                 max_new_tokens=ANSWER_LENGTH,
                 do_sample=False,
             )[0, inputs.shape[1] :]
@@ -208,7 +209,7 @@ class Demo:
         for axes, (label, policy) in zip(strips, chosen.items(), strict=True):
             cache = PrunedCache(model, policy)
             with torch.no_grad():
-                model(questions.prompts[:1], past_key_values=cache, logits_to_keep=1)
+                model(questions.prompts[:1], **cache_argument(cache), logits_to_keep=1)
             share = cache.report().kept_share()
             image = axes.imshow(
                 share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.cache.models import cache_argument
 from kvprune.errors import EvaluationError
 from kvprune.evaluation.contenders import Contender, Held
 from kvprune.evaluation.example import Example, Suite
@@ -69,11 +70,11 @@ class Answers:
         with torch.inference_mode():
             cache = contender.cache(model)
             if not self.question_known:
-                model(ids[:, : prompt.question], past_key_values=cache, logits_to_keep=1)
+                model(ids[:, : prompt.question], **cache_argument(cache), logits_to_keep=1)
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **cache_argument(cache),
                 **self._generation(example, prompt),
             )
         written = output[0, ids.shape[1] :]

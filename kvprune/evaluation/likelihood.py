@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from kvprune.cache.models import cache_argument
 from kvprune.errors import EvaluationError
 from kvprune.evaluation.contenders import FULL, Contender, Held
 from kvprune.evaluation.models import LanguageModel
@@ -150,9 +151,9 @@ def logits(model: Any, sequences: Tensor, prompt: int, cache: Cache) -> Iterator
 
     sequences: `[B, L]`, whose first `prompt` tokens are prefilled and whose last one is only predicted.
     """
-    model(sequences[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    model(sequences[:, :prompt], **cache_argument(cache), logits_to_keep=1)
     for token in sequences[:, prompt:-1, None].unbind(1):
-        yield model(token, past_key_values=cache).logits[:, -1]
+        yield model(token, **cache_argument(cache)).logits[:, -1]
 
 
 def compare(steps: Iterable[Tensor], full: Iterable[Tensor], targets: Tensor) -> Predictions:

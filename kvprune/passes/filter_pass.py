@@ -14,6 +14,7 @@ from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Queries
 from kvprune.cache.heads import Heads
 from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import cache_argument
 from kvprune.cache.modes import cast, no_autocast
 from kvprune.cache.registration import PendingKeys
 from kvprune.policy.base import per_sequence
@@ -50,7 +51,7 @@ class FilterPass(Cache):
         """Run the decoder's forward, and return `columns`."""
         try:
             with torch.no_grad():
-                forward(**arguments, past_key_values=self)
+                forward(**arguments, **cache_argument(self))
         except _Chosen:
             return self.columns
         raise self.misused("its forward pass never came to the layer that chooses")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.errors import UnsupportedModelError
 from kvprune.passes.filter_pass import FilterPass
 from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
@@ -33,7 +34,7 @@ def install(model: Any) -> None:
     """Register the hook on the model's decoder, once. Raises UnsupportedModelError where it could not work."""
     decoder = model.get_decoder()
     known = inspect.signature(decoder.forward).parameters
-    if "position_ids" not in known or "past_key_values" not in known:
+    if "position_ids" not in known or CACHE_ARGUMENT not in known:
         raise UnsupportedModelError(
             f"the decoder of {type(model).__name__}, {type(decoder).__name__}, takes no position_ids, so the tokens "
             "that a prompt filter chooses could not be given the positions of a whole prompt. Use a policy that evicts "
@@ -120,7 +121,7 @@ class _Step:
 
     def filtered(self) -> dict[str, Any] | None:
         """The arguments for the chosen tokens alone; None if all are chosen."""
-        arguments = {name: value for name, value in self.continued().items() if name != "past_key_values"}
+        arguments = {name: value for name, value in self.continued().items() if value is not self.cache}
         arguments |= {"use_cache": True, "output_attentions": False, "output_hidden_states": False}
         scratch = FilterPass(self.cache, self.policy, self.filter_layer, self.valid)
         columns = scratch.run(self.decoder.forward, arguments)
