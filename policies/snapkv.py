@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Step
-from kvprune.policy.eviction import Eviction, along_positions, check_count, reach
+from kvprune.policy.eviction import Eviction, check_count, over_neighbours
 from kvprune.table.token_table import TokenTable
 
 
@@ -62,11 +62,8 @@ class SnapKV(Eviction):
         if step.due:
             table["score"] = step.mass
 
-    def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
+    def pool(self, scores: Tensor, positions: Tensor) -> Tensor:
         if self.pooling == "max":
-            return super().pool(scores, table, recent)
-        return along_positions(scores.masked_fill(recent, 0.0), table.positions, self._average, fill=0.0)
-
-    def _average(self, dense: Tensor) -> Tensor:
-        size = reach(self.kernel_size, dense.shape[-1])
-        return F.avg_pool1d(dense, size, stride=1, padding=size // 2)
+            return super().pool(scores, positions)
+        lent = scores.masked_fill(scores == -math.inf, 0.0)
+        return over_neighbours(lent, positions, self.kernel_size, lambda lent: lent.sum(-1) / self.kernel_size, 0.0)

@@ -212,9 +212,10 @@ class Ranking:
             always = [position for position in kept if position < self.sinks or position >= window]
             others = [position for position in kept if self.sinks <= position < window]
             value = {position: self.score[head, position] for position in others}
-            if layer.prefill and self.kernel_size > 1:
+            if self.kernel_size > 1:
                 lending = {position: self.score[head, position] for position in kept if position < window}
-                value = {position: self.pooled(lending, position) for position in others}
+                lending = {position: score for position, score in lending.items() if score > -math.inf}
+                value = {each: self.pooled(lending, each) if each in lending else -math.inf for each in others}
             best_first = sorted(others, key=lambda position: (value[position], position), reverse=True)
             room = max(0, capacity - len(always))
             layer.kept[head] = sorted(always + best_first[:room])

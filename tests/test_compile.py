@@ -23,6 +23,8 @@ STATIC = {
     "tova": TOVA(20),
     "streaming": StreamingLLM(20),
     "snapkv": SnapKV(20, window=8, interval=1),
+    "pooled": A2SF(20, recent=4, kernel_size=5),
+    "averaged": SnapKV(20, window=8, interval=1, pooling="avg"),
     "keyformer": Keyformer(20),
     "keyformer-frozen": Keyformer(20, frozen_keys=True),
 }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprune.attention.mass import GROUPS
+from kvprune.attention.mass import GROUPS, row_blocks
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.policy.base import Decision, Policy, Step, per_sequence
 from kvprune.policy.budget import Budget
@@ -40,7 +40,9 @@ class Eviction(Policy):
         interval: generated tokens between two evictions. 1 evicts at every step and the cache never exceeds the budget
             by more than the token being generated; None never evicts generated tokens.
         group: how scores of the query heads of a KV head are reduced, "mean" or "max".
-        kernel_size: odd; scores are max-pooled over that many neighbouring positions before a prefill step selects.
+        kernel_size: odd; wherever rows are compared, while tokens are generated too, a row counts as much as the best
+            of that many positions around it: an answer of n tokens beside what is attended to takes 2 n + 1.
+            1 is no pooling.
         seed: of policies that draw random numbers.
         share: who gets how many rows of the budget, a `Share` or its text ("adaptive"). But for `Uniform`, heads or
             layers keep different numbers of rows, as many on average as the budget says.
@@ -167,15 +169,8 @@ class Eviction(Policy):
     def _select(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Decision:
         """The best rows of all, in the order of their positions."""
         most, device = min(max(capacity), table.length), table.positions.device
-        retention = self._retention(table, step, capacity, self._selecting_scores(table, step, capacity))
+        retention = self._retention(table, step, capacity, self._compared(table, step, capacity))
         return _best(table, retention, most, None if len(set(capacity)) == 1 else per_sequence(capacity, device))
-
-    def _selecting_scores(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
-        """The scores by which a step selects, `[B, Hkv, rows]` float32."""
-        scores = self.scores(table, step).expand_as(table.positions)
-        if self.kernel_size > 1 and step.prefill:
-            scores = self.pool(scores, table, self._is_recent(table, step, capacity))
-        return scores
 
     def _evict(
         self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int, surplus: int | Tensor | None = None
@@ -185,9 +180,9 @@ class Eviction(Policy):
         surplus: rows above what a head may hold, where the capacity does not say that.
         """
         if table.dense and excess == 1:
-            scores, window = self.scores(table, step), self._window(table, step, capacity)
+            scores, window = self._compared(table, step, capacity), self._window(table, step, capacity)
             return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window))
-        retention = self._retention(table, step, capacity, self.scores(table, step).expand_as(table.positions))
+        retention = self._retention(table, step, capacity, self._compared(table, step, capacity))
         if table.dense:
             return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)
         empty = table.positions < 0
@@ -222,7 +217,7 @@ class Eviction(Policy):
             counts = None
         else:
             asked = zip(tables, steps, capacities, strict=True)
-            scores = [self._selecting_scores(table, step, capacity) for table, step, capacity in asked]
+            scores = [self._compared(table, step, capacity) for table, step, capacity in asked]
             counts = self._counts(tables, steps, capacities, scores)
         decisions: list[Decision | None] = []
         for number, (table, step, capacity) in enumerate(zip(tables, steps, capacities, strict=True)):
@@ -269,11 +264,25 @@ class Eviction(Policy):
 
     # -- what rows are kept by ---------------------------------------------------------------------------------------
 
-    def pool(self, scores: Tensor, table: TokenTable, recent: Tensor) -> Tensor:
-        """Scores max-pooled over neighbouring positions. Rows of the recent window, kept anyway, lend nothing."""
-        return along_positions(
-            scores.masked_fill(recent, -math.inf), table.positions, max_pool(self.kernel_size), fill=-math.inf
-        )
+    def _compared(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
+        """The scores by which rows are compared, `[B, Hkv, rows]`: pooled, if the policy pools.
+
+        Pooled anew from the rows at hand, not once for all: a neighbour stays as long as what it stands beside, and
+        what a generated token stands beside counts as well. Rows of the recent window, kept anyway, lend nothing; a row
+        that scores -inf or NaN is out of the question, and is lent nothing.
+        """
+        scores = self.scores(table, step).expand_as(table.positions)
+        if self.kernel_size == 1:
+            return scores
+        out = ~(scores > -math.inf)
+        idle = out | self._is_recent(table, step, capacity)
+        if not table.dense:
+            idle |= table.positions < 0
+        return self.pool(scores.masked_fill(idle, -math.inf), table.positions).masked_fill_(out, -math.inf)
+
+    def pool(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Scores pooled over neighbouring positions, both `[B, Hkv, rows]`; -inf lends nothing."""
+        return over_neighbours(scores, positions, self.kernel_size, lambda lent: lent.amax(-1))
 
     def _window(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> int | Tensor:
         """The position where the recent window begins: an int, or LongTensor `[B, 1, 1]`."""
@@ -340,6 +349,29 @@ def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
         return F.max_pool1d(dense, size, stride=1, padding=size // 2)
 
     return pool
+
+
+def over_neighbours(
+    scores: Tensor, positions: Tensor, kernel_size: int, reduce: Callable[[Tensor], Tensor], fill: float = -math.inf
+) -> Tensor:
+    """For every row, `reduce` of the scores of its neighbours, those less than half a kernel away, `[..., neighbours]`.
+
+    `fill` stands where there is no neighbour. No shape depends on what positions say, and the device is not waited for.
+    scores, positions: `[B, Hkv, rows]`; positions differ, but for those of empty rows, which are to score `fill`.
+    """
+    batch, heads, rows = positions.shape
+    half = kernel_size // 2
+    few = min(half, rows - 1)  # as positions differ, no neighbour is more rows away
+    order = positions.argsort(dim=-1)
+    places = positions.gather(2, order)
+    around = F.pad(places, (few, few)).unfold(2, 2 * few + 1, 1)
+    lent = F.pad(scores.gather(2, order), (few, few), value=fill).unfold(2, 2 * few + 1, 1)
+    parts = []
+    for block in row_blocks(rows, batch * heads * (2 * few + 1), scores.device):
+        near = (around[:, :, block] - places[:, :, block, None]).abs_() <= half
+        parts.append(reduce(torch.where(near, lent[:, :, block], fill)))
+    pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return torch.empty_like(pooled).scatter_(2, order, pooled)
 
 
 def reach(kernel_size: int, length: int) -> int:
