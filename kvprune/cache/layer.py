@@ -83,6 +83,11 @@ class PrunedLayer(CacheLayerMixin):
         """Of the layer in the model."""
         return self.planner.layer
 
+    @property
+    def batch_size(self) -> int | None:
+        """How many sequences it holds; None if it is empty."""
+        return None if self.table is None else self.table.batch_size
+
     def reset(self) -> None:
         self.table: TokenTable | None = None
         self.steady: Steady | None = None  # from when on a decode step changes no shape

@@ -7,12 +7,18 @@ import operator
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from kvprune.attention.backends import choose
 from kvprune.attention.mass import Scoring
@@ -21,8 +27,8 @@ from kvprune.cache.heads import Heads
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
 from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
-from kvprune.cache.progress import Progress
-from kvprune.cache.registration import PendingKeys
+from kvprune.cache.progress import Progress, watch
+from kvprune.cache.registration import NO_MASK, PREFIX, CacheLength, PendingKeys, PendingMask
 from kvprune.cache.report import CacheReport, LayerReport, kind_of
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
@@ -116,7 +122,10 @@ class PrunedCache(Cache):
         self._open: int | None = None  # a layer whose keys came but whose attention has not run
         self._padding: tuple[Tensor, int, Tensor | None] | None = None
         self._stock_states: dict[int, dict[str, Any]] = {}
-        self._progress = Progress(max(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)))
+        decoder = _decoder(model)
+        watched = decoder is not None and any(isinstance(each, LinearAttentionCacheLayerMixin) for each in layers)
+        last = max(index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
+        self._progress = Progress(last, watched=watched)
         self.is_hybrid = len(pruned) < len(layers)
         self.prompt_filter: PromptFilter | None = None
         self.filter_layer: int | None = None
@@ -128,6 +137,8 @@ class PrunedCache(Cache):
             install(model)
             self.prompt_filter = first
         switch_attention(model)
+        if watched and decoder is not None:
+            watch(decoder)
 
     # -- one forward pass ------------------------------------------------------------------------------------------
 
@@ -161,6 +172,27 @@ class PrunedCache(Cache):
         self._come_to(layer_idx, f"recurrent {state_idx}", states.shape[0])
         return super().update_recurrent_state(states, layer_idx, state_idx, **kwargs)
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Of a layer with linear attention, which may update it in place; transformers' own."""
+        self._come_to_state()
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Of a layer with linear attention, which may update it in place; transformers' own."""
+        self._come_to_state()
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def begins_pass(self) -> None:
+        """A decoder that is watched is called with this cache."""
+        if torch.compiler.is_dynamo_compiling():
+            self._progress.forget()
+            return
+        self._check_complete()
+
+    def ends_pass(self) -> None:
+        """It has come to its end."""
+        self._progress.end()
+
     def attend(
         self,
         module: torch.nn.Module,
@@ -187,6 +219,8 @@ class PrunedCache(Cache):
         if torch.compiler.is_dynamo_compiling() and not _is_static(layer, query):
             return self._attend_uncompiled(module, query, mask, settings)
         scoring = self.scoring_of(module, query, layer, **settings)
+        if isinstance(mask, PendingMask):
+            mask = mask.padding
         valid = self._valid(mask, query.shape[2], layer)
         first = self._open == self.pruned_layers[0]
         if first and layer.undecided is not None:
@@ -286,6 +320,13 @@ class PrunedCache(Cache):
         steady = getattr(self.layers[layer_idx], "steady", None)
         return super().get_seq_length(layer_idx) if steady is None else steady.seen  # generate() asks at every step
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a layer's mask; the length of a pruned layer says that it is of this cache."""
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if isinstance(length, CacheLength) and length is not NO_MASK and not torch.compiler.is_dynamo_compiling():
+            length.cache = self
+        return length, offset
+
     @property
     def _skipped(self) -> int:
         """Columns that a prompt filter has kept from the layers."""
@@ -296,7 +337,13 @@ class PrunedCache(Cache):
         """Which of the new tokens are real, bool `[B, length]`; None if all are. Worked out once per forward pass."""
         if mask is None:
             return None
-        if mask.ndim != 2 or mask.shape[1] < length:
+        if mask.ndim != 2:
+            raise self.misused(
+                f"its attention was given a mask of the shape {tuple(mask.shape)}, which the model, or who called it, "
+                "made. A pruned cache can only attend causally, with a padding mask [batch, tokens]: give it that, or "
+                "use DynamicCache here"
+            )
+        if mask.shape[1] < length:
             raise self.misused(
                 f"the attention mask has the shape {tuple(mask.shape)}; a pruned cache takes a padding mask "
                 f"[batch, tokens] that covers the {length} new tokens"
@@ -322,12 +369,18 @@ class PrunedCache(Cache):
             self._check_whole(batch_size)
         self._progress.note(layer, call)
 
+    def _come_to_state(self) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            self._progress.touch()
+
     def _check_whole(self, batch_size: int) -> None:
         """Before a forward pass: all layers have seen the same, and the batch is the one they hold."""
-        self._check_complete()
+        if not self._progress.watched:  # else it was seen to when the pass began
+            self._check_complete()
         for index in self.pruned_layers[:1]:
             table = self.layers[index].table
             if table is not None and table.batch_size != batch_size:
+                self._progress.end()  # before anything has changed
                 raise CacheError(
                     f"this cache holds a batch of {table.batch_size}, and the model was called with a batch of "
                     f"{batch_size}. Make a new PrunedCache, or call reset() to start over."
@@ -355,8 +408,16 @@ class PrunedCache(Cache):
                 "call reset() and start over, or go on with a fork() made before."
             )
 
-    def bypassed(self) -> KVPruneError:
-        """The error to raise where another attention than kvprune's was given a layer's keys."""
+    def bypassed(self, use: str = "") -> KVPruneError:
+        """The error to raise where another attention than kvprune's was given a layer's keys. use: it made of them."""
+        model = self._model()
+        if use and model is not None and (text_config(model)._attn_implementation or "").startswith(PREFIX):
+            return self.misused(
+                f"the keys of layer {self._open} were changed after they had been cached ({use}), by the model itself "
+                "or by another one that was called. kvprune cannot reach what such a model attends to: use "
+                "DynamicCache with it",
+                UnsupportedModelError,
+            )
         return self.misused(
             f"the attention of layer {self._open} did not go through kvprune. Either another model was called, or "
             "set_attn_implementation() was called since, or the model changes its keys after caching them, or a "
@@ -528,15 +589,34 @@ class PrunedCache(Cache):
 
     @without_gradients
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Let every sequence stand so many times, side by side."""
-        self._end_prompt()
-        super().batch_repeat_interleave(repeats)
+        """Let every sequence stand so many times, side by side. Raises CacheError for less than once."""
+        if not isinstance(repeats, SupportsIndex) or operator.index(repeats) < 1:
+            raise CacheError(f"batch_repeat_interleave takes an int of at least 1, not {repeats!r}.")
+        batch = self._batch_size
+        if batch is not None:
+            self._end_prompt()
+            super().reorder_cache(torch.arange(batch).repeat_interleave(operator.index(repeats)))
 
     @without_gradients
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences, LongTensor `[n]` or bool `[B]`, in this order."""
-        self._end_prompt()
-        super().batch_select_indices(indices)
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Keep these sequences, in this order: a tensor or sequence of ints `[n]`, negative ones counted from the end,
+        or of bools `[B]`. An empty cache takes anything, as DynamicCache does.
+
+        Raises CacheError, before anything has changed, for what names no sequences of this batch.
+        """
+        batch = self._batch_size
+        if batch is not None:
+            rows = _sequences(indices, batch)
+            self._end_prompt()
+            super().reorder_cache(rows)  # layers of every kind take such indices as those of beams
+
+    @property
+    def _batch_size(self) -> int | None:
+        """How many sequences it holds; None if it is empty."""
+        sizes = (
+            layer.batch_size if isinstance(layer, PrunedLayer) else stock.batch_size(layer) for layer in self.layers
+        )
+        return next((size for size in sizes if size is not None), None)
 
     @without_gradients
     def fork(self) -> PrunedCache:
@@ -625,6 +705,36 @@ def _policy(policy: Policy | str) -> Policy:
             'A2SF(0.5) | StreamingLLM(0.25), or a name such as "a2sf".'
         )
     return policy
+
+
+def _sequences(indices: Any, batch: int) -> Tensor:
+    """Numbers of sequences of a batch, LongTensor `[n]`, made of what PyTorch takes as an index."""
+    given = indices if isinstance(indices, slice | Tensor) else _as_tensor(indices)
+    try:
+        rows = torch.arange(batch)[given.to("cpu") if isinstance(given, Tensor) else given]
+    except (IndexError, TypeError, ValueError) as error:
+        raise CacheError(
+            f"batch_select_indices takes numbers of sequences from {-batch} to {batch - 1}, or {batch} bools, and was "
+            f"given {indices!r} ({error})."
+        ) from None
+    if rows.ndim != 1 or not len(rows):
+        raise CacheError(f"batch_select_indices takes a list of sequences, at least one, not {indices!r}.")
+    return rows
+
+
+def _as_tensor(indices: Any) -> Tensor:
+    try:
+        return torch.as_tensor([*indices])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CacheError(
+            f"batch_select_indices takes a tensor, list or tuple of sequences, not {indices!r} ({error})."
+        ) from None
+
+
+def _decoder(model: Any) -> torch.nn.Module | None:
+    """What layers are called by, if the model says it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, torch.nn.Module) else None
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

@@ -16,11 +16,17 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from kvprune.errors import KVPruneError, UnsupportedModelError
+from kvprune.errors import CacheError, KVPruneError, UnsupportedModelError
 
 PREFIX = "kvprune_"
 # "flash" in a name makes transformers look for the flash-attn package under that very name (5.23).
 _ALIASES = {"flash": "fa"}
+
+
+_NOT_CAUSAL = (
+    "this forward pass asks for a mask that is not causal (bidirectional image tokens, packed sequences, or a model "
+    "with a mask of its own). A pruned cache can only attend causally: use DynamicCache here"
+)
 
 
 class Attending(Protocol):
@@ -29,8 +35,11 @@ class Attending(Protocol):
     def attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
         """Output `[B, L, Hq, Dv]` of queries `[B, Hq, L, D]`; settings: of the module's attention."""
 
-    def bypassed(self) -> KVPruneError:
-        """The error to raise where another attention than kvprune's was given the keys."""
+    def bypassed(self, use: str = "") -> KVPruneError:
+        """The error to raise where another attention than kvprune's was given the keys. use: it made of them."""
+
+    def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
+        """The error to raise for a forward pass that the cache cannot serve."""
 
 
 class CacheLength(int):
@@ -38,6 +47,8 @@ class CacheLength(int):
 
     A mask function is not told which cache its mask is for; this length is all that reaches it.
     """
+
+    cache: Any = None
 
 
 SOME_LENGTH = CacheLength()
@@ -60,7 +71,7 @@ class PendingKeys:
     def __getattr__(self, name: str) -> Any:
         if name in ("shape", "dtype", "device", "ndim"):
             return getattr(self.keys, name)
-        raise self.cache.bypassed()
+        raise self.cache.bypassed(f"by .{name}")
 
     def to(self, *args: Any, **kwargs: Any) -> PendingKeys:
         """A cast that casts nothing is allowed."""
@@ -81,6 +92,44 @@ class PendingKeys:
         raise next(item for item in flat if isinstance(item, cls)).cache.bypassed()
 
 
+class PendingMask:
+    """What a pruned layer is given as its mask: word of which tokens are padding, and of what else was asked for.
+
+    Every layer makes what it needs of it and its own positions. It is no Tensor, so that a mask which no pruned layer
+    is given may be whatever it likes, and a model that makes a mask of its own out of this one is noticed.
+    """
+
+    ndim = 2
+
+    def __init__(self, padding: Tensor | None, cache: Any, stock: Callable[[], Any] | None, causal: bool) -> None:
+        """padding: bool `[B, tokens]`, None if nobody gave one. stock: makes the mask of the attention below."""
+        self.padding, self.cache, self.stock, self.causal = padding, cache, stock, causal
+
+    def to(self, *args: Any, **kwargs: Any) -> PendingMask:
+        """It moves with the layers of a model."""
+        padding = None if self.padding is None else self.padding.to(*args, **kwargs)
+        return PendingMask(padding, self.cache, self.stock, self.causal)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _own_mask(f".{name}")
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _own_mask("indices or arithmetic")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise _own_mask(getattr(func, "__name__", str(func)))
+
+
+def _own_mask(use: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this model makes a mask of its own out of the one that it is given ({use}), and a pruned cache can only "
+        "attend causally: use DynamicCache with it."
+    )
+
+
 def register(base: str) -> str:
     """Register the kvprune attention over a base attention, e.g. "sdpa"; returns its name, e.g. "kvprune_sdpa"."""
     name = PREFIX + base
@@ -98,14 +147,30 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(key, PendingKeys):
-            return base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
-        return key.cache.attend(module, query, attention_mask, **kwargs), None
+        if isinstance(key, PendingKeys):
+            if isinstance(attention_mask, PendingMask) and not attention_mask.causal:
+                raise key.cache.misused(_NOT_CAUSAL, UnsupportedModelError)
+            return key.cache.attend(module, query, attention_mask, **kwargs), None
+        if isinstance(attention_mask, PendingMask):
+            attention_mask = _stock_mask(attention_mask, module)
+        return base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
 
     return kvprune_attention
+
+
+def _stock_mask(mask: PendingMask, module: torch.nn.Module) -> Tensor | None:
+    """The mask for a layer that is not pruned; raises where the layer is, and its keys never came to the cache."""
+    index = getattr(module, "layer_idx", None)
+    if index is not None and mask.cache is not None and mask.stock and index not in mask.cache.pruned_layers:
+        return mask.stock()
+    raise CacheError(
+        f"layer {'?' if index is None else index} was given no cache, though the model was called with a PrunedCache: "
+        "gradient checkpointing takes the cache from the layers of a model in training. Call model.eval(), or "
+        "model.gradient_checkpointing_disable(), or use torch.no_grad(), before generating."
+    )
 
 
 def base_attention(base: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -115,25 +180,37 @@ def base_attention(base: str, module: torch.nn.Module) -> Callable[..., tuple[Te
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def _mask(base: str) -> Callable[..., Tensor | None]:
+def _mask(base: str) -> Callable[..., Any]:
     def kvprune_mask(
         *args: Any,
         kv_length: int,
         mask_function: Callable[..., Any] = causal_mask_function,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor | None:
+    ) -> Any:
         if not isinstance(kv_length, CacheLength):
             return ALL_MASK_ATTENTION_FUNCTIONS[base](
                 *args, kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs
             )
-        if mask_function is not causal_mask_function:
-            raise UnsupportedModelError(
-                "this forward pass asks for a mask that is not causal (bidirectional image tokens, packed sequences, "
-                "or a model with a mask of its own). A pruned cache can only attend causally: use DynamicCache here."
+        if kwargs.get("q_length") == 0:
+            raise CacheError(
+                "the model was called with a PrunedCache and no new tokens: the cache has seen as many as were given. "
+                "Give generate() the whole conversation, with at least one token more than the cache has seen, or "
+                "crop(-1) the cache to ask again after its last token. A prompt that does not begin with what was "
+                "seen, as where a chat template leaves out earlier thinking, needs a new PrunedCache or an old fork()."
             )
-        if kv_length is NO_MASK:
+        causal = mask_function is causal_mask_function
+        if not causal and "local_size" not in kwargs:  # for full attention, so that pruned layers would be given it
+            raise UnsupportedModelError(f"{_NOT_CAUSAL}.")
+        if kv_length is NO_MASK and causal:
             return None
-        return attention_mask  # two-dimensional; every layer makes what it needs of it and its own positions
+        if torch.compiler.is_dynamo_compiling():  # which traces no closure into an object
+            return PendingMask(attention_mask, None, None, causal)
+
+        def stock() -> Tensor | None:
+            plain = {"kv_length": int(kv_length), "mask_function": mask_function, "attention_mask": attention_mask}
+            return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **plain, **kwargs)
+
+        return PendingMask(attention_mask, kv_length.cache, stock, causal)
 
     return kvprune_mask

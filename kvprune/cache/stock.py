@@ -40,6 +40,11 @@ def _tensors(layer: Any) -> list[Tensor]:
     return [tensor for each in values for tensor in each if isinstance(tensor, Tensor) and tensor.ndim > 1]
 
 
+def batch_size(layer: Any) -> int | None:
+    """How many sequences a layer holds; None if it holds none."""
+    return next((len(tensor) for tensor in _tensors(layer)), None)
+
+
 def copied(layer: Any) -> Any:
     """An independent copy."""
     # deepcopy refuses tensors with a history, such as those of a prompt that was read without torch.no_grad().

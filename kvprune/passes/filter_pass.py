@@ -17,6 +17,7 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.cache.modes import cast, no_autocast
 from kvprune.cache.registration import PendingKeys
+from kvprune.errors import CacheError, KVPruneError
 from kvprune.policy.base import per_sequence
 from kvprune.policy.selection import PromptFilter
 from kvprune.table.rows import owned
@@ -24,7 +25,6 @@ from kvprune.table.token_table import TokenTable
 
 if TYPE_CHECKING:
     from kvprune.cache.pruned_cache import PrunedCache
-    from kvprune.errors import KVPruneError
 
 
 class _Chosen(Exception):  # noqa: N818 - it ends a forward pass, and is no error
@@ -135,11 +135,11 @@ class FilterPass(Cache):
 
     # -- what the attention asks for where something is wrong --------------------------------------------------------
 
-    def bypassed(self) -> KVPruneError:
-        return self._cache.bypassed()
+    def bypassed(self, use: str = "") -> KVPruneError:
+        return self._cache.bypassed(use)
 
-    def misused(self, reason: str) -> KVPruneError:
-        return self._cache.misused(reason)
+    def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
+        return self._cache.misused(reason, error)
 
 
 def _scratch(layer: Any) -> Any:
