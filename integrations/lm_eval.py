@@ -44,7 +44,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvprune.cache import stock
 from kvprune.cache.models import cache_argument
-from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.report import human_bytes
 from kvprune.errors import EvaluationError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
@@ -52,6 +51,7 @@ from kvprune.policies import Full
 from kvprune.policy.base import Policy
 from kvprune.policy.eviction import check_count
 from kvprune.policy.registry import parse
+from kvprune.saving import PrunedCache
 
 try:
     from lm_eval.api.registry import register_model

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvprune.asking import Answers, ask
     from kvprune.attention.mass import RowWeights, Scoring, attention_mass
-    from kvprune.cache.pruned_cache import PrunedCache
     from kvprune.cache.report import CacheReport
     from kvprune.errors import (
         BudgetError,
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
         QuestionWarning,
         UnsupportedModelError,
     )
+    from kvprune.passes.filters import PromptFilter
     from kvprune.policy.base import Chain, Decision, Policy, Step
     from kvprune.policy.budget import Budget
     from kvprune.policy.eviction import Eviction
-    from kvprune.policy.selection import PromptFilter
     from kvprune.policy.shares import Adaptive, Everywhere, Pyramid, Share, Uniform
+    from kvprune.saving import PrunedCache
     from kvprune.table.quantize import Codec
     from kvprune.table.token_table import TokenTable
 
@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "kvprune.asking": ("Answers", "ask"),
     "kvprune.attention.mass": ("RowWeights", "Scoring", "attention_mass"),
-    "kvprune.cache.pruned_cache": ("PrunedCache",),
+    "kvprune.saving": ("PrunedCache",),
     "kvprune.cache.report": ("CacheReport",),
     "kvprune.errors": (
         *("BudgetError", "CacheError", "EvaluationError", "KVPruneError", "PolicyError", "QuestionWarning"),
@@ -48,8 +48,8 @@ _HOMES = {
     "kvprune.policy.base": ("Chain", "Decision", "Policy", "Step"),
     "kvprune.policy.budget": ("Budget",),
     "kvprune.policy.eviction": ("Eviction",),
-    "kvprune.policy.selection": ("PromptFilter",),
     "kvprune.policy.shares": ("Adaptive", "Everywhere", "Pyramid", "Share", "Uniform"),
+    "kvprune.passes.filters": ("PromptFilter",),
     "kvprune.table.quantize": ("Codec",),
     "kvprune.table.token_table": ("TokenTable",),
 }

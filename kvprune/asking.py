@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.models import cache_argument
-from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.report import CacheReport
 from kvprune.errors import KVPruneError, QuestionWarning
 from kvprune.policy.base import Policy
+from kvprune.saving import PrunedCache
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ def generate(
     """Generate from a prompt file with a pruned cache, and report what was kept."""
     import torch
 
-    from kvprune.cache.pruned_cache import PrunedCache
     from kvprune.evaluation.models import load
     from kvprune.policy.registry import parse
+    from kvprune.saving import PrunedCache
 
     chosen = parse(policy, budget=budget)  # before the model loads: a typing mistake should not cost minutes
     text = sys.stdin.read() if str(prompt_file) == "-" else _read(prompt_file)

@@ -14,7 +14,8 @@ from families import build
 from tensor_parallel import BYTES, CASES, LIMIT, MODELS, PROCESSES, TURNS, WHOLE, run
 
 from kvprune import UnsupportedModelError
-from kvprune.cache.heads import ALL_HEADS, Heads
+from kvprune.cache.models import heads_of
+from kvprune.policy.heads import ALL_HEADS, Heads
 
 WORKER = Path(__file__).with_name("tensor_parallel.py")
 EVERY = [*CASES, *TURNS]
@@ -109,7 +110,7 @@ def test_query_heads_that_are_split_alone_are_refused(several):
 
 def test_one_process_has_all_heads():
     """A model that was loaded as usual is never asked for the sum of several: there is not even a copy."""
-    heads, scores = Heads.of(build("llama"), 0), torch.randn(2, 3, 5)
+    heads, scores = heads_of(build("llama"), 0), torch.randn(2, 3, 5)
     assert heads is ALL_HEADS
     assert heads.sum(scores) is scores
     assert torch.equal(heads.mean(scores), scores.mean(1, keepdim=True))

@@ -23,11 +23,11 @@ from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
 from kvprune.cache.plans import Plan, Planner
 from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
+from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Counted, Steady, pin
 from kvprune.errors import CacheError, KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
-from kvprune.policy.selection import FilteredStep, Selection
 from kvprune.state import Saved, State
 from kvprune.table.token_table import TokenTable
 

@@ -6,10 +6,12 @@ import inspect
 import threading
 from typing import Any
 
+import torch.distributed
 from transformers.masking_utils import create_causal_mask
 
 from kvprune.cache.registration import PREFIX, register
 from kvprune.errors import UnsupportedModelError
+from kvprune.policy.heads import ALL_HEADS, Heads
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """Under which name models and `generate()` take a cache: transformers 5.24 renamed it, and warns of the old name."""
@@ -42,6 +44,18 @@ def kv_heads(config: Any) -> int:
     """Number of KV heads, by the config of a layer."""
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads
+
+
+def heads_of(model: Any, layer: int) -> Heads:
+    """The share of a layer's heads that this process has, if the model's plan splits attention: see `Heads.present`."""
+    size = getattr(model, "tp_size", None) or 1
+    if size == 1:
+        return ALL_HEADS
+    mesh = model._device_mesh
+    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")  # transformers 5.17 has one dimension
+    config = layer_config(text_config(model), layer)
+    rank = torch.distributed.get_rank(group)
+    return Heads(rank, size, config.num_attention_heads, kv_heads(config), group, model.device)
 
 
 def check_supported(model: Any) -> None:

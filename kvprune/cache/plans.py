@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
-from kvprune.cache.heads import ALL_HEADS, Heads
 from kvprune.cache.steady import Steady
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Policy, Step, per_sequence
+from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.table.token_table import MOST_HOLES, TokenTable
 
 # A table that grows token by token takes 1/64 of its length as room, at least 8 slots.

@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, ClassVar, NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -23,21 +23,36 @@ from transformers.cache_utils import (
 from kvprune.attention.backends import choose
 from kvprune.attention.mass import Scoring
 from kvprune.cache import stock
-from kvprune.cache.heads import Heads
 from kvprune.cache.layer import PrunedLayer
-from kvprune.cache.models import check_supported, head_dim, kv_heads, layer_config, switch_attention, text_config
+from kvprune.cache.models import (
+    check_supported,
+    head_dim,
+    heads_of,
+    kv_heads,
+    layer_config,
+    switch_attention,
+    text_config,
+)
 from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
 from kvprune.cache.progress import Progress, watch
 from kvprune.cache.registration import NO_MASK, PREFIX, CacheLength, PendingKeys, PendingMask
 from kvprune.cache.report import CacheReport, LayerReport, kind_of
+from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
-from kvprune.passes.prompt_filter import install
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
-from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
-from kvprune.saving import files as saving
 from kvprune.table.rows import owned
+
+
+class Files(Protocol):
+    """What writes caches to files and reads them."""
+
+    def save(self, cache: PrunedCache, model: Any, path: str | os.PathLike[str]) -> None: ...
+
+    def load(
+        self, kind: type[PrunedCache], path: str | os.PathLike[str], model: Any, policy: Policy | None, **settings: Any
+    ) -> PrunedCache: ...
 
 
 class PrunedCache(Cache):
@@ -71,6 +86,9 @@ class PrunedCache(Cache):
         PolicyError: something that is no policy, a name that is not known, or a layer that this model does not have.
             Kernels that do not run on the cache's device raise it with the first tokens.
     """
+
+    files: ClassVar[Files | None] = None
+    """What `save` and `load` use: `kvprune.saving` puts it here, which `from kvprune import PrunedCache` imports."""
 
     def __init__(
         self,
@@ -110,7 +128,7 @@ class PrunedCache(Cache):
                 depth=depth,
                 pruned_layers=len(pruned),
                 stock_tokens=_stock_tokens(layers, configs, configs[index]),
-                heads=Heads.of(model, index),
+                heads=heads_of(model, index),
             )
         super().__init__(layers=layers)
         self.policy = policy
@@ -127,15 +145,11 @@ class PrunedCache(Cache):
         last = max(index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
         self._progress = Progress(last, watched=watched)
         self.is_hybrid = len(pruned) < len(layers)
-        self.prompt_filter: PromptFilter | None = None
+        self.prompt_filter: Policy | None = None  # what shortens prompts, and the layer whose attention chooses
         self.filter_layer: int | None = None
         self._filtered: FilteredStep | None = None  # of the forward pass at hand
         self._selection: Selection | None = None  # that holds once the first pruned layer has seen it
-        first = policy.parts()[0]
-        if isinstance(first, PromptFilter) and pruned:
-            self.filter_layer = first.filter_layer(text_config(model), self.pruned_layers)
-            install(model)
-            self.prompt_filter = first
+        policy.attach(self, model)
         switch_attention(model)
         if watched and decoder is not None:
             watch(decoder)
@@ -665,7 +679,13 @@ class PrunedCache(Cache):
         model = self._model()
         if model is None:
             raise CacheError("the model of this cache is gone, and a saved cache says whose it is: save it before.")
-        saving.save(self, model, path)
+        self._files().save(self, model, path)
+
+    @classmethod
+    def _files(cls) -> Files:
+        if cls.files is None:
+            raise CacheError("caches are saved and loaded by kvprune.saving: write `from kvprune import PrunedCache`.")
+        return cls.files
 
     @classmethod
     @without_gradients
@@ -693,7 +713,7 @@ class PrunedCache(Cache):
         """
         check_supported(model)
         settings = {"device": device, "kernels": kernels, "attention": attention}
-        return saving.load(cls, path, model, None if policy is None else _policy(policy), **settings)
+        return cls._files().load(cls, path, model, None if policy is None else _policy(policy), **settings)
 
 
 def _policy(policy: Policy | str) -> Policy:

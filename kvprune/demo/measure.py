@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from kvprune.cache.models import cache_argument
-from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.demo.task import RecallGenerator
 from kvprune.policy.base import Policy
+from kvprune.saving import PrunedCache
 
 CONTINUATION = 24  # tokens decoded after the prompt: the answer and what the dense model writes next
 

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kvprune.cache.models import cache_argument
-from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.report import human_bytes
 from kvprune.demo import load
 from kvprune.demo.measure import CONTINUATION, Questions, Result, measure, reference
@@ -24,6 +23,7 @@ from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH, decode
 from kvprune.errors import KVPruneError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
+from kvprune.saving import PrunedCache
 
 FULL = "full cache"
 POOLED = "A2SF, pooled"

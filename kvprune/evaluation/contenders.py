@@ -9,10 +9,10 @@ from typing import Any
 from transformers import Cache, DynamicCache
 
 from kvprune.cache import stock
-from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import EvaluationError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
+from kvprune.saving import PrunedCache
 
 FULL = "full"
 """The name of transformers' own cache, the baseline of every comparison."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +12,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Queries
-from kvprune.cache.heads import Heads
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.cache.modes import cast, no_autocast
+from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.registration import PendingKeys
 from kvprune.errors import CacheError, KVPruneError
+from kvprune.passes.choosing import Chooser
 from kvprune.policy.base import per_sequence
-from kvprune.policy.selection import PromptFilter
+from kvprune.policy.heads import Heads
 from kvprune.table.rows import owned
 from kvprune.table.token_table import TokenTable
-
-if TYPE_CHECKING:
-    from kvprune.cache.pruned_cache import PrunedCache
 
 
 class _Chosen(Exception):  # noqa: N818 - it ends a forward pass, and is no error
@@ -38,7 +36,7 @@ class FilterPass(Cache):
     happens in between leaves it as it was.
     """
 
-    def __init__(self, cache: PrunedCache, policy: PromptFilter, layer: int, valid: Tensor | None) -> None:
+    def __init__(self, cache: PrunedCache, policy: Chooser, layer: int, valid: Tensor | None) -> None:
         """layer: that chooses. valid: bool `[B, L]`, False for padding; None if there is none."""
         super().__init__(layers=[_scratch(each) if index < layer else each for index, each in enumerate(cache.layers)])
         self.columns: list[Tensor] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvprune.cache.models import CACHE_ARGUMENT
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.errors import UnsupportedModelError
+from kvprune.passes.choosing import Chooser
 from kvprune.passes.filter_pass import FilterPass
-from kvprune.policy.selection import FilteredStep, PromptFilter, Selection
 from kvprune.table.rows import EMPTY
-
-if TYPE_CHECKING:
-    from kvprune.cache.pruned_cache import PrunedCache
 
 # Arguments of decoders that hold something for every column, [B, L, ...].
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
@@ -69,7 +68,7 @@ class _Step:
     def __init__(self, decoder: torch.nn.Module, cache: PrunedCache, given: dict[str, Any]) -> None:
         """given: the arguments, by name."""
         self.decoder, self.cache, self.given = decoder, cache, given
-        self.policy, self.filter_layer = cast(PromptFilter, cache.prompt_filter), cast(int, cache.filter_layer)
+        self.policy, self.filter_layer = cast(Chooser, cache.prompt_filter), cast(int, cache.filter_layer)
         inputs = cast(Tensor, _inputs(given))
         self.batch, self.length = inputs.shape[:2]
         self.device = inputs.device

@@ -1,1 +1,15 @@
-"""What a policy is, and what most of them share."""
+"""What a policy is, and what most of them share.
+
+    base        `Policy`, its `Chain`s, the `Step` that it is told of and the `Decision` that it returns
+    eviction    `Eviction`: rank rows by a score and keep the best within a budget; budget: what budgets mean
+    heads       whose heads a policy sees, where several processes share a layer
+    registry    policies by name and by text; plugins: what other packages bring
+
+A policy of your own imports all it needs from `kvprune`: see CONTRIBUTING.md. Shapes: see `kvprune.table`.
+"""
+
+from kvprune.policy.base import Chain, Decision, Policy, Step
+from kvprune.policy.budget import Budget
+from kvprune.policy.eviction import Eviction
+
+__all__ = ["Budget", "Chain", "Decision", "Eviction", "Policy", "Step"]

@@ -15,20 +15,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
-from kvprune.cache.heads import ALL_HEADS, Heads
+from kvprune.attention.queries import Queries
 from kvprune.errors import PolicyError
+from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.table.quantize import Codec
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
-
-if TYPE_CHECKING:
-    from kvprune.attention.queries import Queries
 
 
 @dataclass
@@ -222,6 +220,13 @@ class Policy:
         """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
         return False
 
+    def attach(self, cache: Any, model: Any) -> None:
+        """Called once when a `PrunedCache` of this policy is made, before its model is switched to kvprune's attention.
+
+        For policies that do something around a forward pass, see `kvprune.passes`. What it raises, making the cache
+        raises.
+        """
+
     def columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the table, zero for new rows."""
         return {}
@@ -283,6 +288,10 @@ class Chain(Policy):
 
     def parts(self) -> tuple[Policy, ...]:
         return self.links
+
+    def attach(self, cache: Any, model: Any) -> None:
+        for link in self.links:
+            link.attach(cache, model)
 
     @property
     def filters_prompt(self) -> bool:

@@ -1,1 +1,12 @@
-"""Caches in files."""
+"""Caches in files. To import this gives `PrunedCache` what its `save` and `load` use.
+
+files         one safetensors file a cache, and what is checked when one is read
+fingerprint   which model a cache belongs to
+"""
+
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.saving import files
+
+PrunedCache.files = files
+
+__all__ = ["PrunedCache"]

@@ -16,8 +16,9 @@ import os
 import tempfile
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,15 +28,13 @@ from torch import Tensor
 from kvprune.cache import stock
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import layer_config, text_config
+from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import CacheError, PolicyError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import described, from_description
 from kvprune.saving.fingerprint import as_bytes, differences, fingerprint
 from kvprune.state import Saved, State
 from kvprune.table.rows import owned
-
-if TYPE_CHECKING:
-    from kvprune.cache.pruned_cache import PrunedCache
 
 FORMAT, VERSION = "kvprune.cache", 1
 _DTYPES = {
@@ -49,9 +48,7 @@ _DTYPES = {
 
 def save(cache: PrunedCache, model: Any, path: str | os.PathLike[str]) -> None:
     """Write a cache; see `PrunedCache.save`."""
-    from kvprune import __version__
-
-    state = State({"kvprune": __version__, "policy": described(cache.policy), "model": fingerprint(model)})
+    state = State({"kvprune": version("kvprune"), "policy": described(cache.policy), "model": fingerprint(model)})
     state.facts["seen"] = cache.seen_tokens
     state.add_all("layers", (_layer_state(layer) for layer in cache.layers))
     tensors = {name: owned(tensor.detach().cpu()) for name, tensor in sorted(state.tensors.items())}

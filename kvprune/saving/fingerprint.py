@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.cache.heads import Heads
-from kvprune.cache.models import text_config
+from kvprune.cache.models import heads_of, text_config
 
 # What decides the keys and values of a token, and their positions, beside the weights.
 _FACTS = (
@@ -62,7 +61,7 @@ def _fact(config: Any, name: str) -> Any:
 
 def _process(model: Any) -> str:
     """Which share of a model this is, where tensor parallelism splits it: the weights and heads of others differ."""
-    share = Heads.of(model, 0)
+    share = heads_of(model, 0)
     return f"{share.rank + 1} of {share.size}"
 
 

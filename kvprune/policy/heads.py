@@ -15,7 +15,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from kvprune.cache.models import kv_heads, layer_config, text_config
 from kvprune.errors import UnsupportedModelError
 
 
@@ -32,18 +31,6 @@ class Heads:
     kv_heads: int = 0
     group: Any = None
     device: torch.device | None = None
-
-    @classmethod
-    def of(cls, model: Any, layer: int) -> Heads:
-        """The share of a layer's heads that this process has, if the model's plan splits attention: see `present`."""
-        size = getattr(model, "tp_size", None) or 1
-        if size == 1:
-            return ALL_HEADS
-        mesh = model._device_mesh
-        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")  # transformers 5.17 has one dimension
-        config = layer_config(text_config(model), layer)
-        rank = torch.distributed.get_rank(group)
-        return cls(rank, size, config.num_attention_heads, kv_heads(config), group, model.device)
 
     def present(self, kv_heads: int) -> Heads:
         """The same for a layer with so many KV heads in this process: all, if they are, as where a plan splits MLPs."""

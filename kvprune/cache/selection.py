@@ -1,60 +1,17 @@
-"""What a prompt filter is, what it chose, and what it left of a step.
+"""What a prompt filter chose so far, and what it left of a step: what the cache remembers of it.
 
-A prompt filter shortens a prompt before the layers run: it lets the first layers look at all of it, and the model then
-runs on the chosen tokens alone, as if they were the whole prompt. `prompt_filter.py` does that; here is the policy's
-side of it, and what the cache remembers. Positions in the table, and every length that transformers asks for, stay
-those of the whole prompt; only the position embeddings count the chosen tokens.
+Positions in the table, and every length that transformers asks for, stay those of the whole prompt; only the position
+embeddings count the chosen tokens. See `kvprune.passes`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvprune.cache.heads import ALL_HEADS, Heads
-from kvprune.policy.base import Policy
 from kvprune.state import Saved, State
-
-
-@dataclass(frozen=True)
-class PromptFilter(Policy, ABC):
-    """Base of the policies that choose tokens of a prompt before the model runs on them."""
-
-    @property
-    def filters_prompt(self) -> bool:
-        return True
-
-    @property
-    def needs_question(self) -> bool:
-        return True  # its newest token's query chooses
-
-    @abstractmethod
-    def filter_layer(self, config: Any, pruned: tuple[int, ...]) -> int:
-        """The layer whose queries and keys choose, one of `pruned`; config is that of the text decoder.
-
-        Raises PolicyError for a layer that was asked for and is not pruned.
-        """
-
-    @abstractmethod
-    def capacity(self, tokens: int, *, token_bytes: int | None = None, other_bytes: int = 0) -> int | None:
-        """How many of a sequence's new tokens to choose; None if it takes bytes to tell and none are given.
-
-        token_bytes: that one token of every sequence costs in the whole cache. other_bytes: that the cache holds, or
-        will hold, beside the chosen tokens. Raises BudgetError for a budget that cannot hold what is always chosen.
-        """
-
-    @abstractmethod
-    def choose(self, query: Tensor, keys: Tensor, count: int, heads: Heads = ALL_HEADS) -> Tensor:
-        """The `count` tokens of one sequence that the model runs on, LongTensor `[count]`, ascending.
-
-        query: of its newest token, `[Hq, D]`. keys: `[Hkv, n, D]`. Both with rotary positions, count < n.
-        heads: whose they are. Every process of a model that is split must choose the same: add up what heads say by
-        `heads.sum`.
-        """
 
 
 @dataclass(frozen=True)
