@@ -34,7 +34,7 @@ quality: $(INSTALLED)
 
 peers: $(PEERS)
 
-$(INSTALLED): pyproject.toml constraints.txt kvprune/kernels/cpu.c
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard kvprune/kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@

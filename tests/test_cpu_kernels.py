@@ -17,7 +17,7 @@ from kvprune.attention.noise import Gumbel
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, choose, cpu
-from kvprune.kernels.cpu import CPU
+from kvprune.kernels.cpu import CPU, arguments, loading
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy.base import Policy
 from kvprune.table.operations import Columns
@@ -37,12 +37,12 @@ seeds = st.integers(0, 2**16)
 @pytest.fixture(scope="module", params=[1, 3], ids="{} threads".format)
 def threads(request):
     """Threads that the loops run on; the work is so little that only one would wake up."""
-    before, alone = torch.get_num_threads(), cpu._ALONE
+    before, alone = torch.get_num_threads(), arguments._ALONE
     torch.set_num_threads(request.param)
-    cpu._ALONE = 0
+    arguments._ALONE = 0
     yield request.param
     torch.set_num_threads(before)
-    cpu._ALONE = alone
+    arguments._ALONE = alone
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -419,7 +419,7 @@ def test_kernels_that_cannot_be_had_are_an_error():
 
 
 def test_loops_of_another_version_are_not_called(monkeypatch):
-    """A library that was compiled of another cpu.c is left alone, with a word why."""
-    monkeypatch.setattr(cpu, "_INTERFACE", 0)
+    """A library that was compiled of other files is left alone, with a word why."""
+    monkeypatch.setattr(loading, "_INTERFACE", 0)
     with pytest.warns(UserWarning, match="install kvprune again"):
         assert cpu.library.__wrapped__() is None

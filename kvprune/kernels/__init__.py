@@ -1,7 +1,7 @@
 """The operations that have several implementations.
 
     torch     PyTorch, on every device: what all others are tested against
-    cpu       compiled loops, on a CPU (cpu.c)
+    cpu       compiled loops, on a CPU (cpu/)
     triton    Triton, on a CUDA device (gpu/)
 
 `choose` picks one for a device, or the one that was asked for.

@@ -1,0 +1,273 @@
+"""`CPUKernels`: the compiled loops as operations on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvprune.attention.mass import Scoring
+from kvprune.attention.noise import Gumbel
+from kvprune.errors import PolicyError
+from kvprune.kernels.cpu.arguments import (
+    KINDS,
+    STRETCHES,
+    TILE,
+    Selection,
+    StridedRows,
+    Tier,
+    are_codes,
+    are_rows,
+    can_encode,
+    check_slots,
+    native,
+    needs_gradients,
+    parts_of,
+    sinks_of,
+    threads_for,
+)
+from kvprune.kernels.cpu.loading import library
+from kvprune.kernels.reference import Kernels
+from kvprune.table.operations import Columns
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec, channel_scales, packed_bytes
+from kvprune.table.token_table import TokenTable
+
+
+class CPUKernels(Kernels):
+    """Compiled loops for a CPU; what they do not cover is left to PyTorch."""
+
+    name = "cpu"
+
+    @property
+    def _c(self) -> Any:
+        return library()
+
+    # -- attention of one query per sequence -------------------------------------------------------------------------
+
+    def single_query(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scoring: Scoring,
+        empty: Tensor | None,
+        with_probabilities: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if scoring.softcap is not None or not are_rows(keys, values) or needs_gradients(queries, keys):
+            return super().single_query(queries, keys, values, scoring, empty, with_probabilities)
+        (batch, kv_heads, rows, dim), value_dim = keys.shape, values.shape[3]
+        heads, group = batch * kv_heads, queries.shape[1] // kv_heads
+        positions = None if empty is None else empty.int().neg_().contiguous()  # -1 where empty
+        probabilities = torch.empty(batch, kv_heads, group, rows)
+        output = torch.empty(batch, heads // batch * group, 1, value_dim)
+        self._c.single_query(
+            output, probabilities, queries.float().contiguous(), keys, keys.stride(1), values, values.stride(1),
+            positions, rows, sinks_of(scoring, batch), torch.empty(heads * parts_of(rows) * group * value_dim),
+            scoring.scale, KINDS[keys.dtype], heads, group, rows, dim, value_dim,
+            threads_for(heads * group * rows * (dim + value_dim)),
+        )  # fmt: skip
+        return output.to(queries.dtype), probabilities
+
+    def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        keys, values = table.keys, table.values
+        if (
+            scoring.softcap is not None
+            or not are_rows(keys, values)
+            or not all(are_codes(tier) for tier in table.packed)
+            or needs_gradients(queries, keys)
+        ):
+            return super().packed_single_query(queries, table, scoring)
+        (batch, kv_heads, loose, dim), value_dim = keys.shape, values.shape[3]
+        heads, group = batch * kv_heads, queries.shape[1] // kv_heads
+        length, kind = table.length, KINDS[keys.dtype]
+        threads = threads_for(heads * group * length * (dim + value_dim))
+        wide, scale = queries.float().contiguous(), scoring.scale
+        weights = torch.empty(batch, kv_heads, group, length)
+
+        first = 0
+        for tier in table.packed:
+            codes = ctypes.byref(Tier.of_keys(tier))
+            self._c.packed_dots(weights, length, first, wide, codes, scale, tier.codec.bits, heads, group, threads)
+            first += len(tier)
+        self._c.dots(weights, length, first, wide, keys, keys.stride(1), scale, loose, kind, heads, group, dim, threads)
+        positions = None if table.dense else table.positions
+        stride = 0 if positions is None else positions.stride(1)
+        self._c.softmax(weights, positions, stride, sinks_of(scoring, batch), heads, group, length, threads)
+
+        parts = parts_of(loose) + sum(parts_of(len(tier)) for tier in table.packed)
+        sums = torch.empty(heads * parts * group * value_dim)
+        first, part = 0, 0
+        for tier in table.packed:
+            codes = ctypes.byref(Tier.of_values(tier))
+            self._c.packed_sums(
+                sums, parts, part, weights, length, first, codes, tier.codec.bits, heads, group, threads
+            )
+            first, part = first + len(tier), part + parts_of(len(tier))
+        self._c.sums(
+            sums, parts, part, weights, length, first, values, values.stride(1), loose, kind, heads, group, value_dim,
+            threads,
+        )  # fmt: skip
+        output = torch.empty(batch, queries.shape[1], 1, value_dim)
+        self._c.add_parts(output, sums, heads, parts, group * value_dim)
+        return output.to(queries.dtype), weights
+
+    # -- attention mass ----------------------------------------------------------------------------------------------
+
+    def query_mass(
+        self,
+        probabilities: Tensor,
+        group: str,
+        noise: Gumbel | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+    ) -> Tensor:
+        batch, kv_heads, heads, keys = probabilities.shape
+        one_position = query_positions is not None and query_positions.shape[0] == 1
+        if (
+            group != "mean"
+            or not probabilities.is_contiguous()
+            or needs_gradients(probabilities)
+            or (noise is not None and not (one_position and noise.scale and isinstance(noise.temperature, float)))
+        ):
+            return super().query_mass(probabilities, group, noise, query_positions, key_positions)
+        mass = torch.empty(batch, kv_heads, keys)
+        if noise is None or query_positions is None or key_positions is None:
+            self._c.mean(mass, probabilities, batch * kv_heads, heads, keys, threads_for(probabilities.numel()))
+            return mass
+        self._c.noisy_query(
+            mass, torch.empty_like(mass), probabilities, key_positions, key_positions.stride(1), noise.word,
+            int(query_positions), noise.scale, noise.temperature, batch, kv_heads, heads, keys,
+            threads_for(32 * probabilities.numel()),
+        )  # fmt: skip
+        return mass
+
+    def noisy_weights(
+        self,
+        logits: Tensor,
+        noise: Gumbel,
+        scoring: Scoring,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not noise.scale or not logits.is_contiguous() or needs_gradients(logits):
+            return super().noisy_weights(logits, noise, scoring, query_positions, key_positions)
+        batch, kv_heads, group, rows, keys = logits.shape
+        positions = key_positions.int().expand(batch, kv_heads, keys).contiguous()
+        totals = torch.empty(batch, kv_heads, group, rows)
+        sinks = sinks_of(scoring, batch)
+        self._c.noisy_weights(
+            logits, totals, positions,
+            query_positions.int().expand(batch, rows)[:, None].expand(-1, kv_heads, -1).contiguous(),
+            noise.column_words(positions),
+            noise.row_words(query_positions, kv_heads, group).expand(batch, -1, -1, -1).contiguous(),
+            sinks, None if lse is None or sinks is not None else lse.float().contiguous(),
+            torch.as_tensor(noise.temperature, dtype=torch.float32).expand(rows).contiguous(),
+            noise.scale, batch * kv_heads, group, rows, keys, threads_for(32 * logits.numel()),
+        )  # fmt: skip
+        return logits, totals
+
+    def mass_from_lse(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        weights: Tensor,
+        scoring: Scoring,
+        places: Tensor,
+        lse: Tensor,
+        noise: Gumbel | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+    ) -> Tensor | None:
+        if keys.dtype not in KINDS or keys.stride(3) != 1 or needs_gradients(queries, keys):
+            return None
+        if noise is not None and (noise.scale, noise.temperature) != (1.0, 1.0):
+            return None
+        (batch, kv_heads, length, dim), (query_heads, rows) = keys.shape, queries.shape[1:3]
+        heads, group = batch * kv_heads, query_heads // kv_heads
+        scaled = (queries.float() * scoring.scale).contiguous()
+        lse = lse.float().contiguous()
+        weights = (weights / group)[:, None].expand(-1, kv_heads, -1).contiguous()
+        limits = (places + 1)[:, None].expand(batch, kv_heads, -1).contiguous()
+        mass = torch.empty(batch, kv_heads, length)
+        rows_of_keys, threads = ctypes.byref(StridedRows.of(keys)), torch.get_num_threads()
+        if noise is None or query_positions is None or key_positions is None:
+            self._c.mass_from_lse(
+                mass, rows_of_keys, scaled, lse, weights, limits, heads, group, rows, length, dim, threads
+            )
+            return mass
+        padded = -(-length // TILE) * TILE
+        column_words = noise.column_words(key_positions).expand(batch, kv_heads, length)
+        failed = self._c.noisy_mass_from_lse(
+            mass, torch.empty(heads * padded * dim), torch.empty(heads * padded * STRETCHES), rows_of_keys,
+            scaled, F.pad(column_words, (0, padded - length)).contiguous(),
+            noise.row_words(query_positions, kv_heads, group).expand(batch, -1, -1, -1).contiguous(),
+            lse, weights, limits, heads, group, rows, length, dim, threads,
+        )  # fmt: skip
+        return None if failed else mass
+
+    # -- rows of a table ---------------------------------------------------------------------------------------------
+
+    def worst_rows(self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
+        if isinstance(recent, Tensor) or scores.dtype != torch.float32:
+            return super().worst_rows(scores, positions, sinks, recent)
+        batch, heads, rows = positions.shape
+        if scores.shape != positions.shape:
+            scores = scores.expand_as(positions)
+        slots = torch.empty(batch, heads, 1, dtype=torch.int64)
+        self._c.worst_rows(
+            slots, scores, *scores.stride(), positions, positions.stride(1), sinks, recent, batch, heads, rows
+        )
+        return slots
+
+    def move_rows(self, columns: Columns, slots: Tensor, newest: int) -> None:
+        batch, heads, capacity = columns[0].shape[:3]
+        slots = slots.expand(batch, heads, 1).contiguous().long()  # a policy of someone else's may say it otherwise
+        if self._c.move_rows(native(columns), len(columns), capacity, slots, newest, batch * heads):
+            raise PolicyError(
+                f"the policy evicts a slot that is not in use: {slots.flatten().tolist()} of {newest + 1}."
+            )
+
+    def append_row(self, columns: Columns, slot: int, keys: Tensor, values: Tensor, positions: int) -> None:
+        if keys.stride(3) != 1 or values.stride(3) != 1 or needs_gradients(keys, values):
+            super().append_row(columns, slot, keys, values, positions)
+            return
+        batch, heads, capacity = columns[0].shape[:3]
+        size = keys.itemsize
+        self._c.append_row(
+            native(columns), len(columns), capacity, slot, keys, size * keys.stride(0), size * keys.stride(1),
+            values, size * values.stride(0), size * values.stride(1), positions, batch, heads,
+        )  # fmt: skip
+
+    def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
+        if not can_encode(codec, keys, values) or not slots.numel():
+            return super().encode(codec, keys, values, slots)
+        (batch, kv_heads, rows), key_dim, value_dim = slots.shape, keys.shape[3], values.shape[3]
+        heads, tokens, slots = batch * kv_heads, codec.tokens or rows, slots.contiguous()
+        blocks, groups = -(-rows // tokens), -(-value_dim // (codec.channels or value_dim))
+        of_keys, of_values = (ctypes.byref(Selection.of(each, slots, tokens)) for each in (keys, values))
+        threads = threads_for(8 * heads * rows * (key_dim + value_dim))
+
+        tensors = {}
+        if codec.separable:
+            sizes = torch.empty(batch, kv_heads, blocks, value_dim)
+            check_slots(self._c.channel_sizes(sizes, of_values, heads, value_dim, threads))
+            tensors["channel_scale"] = channel_scales(sizes)
+        for name, dim, parameters in (("key", key_dim, (blocks, key_dim)), ("value", value_dim, (rows, groups))):
+            size = packed_bytes(dim, codec.bits)
+            tensors[f"{name}_codes"] = torch.empty(batch, kv_heads, rows, size, dtype=torch.uint8)
+            for parameter in ("scale", "zero_point"):
+                tensors[f"{name}_{parameter}"] = torch.empty(batch, kv_heads, *parameters, dtype=torch.float16)
+        packed = PackedRows.in_blocks(codec, key_dim, value_dim, tensors)
+        tier = ctypes.byref(Tier.of_keys(packed))
+        check_slots(self._c.encode_keys(tier, of_keys, codec.bits, heads, threads))
+        tier = ctypes.byref(Tier.of_values(packed))
+        check_slots(self._c.encode_values(tier, of_values, codec.bits, heads, threads))
+        return packed
+
+
+CPU = CPUKernels()
