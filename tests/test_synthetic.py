@@ -185,7 +185,7 @@ def test_a_solver_that_reads_the_prompt_alone_finds_the_answers(tokenizer, task,
         assert SOLVERS[task](*halves(example)) == set(example.answers)
 
 
-@pytest.mark.parametrize("values", ["numbers", "words", "uuids"])
+@pytest.mark.parametrize("values", ["numbers", "words", "word", "uuids"])
 @pytest.mark.parametrize("task", [family for family in FAMILIES if family.startswith("needle")])
 @given(seed=seeds)
 def test_every_value_that_is_asked_stands_in_the_text_once(tokenizer, task, values, seed):
@@ -194,6 +194,12 @@ def test_every_value_that_is_asked_stands_in_the_text_once(tokenizer, task, valu
     for answer in example.answers:
         assert halves(example)[0].count(answer) == 1
         assert answer not in halves(example)[1]
+
+
+@pytest.mark.parametrize("digits", [1, 3, 20])
+def test_numbers_have_as_many_digits_as_asked(tokenizer, digits):
+    (answer,) = one(tokenizer, "needle_single", digits=digits, lengths=2000).answers
+    assert re.fullmatch(rf"[1-9]\d{{{digits - 1}}}", answer)
 
 
 @given(seed=seeds, distractors=st.integers(0, 30))

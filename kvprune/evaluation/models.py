@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvprune.errors import KVPruneError
+from kvprune.evaluation import smollm2
 
 EMBEDDED = "demo"
 """The name of the model that is part of the package."""
@@ -29,7 +30,7 @@ class LanguageModel:
 
 
 def load(name: str, *, dtype: str = "auto", device_map: Any = None, local_index: int = 0) -> LanguageModel:
-    """A model folder, a name on the hub, or "demo". Raises KVPruneError where it cannot be loaded.
+    """A model folder, a name on the hub, "demo" or "smollm2". Raises KVPruneError where it cannot be loaded.
 
     device_map: as transformers takes it; None for the GPU of this process, or the CPU where there is none.
     """
@@ -37,7 +38,8 @@ def load(name: str, *, dtype: str = "auto", device_map: Any = None, local_index:
 
     from kvprune.demo import MODEL_PATH
 
-    source = str(MODEL_PATH) if name == EMBEDDED else name
+    named = {EMBEDDED: lambda: MODEL_PATH, smollm2.NAME: smollm2.checkpoint}
+    source = str(named[name]()) if name in named else name
     if device_map is None and torch.cuda.is_available():
         device_map = f"cuda:{local_index}"
     try:

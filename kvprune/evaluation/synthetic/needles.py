@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -16,7 +17,9 @@ from kvprune.evaluation.synthetic.filler import Filler, scatter
 
 Draw = Callable[[np.random.Generator], Iterator[str]]
 KEYS: dict[str, Draw] = {"words": words.key_words, "numbers": words.numbers, "uuids": words.uuids}
-VALUES: dict[str, Draw] = {"words": words.value_words, "numbers": words.numbers, "uuids": words.uuids}
+VALUES: dict[str, Draw] = {
+    "words": words.value_words, "word": words.single_words, "numbers": words.numbers, "uuids": words.uuids,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class Language:
     question: Callable[[list[str], int], str]
 
 
-def prose(keys: str, values: str) -> Language:
-    """English. keys, values: what they are, of KEYS and VALUES."""
+def prose(keys: str, values: str, digits: int = 7) -> Language:
+    """English. keys, values: what they are, of KEYS and VALUES. digits: of values that are numbers."""
     return Language(
         KEYS[keys],
-        VALUES[values],
+        partial(words.numbers, digits=digits) if values == "numbers" else VALUES[values],
         opening="Read the following text carefully. It mentions codes, and you will be asked about them at the end.",
         needle="The code of {key} is {value}.",
         gap="\n\n",

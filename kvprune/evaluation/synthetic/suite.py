@@ -53,7 +53,8 @@ class Synthetic:
     filler: a text file in UTF-8 to fill prompts with; None for generated sentences.
     style: "prose", "notes" (the language of the embedded model, for the tasks of NOTES_FAMILIES), or "auto": notes
     for the embedded model's tokenizer, prose for all others.
-    keys, values: "words", "numbers" or "uuids": what needles in prose are made of.
+    keys, values: "words", "numbers" or "uuids": what needles in prose are made of; values also a single "word".
+    digits: of values that are numbers; most tokenizers make a token of each, or of two or three.
     distractors: how many needles of needle_multikey are not asked; "all" for a text of nothing else.
     needles: how many values needle_multivalue asks for, and how many keys needle_multiquery.
     chains, hops: of variable_tracking: hops + 1 variables have the value of a chain.
@@ -71,6 +72,7 @@ class Synthetic:
     style: Literal["auto", "prose", "notes"] = "auto"
     keys: str = "words"
     values: str = "numbers"
+    digits: int = 7
     distractors: int | Literal["all"] = 16
     needles: int = 4
     chains: int = 2
@@ -85,7 +87,7 @@ class Synthetic:
         for kind, known in ((self.keys, KEYS), (self.values, VALUES)):
             if kind not in known:
                 raise EvaluationError(f"needles cannot be made of {kind!r}: choose from {', '.join(known)}.")
-        for name, least in (("count", 1), ("seed", 0), ("needles", 1), ("chains", 1), ("hops", 1)):
+        for name, least in (("count", 1), ("seed", 0), ("digits", 1), ("needles", 1), ("chains", 1), ("hops", 1)):
             self._check_number(name, getattr(self, name), least)
         if self.distractors != "all":
             self._check_number("distractors", self.distractors, 0)
@@ -159,7 +161,7 @@ class Synthetic:
 
     @cached_property
     def _language(self) -> Language:
-        return NOTES if self._in_notes else prose(self.keys, self.values)
+        return NOTES if self._in_notes else prose(self.keys, self.values, self.digits)
 
     @cached_property
     def _filler(self) -> Filler:

@@ -66,6 +66,11 @@ def value_words(rng: np.random.Generator) -> Iterator[str]:
     return compounds(rng, _COUNTS, VALUE_FIRST, VALUE_SECOND, joint="-")
 
 
+def single_words(rng: np.random.Generator) -> Iterator[str]:
+    """lantern"""
+    return compounds(rng, sorted({*VALUE_FIRST, *VALUE_SECOND}))
+
+
 def list_words(rng: np.random.Generator) -> Iterator[str]:
     """windy-harbour"""
     return compounds(rng, _QUALITIES, _THINGS, joint="-")

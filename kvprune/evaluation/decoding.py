@@ -1,0 +1,95 @@
+"""Answers of many caches to one prompt that is read once, greedily, as `generate()` gives them to each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.evaluation.together import Together
+from kvprune.policy.registry import parse
+
+
+@dataclass
+class Reader:
+    """Reads a prompt for many caches, and feeds all of them further tokens.
+
+    known: empty caches that are shown the whole prompt at once. unknown: empty caches that are shown the document
+    alone, and then read the question on their own. The rows of what is returned are those of `caches`: the full cache,
+    the known ones, the unknown ones.
+    """
+
+    model: Any
+    known: Sequence[PrunedCache] = ()
+    unknown: Sequence[PrunedCache] = ()
+    caches: list[PrunedCache] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.caches = [PrunedCache(self.model, parse("full")), *self.known, *self.unknown]
+        self._together = Together(self.caches)
+        self._seen = 0
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, question: int | None = None) -> Tensor:
+        """The logits after a prompt `[1, n]`, one row for every cache, `[caches, vocab]`.
+
+        question: how many tokens come before the question; needed where there are unknown ones.
+        """
+        together = self._together
+        if self.unknown:
+            with together.shown(self.unknown, remember=True):
+                self._forward(ids[:, :question])
+            with together.shown([], late=self.known):
+                logits = self._forward(ids[:, question:])
+            together.forget()
+            together.caches, self._seen = list(self.unknown), question or 0
+            asked = self._forward(ids[:, question:].expand(len(self.unknown), -1))
+        else:
+            with together.shown(self.known):
+                logits = self._forward(ids)
+            asked = logits[:0]
+        together.caches = self.caches
+        return torch.cat([logits.expand(1 + len(self.known), -1), asked])
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """The logits after one more token for each of these rows, `[rows, vocab]`; tokens: `[rows]`."""
+        self._together.caches = self.caches if rows is None else [self.caches[row] for row in rows]
+        return self._forward(tokens[:, None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(self._seen, self._seen + ids.shape[1], device=ids.device)[None].expand_as(ids)
+        self._seen += ids.shape[1]
+        output = self.model(ids, past_key_values=self._together, position_ids=places, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+@torch.inference_mode()
+def greedy(
+    reader: Reader, logits: Tensor, *, max_new_tokens: int, min_new_tokens: int = 0, ends: Sequence[int] = ()
+) -> list[list[int]]:
+    """What each row of a reader writes after these logits, up to and with one of `ends`."""
+    written: list[list[int]] = [[] for _ in reader.caches]
+    rows = list(range(len(written)))
+    for step in range(max_new_tokens):
+        if step < min_new_tokens and ends:
+            logits = logits.index_fill(1, torch.tensor(list(ends), device=logits.device), -torch.inf)
+        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            written[row].append(token)
+        rows = [row for row in rows if written[row][-1] not in ends]
+        if not rows or step + 1 == max_new_tokens:
+            break
+        last = torch.tensor([written[row][-1] for row in rows], device=logits.device)
+        logits = reader.feed(last, rows)
+    return written
+
+
+def fed(reader: Reader, ids: Tensor) -> Iterator[Tensor]:
+    """Logits `[caches, vocab]` after each of the tokens `[n]`, which are fed one by one to every cache."""
+    for token in ids:
+        yield reader.feed(token.expand(len(reader.caches)))

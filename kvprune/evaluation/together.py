@@ -1,0 +1,162 @@
+"""Many caches of one model through the same forward passes: a prompt is read once, whoever compresses it.
+
+    together = Together([PrunedCache(model, policy) for policy in policies])
+    with together.shown([...]): model(document, past_key_values=together)     # one row, for all of them
+    model(tokens, past_key_values=together)                                    # one row for each
+
+While caches are *shown* a pass, the batch is one sequence, which the first cache attends to; the others take the same
+queries, keys and values, layer by layer, and do with them what they would have done by themselves, except for computing
+an output of attention that is the same for all. Otherwise the batch has a row for every cache, and each attends to its
+own; what is left to share is reading the weights, which is most of the time of a decode step.
+
+Everything a cache does between its first layer and its last is there. What it does around a forward pass is not, such
+as a prompt filter: `shareable` says which caches can be here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvprune.attention.backends import Sdpa
+from kvprune.attention.softmax import PendingKeys
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.errors import CacheError
+
+
+def shareable(cache: PrunedCache) -> bool:
+    """Whether all of a cache's work is in the layers of a forward pass, and all of its layers are pruned."""
+    return cache.prompt_filter is None and len(cache.pruned_layers) == len(cache.layers)
+
+
+class _Known(Sdpa):
+    """An attention whose output is known: `[1, Hq, L, Dv]`."""
+
+    name = "known"
+
+    def __init__(self, output: Tensor) -> None:
+        self._output = output
+
+    def takes(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+        return queries.shape[2] == keys.shape[2] == self._output.shape[2]
+
+    def causal(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        return self._output, None
+
+
+@dataclass
+class _Seen:
+    """What one layer has been given and returned: queries `[1, Hq, L, D]`, keys, values, output `[1, L, Hq, Dv]`."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    output: Tensor
+
+    def then(self, other: _Seen) -> _Seen:
+        return _Seen(
+            torch.cat([self.queries, other.queries], 2),
+            torch.cat([self.keys, other.keys], 2),
+            torch.cat([self.values, other.values], 2),
+            torch.cat([self.output, other.output], 1),
+        )
+
+
+class Together(Cache):
+    """The cache that a model is given in place of many. `caches` may be reordered and cut between forward passes."""
+
+    def __init__(self, caches: Sequence[PrunedCache]) -> None:
+        """Raises CacheError where there is no cache, or one that does something around a forward pass."""
+        if not caches or not all(map(shareable, caches)):
+            raise CacheError("caches go together where there is one, and where all they do is in their layers.")
+        super().__init__(layers=list(caches[0].layers))
+        self.caches = list(caches)
+        self._shown: list[PrunedCache] | None = None
+        self._late: list[PrunedCache] = []
+        self._log: dict[int, _Seen] = {}
+        self._logging = False
+        self._incoming: tuple[int, Tensor, Tensor] | None = None
+
+    @contextmanager
+    def shown(
+        self, others: Sequence[PrunedCache], *, late: Sequence[PrunedCache] = (), remember: bool = False
+    ) -> Iterator[None]:
+        """One sequence in the batch: the first of `caches` attends, and `others`, which are empty, take it over.
+
+        remember: keep what is seen, for caches that are `late`: shown all that was kept and what comes now, as one
+        prompt.
+        """
+        self._shown, self._late, self._logging = list(others), list(late), remember
+        try:
+            yield
+        finally:
+            self._shown, self._late, self._logging = None, [], False
+
+    def forget(self) -> None:
+        """Let go of what was kept for late ones."""
+        self._log.clear()
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self._incoming = layer_idx, keys, values
+        return PendingKeys(keys, self), values  # type: ignore[arg-type, return-value]
+
+    def attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
+        """See `PrunedCache.attend`; there is no padding."""
+        layer, keys, values = self._incoming  # type: ignore[misc]
+        self._incoming = None
+        if self._shown is None:
+            outputs = []
+            for row, cache in enumerate(self.caches):
+                one = slice(row, row + 1)
+                cache.update(keys[one], values[one], layer)
+                outputs.append(cache.attend(module, query[one], None, **settings))
+            return torch.cat(outputs)
+        first = self.caches[0]
+        first.update(keys, values, layer)
+        output = first.attend(module, query, None, **settings)
+        seen = _Seen(query, keys, values, output)
+        for cache in self._shown:
+            _show(cache, layer, module, seen, settings)
+        if self._late:
+            whole = self._log[layer].then(seen) if layer in self._log else seen
+            for cache in self._late:
+                _show(cache, layer, module, whole, settings)
+        if self._logging:
+            self._log[layer] = self._log[layer].then(seen) if layer in self._log else seen
+        return output
+
+    def bypassed(self) -> Exception:
+        return self.caches[0].bypassed()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.caches[0].get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.caches[0].get_mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.caches[0].get_query_offset(layer_idx)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def _show(cache: PrunedCache, layer: int, module: torch.nn.Module, seen: _Seen, settings: dict[str, Any]) -> None:
+    """Let an empty cache take over what was seen, in tensors of its own."""
+    pruned: PrunedLayer = cache.layers[layer]
+    own, pruned.backend = pruned.backend, _Known(seen.output.transpose(1, 2))
+    try:
+        cache.update(seen.keys.clone(), seen.values.clone(), layer)
+        cache.attend(module, seen.queries, None, **settings)
+    finally:
+        pruned.backend = own
