@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,9 +71,15 @@ class Reader:
 
 @torch.inference_mode()
 def greedy(
-    reader: Reader, logits: Tensor, *, max_new_tokens: int, min_new_tokens: int = 0, ends: Sequence[int] = ()
+    reader: Reader,
+    logits: Tensor,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    ends: Sequence[int] = (),
+    done: Callable[[list[int]], bool] = lambda written: False,
 ) -> list[list[int]]:
-    """What each row of a reader writes after these logits, up to and with one of `ends`."""
+    """What each row of a reader writes after these logits, up to and with one of `ends`, or until it is `done`."""
     written: list[list[int]] = [[] for _ in reader.caches]
     rows = list(range(len(written)))
     for step in range(max_new_tokens):
@@ -81,7 +87,7 @@ def greedy(
             logits = logits.index_fill(1, torch.tensor(list(ends), device=logits.device), -torch.inf)
         for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
             written[row].append(token)
-        rows = [row for row in rows if written[row][-1] not in ends]
+        rows = [row for row in rows if written[row][-1] not in ends and not done(written[row])]
         if not rows or step + 1 == max_new_tokens:
             break
         last = torch.tensor([written[row][-1] for row in rows], device=logits.device)

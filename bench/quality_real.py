@@ -1,0 +1,226 @@
+"""What compression does to the answers of a real model, SmolLM2-135M-Instruct, under every policy, beside kvpress.
+
+    python bench/quality_real.py --out bench/results/quality-real.jsonl --report bench/quality-real.md
+
+Needles in prose, tasks of LongBench, and likelihood of texts; with the question known when the prompt is compressed,
+and unknown. A prompt is read once, whoever compresses it. Results are JSON lines, the most important ones first: a run
+that is interrupted, or has used up its --minutes, goes on where it stopped, and tables are made of what there is.
+
+Every registered policy takes part. Presses of kvpress answer the same prompts in an environment of their own
+(`make peers`, then --presses). Data that is not part of the repository is left out where it is not at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import real_prompts as prompts
+import torch
+from output import Log
+from real_prompts import Prompt
+from worker import PEERS
+
+from kvprune import PrunedCache
+from kvprune.errors import KVPruneError
+from kvprune.evaluation.contenders import Held
+from kvprune.evaluation.decoding import Reader, fed, greedy
+from kvprune.evaluation.likelihood import compare
+from kvprune.evaluation.models import LanguageModel, load
+from kvprune.evaluation.results import Results, Row
+from kvprune.evaluation.together import shareable
+from kvprune.policy.base import Policy
+from kvprune.policy.registry import names, parse
+
+QUESTIONS = ("known", "unknown")
+BUDGETS = ("0.25", "0.1", "0.5")
+FULL = "full"
+# Settings that are tried beside the defaults of every registered policy. Those that keep every token take no budget.
+VARIANTS = ("snapkv:kernel_size=21", "a2sf:kernel_size=21", "a2sf:kernel_size=21,interval=64", "a2sf:kernel_size=7")
+PACKING = ("kivi:bits=2", "zipcache", "zipcache:group_size=32")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A policy under a budget, with the question known to it or not."""
+
+    name: str
+    budget: str | None
+    known: bool
+    policy: Policy
+
+    @property
+    def question(self) -> str:
+        return QUESTIONS[not self.known]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}{'' if self.budget is None else f' @ {self.budget}'} | {self.question}"
+
+
+def entries(budgets: Sequence[str], only: Sequence[str] = ()) -> tuple[list[Entry], list[str]]:
+    """Everyone, and notes on the policies that cannot be made of a budget alone. only: names, where not all."""
+    texts = [*VARIANTS, *(name for name in names() if name not in (FULL, "kivi", "zipcache")), *PACKING]
+    found: dict[str, Entry] = {}
+    notes = []
+    for text in only or texts:
+        for budget in budgets:
+            try:
+                policy = parse(text, budget=budget)
+                takes_budget = parse(text, budget=0.5) != parse(text, budget=0.25)
+            except KVPruneError as error:
+                notes.append(f"left out: {text}: {error}")
+                break
+            for known in (True, False):
+                entry = Entry(text, budget if takes_budget else None, known, policy)
+                found.setdefault(entry.label, entry)
+    return list(found.values()), notes
+
+
+class Quality:
+    """Answers of all contenders to prompts, as rows of results."""
+
+    def __init__(self, model: LanguageModel, results: Results) -> None:
+        self.model, self.results = model, results
+
+    def ask(self, prompt: Prompt, who: Sequence[Entry]) -> int:
+        """Measure those whose row is missing; returns how many."""
+        asked = [
+            entry
+            for entry in who
+            if (entry.known or prompt.question) and not self.results.has(prompt.task, prompt.index, entry.label)
+        ]
+        if not asked:
+            return 0
+        caches = {entry.label: PrunedCache(self.model.model, entry.policy) for entry in asked}
+        together = [entry for entry in asked if shareable(caches[entry.label])]
+        alone = [entry for entry in asked if not shareable(caches[entry.label])]
+        for row in self._together(prompt, together, caches):
+            self.results.add(row)
+        for entry in alone:
+            for row in self._alone(prompt, entry, caches[entry.label]):
+                self.results.add(row)
+        return len(asked)
+
+    def _together(self, prompt: Prompt, who: list[Entry], caches: dict[str, PrunedCache]) -> Iterator[Row]:
+        known, unknown = ([caches[entry.label] for entry in who if entry.known is each] for each in (True, False))
+        ordered = [*(entry for entry in who if entry.known), *(entry for entry in who if not entry.known)]
+        began = time.process_time()
+        reader = Reader(self.model.model, known, unknown)
+        logits = reader.read(prompt.ids, prompt.question)
+        kept = [_kept(cache) for cache in reader.caches]
+        if prompt.text is not None:
+            found = self._likelihood(prompt, reader)
+        else:
+            found = [prompt.judged(written) for written in greedy(reader, logits, **prompt.generation)]
+        seconds = (time.process_time() - began) / len(reader.caches)
+        for place, (cache, figures) in enumerate(zip(reader.caches, found, strict=True)):
+            entry = ordered[place - 1] if place else None
+            yield self._row(prompt, entry, cache, kept[place], seconds, figures)
+
+    def _likelihood(self, prompt: Prompt, reader: Reader) -> list[Row]:
+        """Of the text that follows the prompt, token by token; the first prediction is that of the prompt's last."""
+        steps = list(fed(reader, prompt.text[:-1]))  # type: ignore[index]
+        full = [step[:1] for step in steps]
+        targets = prompt.text[None, 1:]  # type: ignore[index]
+        found = []
+        for row in range(len(reader.caches)):
+            figures = compare([step[row : row + 1] for step in steps], full, targets)
+            found.append({name: values.item() for name, values in vars(figures).items()})
+        return found
+
+    @torch.inference_mode()
+    def _alone(self, prompt: Prompt, entry: Entry, held: PrunedCache) -> Iterator[Row]:
+        """A cache that does more than its layers do, as `generate()` would have it; no likelihood."""
+        if prompt.text is not None:
+            return
+        began = time.process_time()
+        model, ids = self.model.model, prompt.ids
+        if not entry.known:
+            model(ids[:, : prompt.question], past_key_values=held, logits_to_keep=1)
+            ids = ids[:, prompt.question :]
+        output = model(ids, past_key_values=held, logits_to_keep=1)
+        kept, written = _kept(held), [int(output.logits[0, -1].argmax())]
+        limits = prompt.generation
+        while len(written) < limits["max_new_tokens"] and not limits["done"](written):
+            if written[-1] in limits["ends"]:
+                break
+            output = model(torch.tensor([[written[-1]]]), past_key_values=held)
+            written.append(int(output.logits[0, -1].argmax()))
+        yield self._row(prompt, entry, held, kept, time.process_time() - began, prompt.judged(written))
+
+    def _row(
+        self, prompt: Prompt, entry: Entry | None, held: PrunedCache, kept: float, seconds: float, figures: Row
+    ) -> Row:
+        return {
+            "suite": "quality-real",
+            "model": self.model.name,
+            "task": prompt.task,
+            "index": prompt.index,
+            "label": FULL if entry is None else entry.label,
+            "policy": FULL if entry is None else entry.name,
+            "budget": None if entry is None else entry.budget,
+            "question": None if entry is None else entry.question,
+            **figures,
+            **prompt.fields,
+            **asdict(Held.by(held, self.model.model)),
+            "prompt_tokens": prompt.ids.shape[1],
+            "kept": round(kept, 1),
+            "cpu_seconds": round(seconds, 2),
+        }
+
+
+def _kept(held: PrunedCache) -> float:
+    """Tokens per KV head, the mean over layers."""
+    layers = [(held.kept_positions(layer) >= 0).sum(-1).float().mean().item() for layer in held.pruned_layers]
+    return sum(layers) / len(layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a name, or a folder")
+    parser.add_argument("--data", type=Path, default=prompts.DATA, help="the folder of longbench/ and text/")
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--policies", nargs="+", default=[], help="instead of all")
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="at compression")
+    parser.add_argument("--cells", nargs="+", default=[], help="parts of names of tasks, instead of all")
+    parser.add_argument("--count", type=int, help="prompts of each kind of needle and task, instead of the grid's")
+    parser.add_argument("--quick", action="store_true", help="a prompt of each kind, of 1,000 tokens")
+    parser.add_argument("--minutes", type=float, help="stop before the next prompt once they have gone by")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--presses", action="store_true", help="the presses of kvpress, too")
+    parser.add_argument("--peers", type=Path, default=PEERS, help="the Python that has kvpress")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, make the tables of what there is")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/quality-real.jsonl"))
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    log = Log()
+    results = Results(arguments.out)
+    who, notes = entries(arguments.budgets, arguments.policies)
+    who = [entry for entry in who if entry.question in arguments.questions]
+    for note in notes:
+        log.note(note)
+    ends_at = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    if not arguments.tables:
+        model = load(arguments.model)
+        grid = prompts.grid(model, arguments.data, quick=arguments.quick, count=arguments.count, cells=arguments.cells)
+        quality = Quality(model, results)
+        for place in grid:
+            if ends_at is not None and time.monotonic() > ends_at:
+                log.note("stopped: its minutes have gone by")
+                break
+            began = time.monotonic(), time.process_time()
+            done = quality.ask(place.prompt(), place.chosen(who))
+            if done:
+                took, cpu = time.monotonic() - began[0], time.process_time() - began[1]
+                what = f"{place.task} {place.index}: {done} answers, {took:.0f} s, {cpu:.0f} s of CPU"
+                log.console.print(time.strftime("%H:%M:%S"), what, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
