@@ -53,7 +53,9 @@ def demo(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option(help='A model folder or hub name; "demo" is the embedded model.')],
+    model: Annotated[
+        str, typer.Option(help='A model folder or hub name; "demo" is the embedded model, "smollm2" a real one.')
+    ],
     prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; - for standard input.")],
     policy: Annotated[
         str, typer.Option(help='A policy, e.g. "a2sf", "snapkv:window=64", "a2sf:budget=0.5 | tova".')

@@ -20,7 +20,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Option(help='A model folder or hub name; "demo" is the embedded model.')]
+Model = Annotated[
+    str, typer.Option(help='A model folder or hub name; "demo" is the embedded model, "smollm2" a real one.')
+]
 Policies = Annotated[
     list[str],
     typer.Option(

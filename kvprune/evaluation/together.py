@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import Cache
 
 from kvprune.attention.backends import Sdpa
-from kvprune.attention.softmax import PendingKeys
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.pruned_cache import PrunedCache
-from kvprune.errors import CacheError
+from kvprune.cache.registration import PendingKeys
+from kvprune.errors import CacheError, KVPruneError
 
 
 def shareable(cache: PrunedCache) -> bool:
@@ -107,7 +107,7 @@ class Together(Cache):
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self._incoming = layer_idx, keys, values
-        return PendingKeys(keys, self), values  # type: ignore[arg-type, return-value]
+        return PendingKeys(keys, self), values  # type: ignore[return-value]
 
     def attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
         """See `PrunedCache.attend`; there is no padding."""
@@ -134,7 +134,8 @@ class Together(Cache):
             self._log[layer] = self._log[layer].then(seen) if layer in self._log else seen
         return output
 
-    def bypassed(self) -> Exception:
+    def bypassed(self) -> KVPruneError:
+        """See `PrunedCache.bypassed`."""
         return self.caches[0].bypassed()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

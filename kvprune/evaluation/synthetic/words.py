@@ -19,6 +19,8 @@ def _bare(words: Sequence[str]) -> list[str]:
 _ANIMALS, _COUNTS, _PLACES = _bare(KEY_SECOND), _bare(VALUE_THIRD), _bare(FILLER["place"])
 _QUALITIES = sorted({*KEY_FIRST, *FILLER["adjective"], *VALUE_FIRST})
 _THINGS = sorted({*_ANIMALS, *VALUE_SECOND, *FILLER["noun"], *_PLACES})
+_OTHERS = " ".join([*KEY_FIRST, *_ANIMALS, *_QUALITIES, *_bare([word for words in FILLER.values() for word in words])])
+_SINGLE = sorted(word for word in VALUE_SECOND if word not in _OTHERS)
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
@@ -30,7 +32,7 @@ def compounds(rng: np.random.Generator, *parts: Sequence[str], joint: str = "") 
     available = math.prod(len(part) for part in parts)
     seen: set[int] = set()
     while len(seen) < available:
-        number = int(rng.integers(available))
+        number = int(rng.integers(available)) if available < 1 << 63 else int.from_bytes(rng.bytes(32)) % available
         if number in seen:
             continue
         seen.add(number)
@@ -67,8 +69,8 @@ def value_words(rng: np.random.Generator) -> Iterator[str]:
 
 
 def single_words(rng: np.random.Generator) -> Iterator[str]:
-    """lantern"""
-    return compounds(rng, sorted({*VALUE_FIRST, *VALUE_SECOND}))
+    """lantern: none is part of another word of a prompt, since answers are looked for as text."""
+    return compounds(rng, _SINGLE)
 
 
 def list_words(rng: np.random.Generator) -> Iterator[str]:
