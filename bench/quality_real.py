@@ -25,6 +25,7 @@ from real_prompts import Prompt
 from worker import PEERS
 
 from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.errors import KVPruneError
 from kvprune.evaluation.contenders import Held
 from kvprune.evaluation.decoding import Reader, fed, greedy
@@ -140,15 +141,15 @@ class Quality:
         began = time.process_time()
         model, ids = self.model.model, prompt.ids
         if not entry.known:
-            model(ids[:, : prompt.question], past_key_values=held, logits_to_keep=1)
+            model(ids[:, : prompt.question], **cache_argument(held), logits_to_keep=1)
             ids = ids[:, prompt.question :]
-        output = model(ids, past_key_values=held, logits_to_keep=1)
+        output = model(ids, **cache_argument(held), logits_to_keep=1)
         kept, written = _kept(held), [int(output.logits[0, -1].argmax())]
         limits = prompt.generation
         while len(written) < limits["max_new_tokens"] and not limits["done"](written):
             if written[-1] in limits["ends"]:
                 break
-            output = model(torch.tensor([[written[-1]]]), past_key_values=held)
+            output = model(torch.tensor([[written[-1]]]), **cache_argument(held))
             written.append(int(output.logits[0, -1].argmax()))
         yield self._row(prompt, entry, held, kept, time.process_time() - began, prompt.judged(written))
 

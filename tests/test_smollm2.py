@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvprune import KVPruneError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.evaluation import smollm2
 from kvprune.evaluation.models import load
 from kvprune.policy.registry import parse
@@ -120,5 +121,5 @@ def test_a_needle_is_found_in_a_quarter_of_the_cache(model, text):
     )
     cache = PrunedCache(model.model, parse(text, budget=0.25))
     with torch.inference_mode():
-        said = model.model.generate(**ids, past_key_values=cache, max_new_tokens=24, do_sample=False)
+        said = model.model.generate(**ids, **cache_argument(cache), max_new_tokens=24, do_sample=False)
     assert "4817263" in model.tokenizer.decode(said[0, ids["input_ids"].shape[1] :])

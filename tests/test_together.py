@@ -6,10 +6,11 @@ import torch
 from transformers import DynamicCache
 
 from kvprune import CacheError, PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.evaluation.decoding import Reader, fed, greedy
 from kvprune.evaluation.together import Together, shareable
+from kvprune.passes.filters import PromptFilter
 from kvprune.policy.registry import names, parse
-from kvprune.policy.selection import PromptFilter
 
 PROMPT, QUESTION, NEW = 60, 52, 12
 
@@ -40,10 +41,10 @@ def alone(model, cache, *prompts):
     """What one cache keeps of prompts that come one after another, and the tokens it writes."""
     with torch.inference_mode():
         for ids in prompts:
-            output = model(ids, past_key_values=cache)
+            output = model(ids, **cache_argument(cache))
         held, written = kept(cache), [output.logits[0, -1].argmax().item()]
         while len(written) < NEW:
-            output = model(torch.tensor([written[-1:]]), past_key_values=cache)
+            output = model(torch.tensor([written[-1:]]), **cache_argument(cache))
             written.append(output.logits[0, -1].argmax().item())
     return held, written
 
@@ -80,7 +81,7 @@ def test_the_first_row_is_the_stock_cache(model, ids):
     reader = Reader(model, [PrunedCache(model, parse("a2sf", budget=0.7))])
     found = [reader.read(ids[:, :QUESTION]), *fed(reader, ids[0, QUESTION:])]
     with torch.inference_mode():
-        expected = model(ids, past_key_values=DynamicCache(config=model.config)).logits[0, QUESTION - 1 :]
+        expected = model(ids, **cache_argument(DynamicCache(config=model.config))).logits[0, QUESTION - 1 :]
     torch.testing.assert_close(torch.stack([logits[0] for logits in found]), expected, atol=1e-4, rtol=1e-4)
 
 

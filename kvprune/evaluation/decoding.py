@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.evaluation.together import Together
 from kvprune.policy.registry import parse
@@ -64,7 +65,7 @@ class Reader:
     def _forward(self, ids: Tensor) -> Tensor:
         places = torch.arange(self._seen, self._seen + ids.shape[1], device=ids.device)[None].expand_as(ids)
         self._seen += ids.shape[1]
-        output = self.model(ids, past_key_values=self._together, position_ids=places, logits_to_keep=1)
+        output = self.model(ids, **cache_argument(self._together), position_ids=places, logits_to_keep=1)
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -1,8 +1,8 @@
 """Many caches of one model through the same forward passes: a prompt is read once, whoever compresses it.
 
     together = Together([PrunedCache(model, policy) for policy in policies])
-    with together.shown([...]): model(document, past_key_values=together)     # one row, for all of them
-    model(tokens, past_key_values=together)                                    # one row for each
+    with together.shown([...]): model(document, cache=together)     # one row, for all of them
+    model(tokens, cache=together)                                    # one row for each
 
 While caches are *shown* a pass, the batch is one sequence, which the first cache attends to; the others take the same
 queries, keys and values, layer by layer, and do with them what they would have done by themselves, except for computing
