@@ -15,7 +15,8 @@ from kvprune.table.token_table import TokenTable
 class StreamingLLM(Eviction):
     """Keeps the first `sinks` tokens and, in the rest of the budget, the newest ones. Looks at no attention.
 
-    Keys keep their rotation and queries their logical position; the paper's code renumbers both to the cache's slots.
+    `positions="cache"` is the paper's, for generating beyond the model's window: keys and queries have the positions of
+    their places in the cache. By default they keep those of the text, as with every other policy.
     """
 
     _: KW_ONLY

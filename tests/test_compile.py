@@ -22,6 +22,7 @@ STATIC = {
     "h2o": H2O(20, recent=4),
     "tova": TOVA(20),
     "streaming": StreamingLLM(20),
+    "streaming-in-the-cache": StreamingLLM(20, positions="cache"),
     "snapkv": SnapKV(20, window=8, interval=1),
     "pooled": A2SF(20, recent=4, kernel_size=5),
     "averaged": SnapKV(20, window=8, interval=1, pooling="avg"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF
 from kvprune.policy import eviction
 from kvprune.policy.eviction import over_neighbours
@@ -54,7 +55,7 @@ def test_what_stands_beside_a_peak_stays_with_it(interval):
 
     model, batch = build("llama"), left_padded([80, 64])
     pruned = PrunedCache(model, Peaked(16, sinks=1, recent=4, kernel_size=9, interval=interval))
-    generate(model, batch, 33, past_key_values=pruned)
+    generate(model, batch, 33, **cache_argument(pruned))
     for row in range(2):
         for layer in kept_everywhere(pruned, row):
             for head in layer:

@@ -21,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
+from kvprune.attention.rotation import Rotation
 from kvprune.cache.plans import Plan, Planner
 from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.selection import FilteredStep, Selection
@@ -64,18 +65,21 @@ class PrunedLayer(CacheLayerMixin):
         device: torch.device | None = None,
         kernels: str = "auto",
         backend: Sdpa = SDPA,
+        rotation: Rotation | None = None,
         **shared: Any,
     ) -> None:
         """Args:
         index: of the layer in the model. shared: what `Planner` takes beside them.
         device: where the table lives and is attended to; None for the model's.
         kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
+        rotation: how keys are turned by their position, where they are to be seen at their places in the cache.
         """
         super().__init__()
         self.planner = Planner(policy, index, **shared)
         self.home = device
         self.kernels = kernels
         self.backend = backend
+        self.rotation = rotation
         self.reset()
 
     @property
@@ -184,14 +188,15 @@ class PrunedLayer(CacheLayerMixin):
             self.generated += max(queries.tokens)
 
         if self.record_past:
-            output = queries.attend(table, scoring, backend=self.backend).output
+            output = queries.attend(self._placed(table), scoring, backend=self.backend).output
             self._defer(table, queries, prefill, scoring)
         else:
             plans = self._plans(table, queries, prefill)
             wanted = any(plan.weights is not None for plan in plans)
-            attended = queries.attend(table, scoring, with_probabilities=wanted, backend=self.backend)
+            seen = self._placed(table)
+            attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
             output = attended.output
-            self._observe(table, plans, queries, scoring, attended)
+            self._observe(seen, plans, queries, scoring, attended)
             self._decide(plans, prefill=prefill)
         return output.transpose(1, 2).contiguous().to(device)
 
@@ -246,12 +251,19 @@ class PrunedLayer(CacheLayerMixin):
         table.append(keys, values, queries.first)
         plans = self._plans(table, queries, False)
         wanted = plans[0].weights is not None
-        attended = queries.attend(table, scoring, with_probabilities=wanted, backend=self.backend)
-        self._observe(table, plans, queries, scoring, attended)
+        seen = self._placed(table)
+        attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
+        self._observe(seen, plans, queries, scoring, attended)
         decision = plans[0].policy.decide(plans[0].table, plans[0].step)
         table.evict(decision.evict)  # type: ignore[union-attr, arg-type]  # at its budget, it evicts a row
         steady.advance()
         return attended.output.transpose(1, 2).contiguous()
+
+    def _placed(self, table: TokenTable) -> TokenTable:
+        """The table as queries see it: rows where they are in the text, or where they are in the cache."""
+        if self.rotation is None:
+            return table
+        return table.with_keys(self.rotation.closed_up(table.keys, table.positions))
 
     def _append(
         self, states: Tensor, valid: Tensor | None, filtered: FilteredStep | None
@@ -383,7 +395,7 @@ class PrunedLayer(CacheLayerMixin):
             early = queries.part(0, split)
             with table.without_newest(len(queries) - split):  # all that these queries can see
                 to_come = tuple(a - b for a, b in zip(queries.tokens, early.tokens, strict=True))
-                self._observe(table, self._plans(table, early, prefill, to_come), early, scoring)
+                self._observe(self._placed(table), self._plans(table, early, prefill, to_come), early, scoring)
         self.undecided = Undecided(queries.part(split, len(queries)), prefill, scoring)
 
     def accept(self) -> None:
@@ -399,7 +411,7 @@ class PrunedLayer(CacheLayerMixin):
         if undecided.prefill:
             self.prompt_tokens, self.generated = self.tokens, 0
         plans = self._plans(self.table, undecided.queries, undecided.prefill)
-        self._observe(self.table, plans, undecided.queries, undecided.scoring)
+        self._observe(self._placed(self.table), plans, undecided.queries, undecided.scoring)
         self._decide(plans, prefill=undecided.prefill)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -37,6 +37,7 @@ from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradient
 from kvprune.cache.progress import Progress, watch
 from kvprune.cache.registration import NO_MASK, PREFIX, CacheLength, PendingKeys, PendingMask
 from kvprune.cache.report import CacheReport, LayerReport, kind_of
+from kvprune.cache.rotary import rotations
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
@@ -118,6 +119,7 @@ class PrunedCache(Cache):
         widest = max((head_dim(configs[index]) for index in pruned), default=1)
         backend = choose(attention, _device(device) or model.device, model.dtype, widest)
         self._empty = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in pruned}
+        turning = rotations(model, tuple(pruned)) if policy.renumbers and pruned else {}
         for depth, index in enumerate(pruned):
             layers[index] = PrunedLayer(
                 policy,
@@ -125,6 +127,7 @@ class PrunedCache(Cache):
                 device=_device(device),
                 kernels=kernels,
                 backend=backend,
+                rotation=turning.get(index),
                 depth=depth,
                 pruned_layers=len(pruned),
                 stock_tokens=_stock_tokens(layers, configs, configs[index]),

@@ -193,6 +193,11 @@ class Policy:
         return False
 
     @property
+    def renumbers(self) -> bool:
+        """Whether queries see rows at their places in the cache, side by side, not where they were in the text."""
+        return False
+
+    @property
     def needs_question(self) -> bool:
         """Whether the last queries of a prompt decide what is dropped, so that a question has to be among them."""
         return False
@@ -302,6 +307,10 @@ class Chain(Policy):
         return any(link.evicts for link in self.links)
 
     @property
+    def renumbers(self) -> bool:
+        return any(link.renumbers for link in self.links)
+
+    @property
     def needs_question(self) -> bool:
         return any(link.needs_question for link in self.links)
 
@@ -324,6 +333,14 @@ def _check_order(links: tuple[Policy, ...]) -> None:
             raise PolicyError(
                 f"{link} shortens the prompt before any layer runs, so it must be the first link of a chain and its "
                 f"only filter: write {link} | ... and leave other filters out."
+            )
+    renumbering = next((link for link in links if link.renumbers), None)
+    for link in links if renumbering is not None else ():
+        if link.codecs or link.filters_prompt:
+            what = "packs keys, which cannot be turned any more" if link.codecs else "has placed the prompt anew itself"
+            raise PolicyError(
+                f"{renumbering} shows rows at their places in the cache, and {link} {what}: write "
+                f'positions="original", or leave {type(link).__name__} out.'
             )
     packing = [index for index, link in enumerate(links) if link.codecs]
     if len(packing) > 1:

@@ -41,8 +41,9 @@ class Eviction(Policy):
             by more than the token being generated; None never evicts generated tokens.
         group: how scores of the query heads of a KV head are reduced, "mean" or "max".
         kernel_size: odd; wherever rows are compared, while tokens are generated too, a row counts as much as the best
-            of that many positions around it: an answer of n tokens beside what is attended to takes 2 n + 1.
-            1 is no pooling.
+            of that many positions around it: an answer of n tokens beside what is attended to takes 2 n + 1. 1 is none.
+        positions: "original", where queries see rows where they were in the text, or "cache", where they see them side
+            by side, no further away than there are rows, so that a rotary model may generate beyond its window.
         seed: of policies that draw random numbers.
         share: who gets how many rows of the budget, a `Share` or its text ("adaptive"). But for `Uniform`, heads or
             layers keep different numbers of rows, as many on average as the budget says.
@@ -58,6 +59,7 @@ class Eviction(Policy):
     group: str = "mean"
     kernel_size: int = 1
     seed: int = 0
+    positions: str = "original"
     share: Share = UNIFORM
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Eviction(Policy):
         check_count("sinks", self.sinks, least=0)
         check_kernel(self.kernel_size)
         check_seed(self.seed)
+        if self.positions not in ("original", "cache"):
+            raise PolicyError(f'positions must be "original" or "cache", not {self.positions!r}.')
         if self.interval is not None:
             check_count("interval", self.interval, least=1)
         if self.group not in GROUPS:
@@ -93,6 +97,10 @@ class Eviction(Policy):
     @property
     def evicts(self) -> bool:
         return True
+
+    @property
+    def renumbers(self) -> bool:
+        return self.positions == "cache"
 
     @property
     def static_decode(self) -> bool:

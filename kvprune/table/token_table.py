@@ -227,6 +227,13 @@ class TokenTable(Sizes):
         other.append(keys, values, positions, dense=dense)
         return other
 
+    def with_keys(self, keys: Tensor) -> TokenTable:
+        """The same rows under other keys `[B, Hkv, length, D]`, to attend to and no more; nothing may be packed."""
+        other = copy.copy(self)
+        other._storage = self._storage.sharing()
+        other._storage.tensors["keys"] = keys
+        return other
+
     # -- rows go: these change the table ---------------------------------------------------------------------------
 
     def compact(self, slots: Tensor, room: int = 0) -> None:
