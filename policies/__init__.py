@@ -11,6 +11,7 @@ from kvprune.policies.keydiff import KeyDiff
 from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
 from kvprune.policies.knorm import Knorm
+from kvprune.policies.kvzip import KVzip
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
@@ -25,6 +26,7 @@ __all__ = [
     "TOVA",
     "Full",
     "GemFilter",
+    "KVzip",
     "KeyDiff",
     "Keyformer",
     "Knorm",

@@ -134,6 +134,13 @@ class Scoring:
         sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
         return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
 
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """Of the rows of capped logits `[B, Hkv, G, L, S]`, and of the sinks where there are some, `[B, Hkv, G, L]`."""
+        total = torch.logsumexp(logits, dim=-1)
+        if self.sinks is None:
+            return total
+        return torch.logaddexp(total, self.sinks.float().view(1, logits.shape[1], -1, 1))
+
 
 def grouped(queries: Tensor, kv_heads: int) -> Tensor:
     """`[B, Hq, L, D] -> [B * Hkv, G * L, D]`: the query heads of a KV head side by side, so no key is repeated."""

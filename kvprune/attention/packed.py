@@ -134,15 +134,7 @@ def attention_mass(
     """
     states, weights, positions, noise = weighed_rows(states, row_weights, positions)
     logits = RowLogits(states, positions, table, scoring, noise)
-    largest, total = logits.running()
-    for keys in key_blocks(table):
-        for rows in logits.blocks(keys):
-            block = logits.of(rows, keys)
-            larger, shrink = _larger(largest[..., rows, :], block)
-            block = block.sub_(larger).exp_().nan_to_num_(0.0).sum(-1, keepdim=True)
-            total[..., rows, :] = total[..., rows, :] * shrink + block
-            largest[..., rows, :] = larger
-    lse = largest + total.log()
+    lse = log_sum_exp(logits)
     mass = torch.zeros(*table.positions.shape, device=states.device)
     for keys in key_blocks(table):
         for rows in logits.blocks(keys):
@@ -150,3 +142,16 @@ def attention_mass(
             by_head = probabilities.mean(2) if group == "mean" else probabilities.amax(2)
             mass[:, :, keys.slots] += torch.einsum("bl,bhlk->bhk", weights[:, rows], by_head)
     return mass
+
+
+def log_sum_exp(logits: RowLogits) -> Tensor:
+    """Of every row over all keys, `[B, Hkv, G, L, 1]`."""
+    largest, total = logits.running()
+    for keys in key_blocks(logits.table):
+        for rows in logits.blocks(keys):
+            block = logits.of(rows, keys)
+            larger, shrink = _larger(largest[..., rows, :], block)
+            block = block.sub_(larger).exp_().nan_to_num_(0.0).sum(-1, keepdim=True)
+            total[..., rows, :] = total[..., rows, :] * shrink + block
+            largest[..., rows, :] = larger
+    return largest + total.log()

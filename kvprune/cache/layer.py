@@ -26,6 +26,7 @@ from kvprune.cache.plans import Plan, Planner
 from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Counted, Steady, pin
+from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
@@ -104,6 +105,7 @@ class PrunedLayer(CacheLayerMixin):
         self.undecided: Undecided | None = None
         self.waiting: list[Plan] = []  # of a prompt, from the first on that decides for all layers together
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
+        self.unread: Unread | None = None  # what no replay has seen; the first pruned layer holds it for all
         self.is_initialized = False
         self._of_inference_mode = False  # whether tensors may have been made there
 
@@ -437,6 +439,7 @@ class PrunedLayer(CacheLayerMixin):
             if self.undecided is None or len(self.undecided.queries) <= remove:
                 self.remembered = None  # it may hold queries that are taken back
             self.selection = self.selection and self.selection.crop(remove)
+            self.unread = self.unread and self.unread.crop(remove)
         if self.undecided is not None:
             left = len(self.undecided.queries) - remove
             if left > 0:
@@ -488,6 +491,7 @@ class PrunedLayer(CacheLayerMixin):
         if self.undecided is not None:
             self.undecided.queries = self.undecided.queries.select_batch(indices)
         self.selection = self.selection and self.selection.select_batch(indices)
+        self.unread = self.unread and self.unread.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
         """An independent copy: every tensor is copied, settings are shared."""
@@ -497,6 +501,7 @@ class PrunedLayer(CacheLayerMixin):
         other.table = self.table and self.table.fork()
         other.remembered = self.remembered and self.remembered.clone()
         other.selection = self.selection and self.selection.clone()
+        other.unread = self.unread and self.unread.clone()
         if self.undecided is not None:
             queries = self.undecided.queries
             other.undecided = replace(self.undecided, queries=queries.part(0, len(queries)))
@@ -521,6 +526,7 @@ class PrunedLayer(CacheLayerMixin):
         state.add("table", None if self.table is None else self.table.state())
         state.add("remembered", None if self.remembered is None else self.remembered.state())
         state.add("selection", None if self.selection is None else self.selection.state())
+        state.add("unread", None if self.unread is None else self.unread.state())
         return state
 
     def restore(self, saved: Saved) -> None:
@@ -530,7 +536,7 @@ class PrunedLayer(CacheLayerMixin):
         self.generated, self.last_eviction = (saved.count(name, self.seen) for name in self._COUNTS[1:])
         self.record_past, steady = saved.flag("record_past"), saved.flag("steady")
         table, remembered = saved.part("table", self.home), saved.part("remembered", self.home)
-        selection = saved.part("selection")
+        selection, unread = saved.part("selection"), saved.part("unread")
         if table is None:
             if self.seen:
                 raise saved.refused(f"has seen {self.seen} tokens, and has no table")
@@ -544,6 +550,8 @@ class PrunedLayer(CacheLayerMixin):
             self.remembered = Remembered.restored(remembered, self.planner.query_window(True) - 1, heads, dim)
         if selection is not None:
             self.selection = Selection.restored(selection, self.seen, self.tokens)
+        if unread is not None:
+            self.unread = Unread.restored(unread, len(self.tokens), self.seen)
         if steady:
             if not self.planner.static_decode or self.record_past:
                 raise saved.refused("is said to be steady, which the policy never is")
@@ -587,4 +595,6 @@ class PrunedLayer(CacheLayerMixin):
             held += self.undecided.queries.tensors()
         if self.selection is not None and self.selection.columns is not None:
             held.append(self.selection.columns)
+        if self.unread is not None:
+            held += self.unread.tensors()
         return held

@@ -36,7 +36,8 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the decision is one for all layers, and waits for them."""
-        return self.step.prefill and self.step.layers > 1 and self.policy.decides_together
+        alone = self.step.layers == 1 and self.policy.replay is None
+        return self.step.prefill and not alone and self.policy.decides_together
 
     def weighs_like(self, other: Plan) -> bool:
         """Whether the attention mass of one serves the other."""
@@ -72,6 +73,10 @@ class Planner:
         self._scopes = tuple(f"{link}." for link in range(len(self.policies))) if len(self.policies) > 1 else ("",)
         self.interval = max((part.interval or 0 for part in self.policies), default=0)
         """The longest interval of any policy; 0 where nothing is evicted by intervals."""
+        self.replays = tuple(
+            (scope, part.replay) for scope, part in zip(self._scopes, self.policies, strict=True) if part.replay
+        )
+        """What is run again before a prompt is decided, and the prefixes of the columns that it fills."""
         self.codecs = policy.codecs
         self.static_decode = len(self.policies) == 1 and policy.static_decode
         self.layer = layer

@@ -7,7 +7,7 @@ import operator
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol, SupportsIndex
 
 import torch
@@ -39,6 +39,7 @@ from kvprune.cache.registration import NO_MASK, PREFIX, CacheLength, PendingKeys
 from kvprune.cache.report import CacheReport, LayerReport, kind_of
 from kvprune.cache.rotary import rotations
 from kvprune.cache.selection import FilteredStep, Selection
+from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, KVPruneError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
 from kvprune.policy.base import Policy
@@ -152,6 +153,8 @@ class PrunedCache(Cache):
         self.filter_layer: int | None = None
         self._filtered: FilteredStep | None = None  # of the forward pass at hand
         self._selection: Selection | None = None  # that holds once the first pruned layer has seen it
+        self.replay: Callable[[PrunedCache], None] | None = None  # before a prompt is decided; see passes/replay.py
+        self._unread: Unread | None = None  # that holds once the first pruned layer has seen it
         policy.attach(self, model)
         switch_attention(model)
         if watched and decoder is not None:
@@ -240,11 +243,8 @@ class PrunedCache(Cache):
             mask = mask.padding
         valid = self._valid(mask, query.shape[2], layer)
         first = self._open == self.pruned_layers[0]
-        if first and layer.undecided is not None:
-            for index in self.pruned_layers:
-                self.layers[index].accept()
-        if first and layer.waiting and not layer.takes_prompt(query.shape[2], self._filtered):
-            self._decide_together()
+        if first:
+            self._begin(query.shape[2])
         begins = layer.table is None
         self._open = None
         try:
@@ -256,6 +256,8 @@ class PrunedCache(Cache):
         self._progress.changing = False
         if first and self._selection is not None:
             layer.selection = self._selection
+        if first and self._unread is not None:
+            layer.unread = self._unread
         if layer.index == self.pruned_layers[-1]:
             self._forget_step()
         return output
@@ -307,9 +309,27 @@ class PrunedCache(Cache):
         if self._open is None and self._progress.is_complete:
             self._decide_together()
 
+    def note(self, length: int, unread: Unread) -> None:
+        """A forward pass of so many columns is about to begin, which no replay has seen."""
+        if self._open is None and self._progress.is_complete:
+            self._begin(length)
+        earlier = self.layers[self.pruned_layers[0]].unread
+        self._unread = unread if earlier is None else earlier.followed_by(unread, self.model.get_input_embeddings())
+
+    def _begin(self, length: int) -> None:
+        """Before a step of so many columns: what is still to be decided about earlier ones."""
+        layer = self.layers[self.pruned_layers[0]]
+        if layer.undecided is not None:
+            for index in self.pruned_layers:
+                self.layers[index].accept()
+        if layer.waiting and not layer.takes_prompt(length, self._filtered):
+            self._decide_together()
+
     @without_gradients
     def _decide_together(self) -> None:
         layers = [self.layers[index] for index in self.pruned_layers]
+        if self.replay is not None and layers and layers[0].waiting:
+            self.replay(self)
         while layers and all(layer.waiting for layer in layers):
             plans = [layer.waiting[0] for layer in layers]
             decisions = plans[0].policy.decide_together([plan.table for plan in plans], [plan.step for plan in plans])
@@ -322,7 +342,7 @@ class PrunedCache(Cache):
 
     def _forget_step(self) -> None:
         """Let go of what was of one forward pass alone, such as the tensors that sliding windows held before it."""
-        self._padding, self._stock_states = None, {}
+        self._padding, self._stock_states, self._unread = None, {}, None
         self.expect(None, None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -458,6 +478,11 @@ class PrunedCache(Cache):
         )
 
     # -- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """The model it was made for; None if that is gone."""
+        return self._model()
 
     @property
     def is_initialized(self) -> bool:

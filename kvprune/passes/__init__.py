@@ -4,8 +4,12 @@ filters         `PromptFilter`: the policies that shorten a prompt before the la
 choosing        what is asked of them
 prompt_filter   a hook on the decoder that changes what it is given
 filter_pass     the pass in which the first layers look at a prompt, and of which nothing is kept
+replays         `ReplayedEviction`: the policies that rank rows by what a second reading of a prompt gives to them
+replay          a hook on the decoder that notes what comes in, and the second reading
+scratch         caches of passes that read another cache and leave nothing in it
 """
 
 from kvprune.passes.filters import PromptFilter
+from kvprune.passes.replays import ReplayedEviction
 
-__all__ = ["PromptFilter"]
+__all__ = ["PromptFilter", "ReplayedEviction"]

@@ -41,7 +41,8 @@ def install(model: Any) -> None:
         )
     with _installing:
         if shorten not in decoder._forward_pre_hooks.values():
-            decoder.register_forward_pre_hook(shorten, with_kwargs=True)
+            # First, so that a replay notes what is left of a prompt.
+            decoder.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True)
 
 
 def shorten(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from kvprune.attention.mass import RowWeights
 from kvprune.attention.queries import Queries
 from kvprune.errors import PolicyError
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.policy.replaying import Replay
 from kvprune.table.quantize import Codec
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
@@ -231,6 +232,11 @@ class Policy:
         For policies that do something around a forward pass, see `kvprune.passes`. What it raises, making the cache
         raises.
         """
+
+    @property
+    def replay(self) -> Replay | None:
+        """What is to be run again before it decides, and which of its columns that fills; None for no replay."""
+        return None
 
     def columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the table, zero for new rows."""

@@ -159,7 +159,7 @@ class Eviction(Policy):
         if not step.due:
             return None
         if self.share.scope != "head":
-            return self.decide_together([table], [step])[0] if step.prefill else self._evict_surplus(table, step)
+            return self._compete([table], [step])[0] if step.prefill else self._evict_surplus(table, step)
         capacity = self.capacity(step)
         alike = len(set(capacity)) == 1
         excess = table.rows - max(capacity)
@@ -210,6 +210,10 @@ class Eviction(Policy):
         self.capacity(step)
 
     def decide_together(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
+        return self._compete(tables, steps) if self.share.scope == "model" else super().decide_together(tables, steps)
+
+    def _compete(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
+        """What the heads of these tables keep, who have the budget together."""
         capacities = [self.capacity(step) for step in steps]
         heads = [step.heads for step in steps]
         of_layers = [table.kv_heads * of.size for table, of in zip(tables, heads, strict=True)]

@@ -1,0 +1,171 @@
+"""`attention_maxima`: the most that any query gives to a key.
+
+    maximum[b, h, k] = max over queries q, and query heads g of h, of  w[q] * P[b, g, q, k] * c[b, g, k]
+
+What `attention_mass` is with a maximum in the place of the sum: exact, over blocks of rows, and no n x n matrix. Where
+the log-sum-exp of every row is known, it is one matrix product and a running maximum of logits: no row is read twice,
+and a single exponential is taken of every key.
+
+Shapes: `B` batch, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `L` queries, `S` keys, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvprune.attention import packed
+from kvprune.attention.mass import RowWeights, Scoring, hidden_keys, row_blocks, row_logits, weighed_rows
+from kvprune.attention.queries import Queries
+from kvprune.table.token_table import TokenTable
+
+
+def attention_maxima(
+    queries: Tensor,
+    keys: Tensor,
+    row_weights: RowWeights,
+    scoring: Scoring,
+    *,
+    group: str = "max",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    columns: int | None = None,
+    lse: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    block_bytes: int | None = None,
+) -> Tensor:
+    """The largest weighed attention probability of every key, `[B, Hkv, columns]` float32; 0 where no query sees it.
+
+    Without positions the queries are the newest tokens of the keys, in order: query `i` sees keys `0 .. S - L + i`.
+    With positions, a query sees the keys whose position is at most its own; -1 marks an empty slot, and a query at
+    position -1 counts nothing.
+
+    Args:
+        queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`.
+        row_weights: w, which of the L rows to look at, and what to multiply their probabilities by.
+        scoring: the scale, soft cap and sinks of the model's softmax.
+        group: how the probabilities of the query heads of a KV head are reduced, "mean" or "max", row by row.
+        query_positions: `[B or 1, L]`. key_positions: `[B, Hkv, S]`; both or neither.
+        columns: of the first so many keys alone, which all queries see but for their positions; None for all keys.
+        lse: log-sum-exp of the logits of every query over all keys, `[B, Hq, L]` float32, if it is known.
+        key_weights: c, `[B, Hkv, G, columns]` float32; None for ones.
+        block_bytes: size of a block of logits; the result depends on it by float32 rounding alone.
+    """
+    batch, query_heads, length, _ = queries.shape
+    kv_heads, keys_length = keys.shape[1:3]
+    in_order, device = query_positions is None, queries.device
+    if in_order:
+        query_positions = torch.arange(keys_length - length, keys_length, device=device)[None]
+    queries, weights, query_positions, _ = weighed_rows(queries, row_weights, query_positions)
+    if lse is not None and row_weights.rows is not None:
+        lse = lse.gather(2, row_weights.rows.to(device).expand(batch, -1)[:, None].expand(-1, query_heads, -1))
+    elif lse is not None:
+        lse = lse[:, :, length - queries.shape[2] :]
+
+    columns = keys_length if columns is None else columns
+    read = columns if lse is not None else keys_length
+    places = torch.arange(read, device=device)[None, None] if key_positions is None else key_positions[:, :, :read]
+    unhidden = in_order and read <= keys_length - length  # then every query sees them all
+    running = _Running(batch, kv_heads, query_heads // kv_heads, columns, group, key_weights, device)
+    for block in row_blocks(queries.shape[2], batch * query_heads * read, device, block_bytes):
+        logits = row_logits(queries[:, :, block], keys[:, :, :read], scoring)
+        if not unhidden:
+            logits.masked_fill_(hidden_keys(query_positions[:, block], places), -math.inf)
+        total = scoring.log_sum_exp(logits) if lse is None else lse[:, :, block].float().unflatten(1, (kv_heads, -1))
+        running.add(logits[..., :columns], total, weights[:, block])
+    return running.result()
+
+
+def packed_maxima(
+    states: Tensor,
+    positions: Tensor,
+    table: TokenTable,
+    row_weights: RowWeights,
+    scoring: Scoring,
+    *,
+    group: str = "max",
+    key_weights: Tensor | None = None,
+) -> Tensor:
+    """The same over a table with packed rows, `[B, Hkv, rows]` float32, by blocks of decoded keys; see `packed.py`.
+
+    states: `[B, Hq, L, D]`. positions: `[B or 1, L]`, -1 for padding.
+    """
+    states, weights, positions, _ = weighed_rows(states, row_weights, positions)
+    logits = packed.RowLogits(states, positions, table, scoring)
+    total = packed.log_sum_exp(logits)
+    found = torch.zeros(table.positions.shape, device=states.device)
+    for keys in packed.key_blocks(table):
+        count = keys.slots.stop - keys.slots.start
+        scale = None if key_weights is None else key_weights[..., keys.slots]
+        batch, kv_heads = table.positions.shape[:2]
+        running = _Running(batch, kv_heads, total.shape[2], count, group, scale, states.device)
+        for rows in logits.blocks(keys):
+            running.add(logits.of(rows, keys), total[:, :, :, rows, 0], weights[:, rows])
+        found[:, :, keys.slots] = running.result()
+    return found
+
+
+class _Running:
+    """A maximum over blocks of rows, `[B, Hkv, G, columns]`; in logarithms where the group is reduced by a maximum."""
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        group_size: int,
+        columns: int,
+        group: str,
+        key_weights: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.group, self.key_weights = group, key_weights
+        shape = (batch, kv_heads, group_size, columns) if group == "max" else (batch, kv_heads, 1, columns)
+        self.best = torch.full(shape, -math.inf if group == "max" else 0.0, device=device)
+
+    def add(self, logits: Tensor, total: Tensor, weights: Tensor) -> None:
+        """logits: `[B, Hkv, G, l, columns]`, overwritten. total: of their rows, `[B, Hkv, G, l]`. weights: `[B, l]`."""
+        # A row that sees nothing has -inf in all of its logits, and so in their sum: -inf - inf is no number.
+        shift = total.masked_fill(total == -math.inf, math.inf)
+        weights = weights[:, None, None]
+        if self.group == "max":
+            logits = logits.sub_((shift - weights.log()).unsqueeze(-1))
+            self.best = torch.maximum(self.best, logits.amax(3))
+            return
+        probabilities = logits.sub_(shift.unsqueeze(-1)).exp_()
+        if self.key_weights is not None:
+            probabilities *= self.key_weights.unsqueeze(3)
+        by_head = probabilities.mean(2, keepdim=True) * weights.unsqueeze(-1)
+        self.best = torch.maximum(self.best, by_head.amax(3))
+
+    def result(self) -> Tensor:
+        if self.group != "max":
+            return self.best.squeeze(2)
+        found = self.best.exp()
+        return (found if self.key_weights is None else found * self.key_weights).amax(2)
+
+
+def maxima_of(
+    asked: Queries,
+    table: TokenTable,
+    scoring: Scoring,
+    row_weights: RowWeights,
+    *,
+    group: str,
+    columns: int,
+    lse: Tensor | None = None,
+    key_weights: Tensor | None = None,
+) -> Tensor:
+    """What queries give to the first `columns` slots of a table, `[B, Hkv, columns]`; their own rows are its newest."""
+    if table.packed:
+        if key_weights is not None:
+            key_weights = torch.nn.functional.pad(key_weights, (0, table.length - columns))
+        return packed_maxima(
+            asked.states, asked.positions, table, row_weights, scoring, group=group, key_weights=key_weights
+        )[:, :, :columns]
+    return attention_maxima(
+        asked.states, table.keys, row_weights, scoring, group=group, columns=columns, lse=lse, key_weights=key_weights,
+        query_positions=None if table.dense else asked.positions,
+        key_positions=None if table.dense else table.positions,
+    )  # fmt: skip

@@ -1,0 +1,240 @@
+"""Replay: tokens that are in a cache run once more, as queries that look at all of it and leave nothing but a column.
+
+A hook on the decoder notes what comes in. When a prompt has ended, all that no replay has seen runs through the decoder
+again, chunk by chunk, each over the full cache; what is found goes into the tables when the last chunk is through, and
+then the policy decides. The hook does nothing but for a `PrunedCache` whose policy wants a replay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvprune.attention.mass import RowWeights, Scoring
+from kvprune.attention.maxima import attention_maxima, maxima_of
+from kvprune.attention.packed import key_blocks
+from kvprune.attention.queries import Queries
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import CACHE_ARGUMENT
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.unread import Unread
+from kvprune.errors import CacheError, UnsupportedModelError
+from kvprune.passes.scratch import ScratchPass
+from kvprune.policy.base import per_sequence
+from kvprune.policy.replaying import Replay
+from kvprune.table.rows import EMPTY, take_rows, true_rows
+from kvprune.table.token_table import TokenTable
+
+_installing = threading.Lock()
+
+
+def attach(cache: PrunedCache, model: Any) -> None:
+    """Let prompts of this cache be replayed. Raises UnsupportedModelError for a model where that could not work."""
+    decoder = model.get_decoder()
+    known = inspect.signature(decoder.forward).parameters
+    if "position_ids" not in known or CACHE_ARGUMENT not in known:
+        raise UnsupportedModelError(
+            f"the decoder of {type(model).__name__}, {type(decoder).__name__}, takes no position_ids, so tokens could "
+            "not be run again behind a prompt. Use a policy that needs no replay, such as SnapKV."
+        )
+    with _installing:
+        if _note not in decoder._forward_pre_hooks.values():
+            decoder.register_forward_pre_hook(_note, with_kwargs=True)
+    if cache.pruned_layers:
+        cache.replay = run
+
+
+def _replaying(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PrunedCache | None:
+    caches = (each for each in (*args, *kwargs.values()) if isinstance(each, Cache))
+    return next((each for each in caches if getattr(each, "replay", None)), None)
+
+
+def _note(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass: what comes in has been seen by no replay."""
+    cache = _replaying(args, kwargs)
+    if cache is None:
+        return
+    given = dict(kwargs)
+    if args:
+        given |= dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False))
+    inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if inputs is None:
+        return  # the model has an error for this
+    layer, length = cache.layers[cache.pruned_layers[0]], inputs.shape[1]
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if positions is not None and positions.ndim != 2:
+        raise cache.misused(
+            f"its position_ids have the shape {tuple(positions.shape)}; a replay takes [batch, tokens]",
+            UnsupportedModelError,
+        )
+    valid = columns = None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+        columns = mask.long() if cache.is_hybrid else None
+        if length > 1 or not layer.tokens or min(layer.tokens) == 0:
+            new = mask[:, mask.shape[1] - length :].bool()
+            valid = None if bool(new.all()) else new
+    ends = None if positions is None else positions.amax(-1)
+    cache.note(length, Unread(inputs.detach(), valid, ends, columns))
+
+
+# -- one replay --------------------------------------------------------------------------------------------------------
+
+
+def run(cache: PrunedCache) -> None:
+    """Replay what no replay has seen, and write what it finds into the tables: all of it, or nothing."""
+    first = cache.layers[cache.pruned_layers[0]]
+    unread = first.unread
+    if unread is None:
+        return
+    model = cache.model
+    if model is None:
+        raise CacheError("the model of this cache is gone, and a replay runs through it: keep it as long as the cache.")
+    found: dict[tuple[int, str], Tensor] = {}
+    for scope, replay in first.planner.replays:
+        for chunk in _chunks(cache, unread, replay, model):
+            chunk.run(found, scope)
+    for (index, scope), best in found.items():
+        for target, replay in first.planner.replays:
+            if target == scope:
+                column = cache.layers[index].table.scoped(scope)[replay.column]
+                column.copy_(torch.maximum(column, best.to(column.device)))
+    first.unread = None
+
+
+class _Chunk:
+    """One chunk of a replay."""
+
+    def __init__(self, cache: PrunedCache, replay: Replay, model: Any, inputs: Tensor, valid: Tensor | None,
+                 mask: Tensor | None, positions: Tensor, span: tuple[Tensor, Tensor]) -> None:  # fmt: skip
+        """inputs: ids or embeddings. valid: bool `[B, L]`. mask: what the model is given. positions: position ids.
+
+        span: of each sequence, the positions in it where its tokens of this chunk begin and end, `[B, 1, 1]`.
+        """
+        self.cache, self.replay, self.model = cache, replay, model
+        self.inputs, self.valid, self.mask, self.positions, self.span = inputs, valid, mask, positions, span
+
+    def run(self, found: dict[tuple[int, str], Tensor], scope: str) -> None:
+        decoder = self.model.get_decoder()
+        arguments: dict[str, Any] = {
+            "input_ids" if self.inputs.ndim == 2 else "inputs_embeds": self.inputs,
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "use_cache": True,
+            CACHE_ARGUMENT: ReplayPass(self.cache, self.replay, self.valid, self.span, found, scope),
+        }
+        try:
+            with torch.no_grad():
+                decoder.forward(**arguments)
+        except _Seen:
+            return
+
+
+class _Seen(Exception):  # noqa: N818 - it ends a forward pass, and is no error
+    """Raised by the attention of the last layer that is looked at: nobody needs its output."""
+
+
+def _chunks(cache: PrunedCache, unread: Unread, replay: Replay, model: Any) -> Iterator[_Chunk]:
+    device, batch = unread.inputs.device, len(unread.inputs)
+    tokens = cache.layers[cache.pruned_layers[0]].tokens
+    if unread.valid is None:
+        places = [torch.arange(len(unread), device=device)] * batch
+    else:
+        places = [row.nonzero().squeeze(1) for row in unread.valid]
+    begin = torch.tensor([count - len(own) for count, own in zip(tokens, places, strict=True)], device=device)
+    ends = torch.tensor([cache.get_seq_length() - 1], device=device) if unread.ends is None else unread.ends.to(device)
+    embed = model.get_input_embeddings()
+    for start in range(0, max(map(len, places)), replay.chunk):
+        said = torch.tensor(replay.later if start else replay.first, dtype=torch.int64, device=device)
+        before = torch.tensor(replay.before, dtype=torch.int64, device=device)
+        rows = []
+        for row, own in enumerate(places):
+            some = own[start : start + replay.chunk]
+            if not len(some):
+                rows.append(unread.inputs[row, :0])
+                continue
+            again = own[max(0, start - replay.repeated) : start] if replay.repeated else own[:0]
+            parts = [said, unread.inputs[row, again], before, unread.inputs[row, some]]
+            rows.append(torch.cat([embed(part) if part.ndim < unread.inputs.ndim - 1 else part for part in parts]))
+        inputs, valid = _right_padded(rows)
+        mask = valid
+        if unread.columns is not None:
+            all_valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=device) if valid is None else valid
+            mask = torch.cat([unread.columns.to(device), all_valid.long()], dim=1)
+        ranks = torch.arange(inputs.shape[1], device=device)[None] if valid is None else valid.cumsum(1) - 1
+        positions = (ends[:, None] + 1 + ranks.clamp(min=0)).expand(batch, -1)
+        span = (begin + start).view(-1, 1, 1), (begin + start + replay.chunk).view(-1, 1, 1)
+        yield _Chunk(cache, replay, model, inputs, valid, None if mask is None else mask.long(), positions, span)
+
+
+def _right_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Rows `[n]` or `[n, H]` as one tensor, and which of it are no padding, bool `[B, L]`; None if all are.
+
+    Sliding windows count columns: padding in front would take the place of what is in the cache.
+    """
+    width = max(map(len, rows))
+    if min(map(len, rows)) == width:
+        return torch.stack(rows), None
+    padded = torch.stack([F.pad(row, (0, 0) * (row.ndim - 1) + (0, width - len(row))) for row in rows])
+    counts = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(width, device=padded.device) < counts[:, None]
+
+
+class ReplayPass(ScratchPass):
+    """The cache of a chunk's forward pass: what its queries give to the rows of each layer goes into `found`."""
+
+    def __init__(self, cache: PrunedCache, replay: Replay, valid: Tensor | None, span: tuple[Tensor, Tensor],
+                 found: dict[tuple[int, str], Tensor], scope: str) -> None:  # fmt: skip
+        super().__init__(cache, valid)
+        self._replay, self._span, self._found, self._scope = replay, span, found, scope
+
+    def look(self, module: torch.nn.Module, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor,
+             scoring: Scoring) -> Tensor:  # fmt: skip
+        device, table = query.device, layer.table
+        assert table is not None  # a replay comes after a forward pass
+        home = device if layer.home is None else layer.home
+        states, keys, values, scoring = query.to(home), keys.to(home), values.to(home), scoring.to(home)
+        valid = None if self._valid is None else self._valid.to(home)
+        queries = Queries.of_step(states, per_sequence(layer.tokens, home), valid, begins=False)
+        seen = table.followed_by(keys, values, queries.positions[:, None], dense=valid is None)
+        last = layer.index == self._cache.pruned_layers[-1]
+        attended = None if last else queries.attend(seen, scoring, backend=layer.backend)
+        rows = RowWeights.uniform(len(queries))
+        if self._replay.softmax == "cache":
+            best = maxima_of(
+                queries, seen, scoring, rows, group=self._replay.group, columns=table.length,
+                lse=None if attended is None else attended.lse,
+            )  # fmt: skip
+        else:
+            best = self._of_chunk(table, queries, keys, scoring, rows)
+        best = best.masked_fill(table.positions < 0, 0.0)
+        key = layer.index, self._scope
+        self._found[key] = torch.maximum(self._found[key], best) if key in self._found else best
+        if attended is None:
+            raise _Seen
+        return attended.output.transpose(1, 2).contiguous().to(device)
+
+    def _of_chunk(self, table: TokenTable, queries: Queries, own: Tensor, scoring: Scoring, rows: RowWeights) -> Tensor:
+        """With the softmax over sinks, the rows of the chunk, and the replay's own keys."""
+        positions = table.positions
+        begin, end = (bound.to(positions.device) for bound in self._span)
+        chosen = (positions >= begin) & (positions < end) | (positions >= 0) & (positions < self._replay.sinks)
+        slots = true_rows(chosen)
+        index = slots.clamp(min=0)
+        every = torch.cat([block.keys for block in key_blocks(table)], dim=2) if table.packed else table.keys
+        keys = torch.cat([take_rows(every, index), own.to(every.dtype)], dim=2)
+        count, own_positions = slots.shape[2], queries.positions[:, None].expand(*slots.shape[:2], -1)
+        whole = queries.valid is None and bool((slots >= 0).all())
+        places = torch.cat([positions.gather(2, index).masked_fill(slots < 0, EMPTY), own_positions], dim=2)
+        best = attention_maxima(
+            queries.states.to(every.dtype), keys, rows, scoring, group=self._replay.group, columns=count,
+            query_positions=None if whole else queries.positions, key_positions=None if whole else places,
+        )  # fmt: skip
+        found = best.new_zeros(*positions.shape[:2], table.length + 1)
+        return found.scatter_(2, torch.where(slots < 0, table.length, slots), best)[:, :, : table.length]

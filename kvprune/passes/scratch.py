@@ -1,0 +1,77 @@
+"""`ScratchPass`: a cache to run tokens through a model over another cache, which is only read.
+
+Queries see the rows of that cache and the keys of the pass, which are forgotten: whatever happens in between, the cache
+is as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvprune.attention.mass import Scoring
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.modes import cast, no_autocast
+from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.registration import PendingKeys
+from kvprune.errors import CacheError, KVPruneError
+from kvprune.table.rows import owned
+
+
+class ScratchPass(Cache):
+    """Base of passes; `look` is what they do at every pruned layer."""
+
+    def __init__(self, cache: PrunedCache, valid: Tensor | None, layers: int | None = None) -> None:
+        """valid: bool `[B, L]`, False for padding; None if there is none. layers: how many are run; None for all."""
+        read = cache.layers if layers is None else cache.layers[:layers]
+        super().__init__(layers=[*map(_scratch, read), *cache.layers[len(read) :]])
+        self._cache, self._valid = cache, valid
+        self._incoming: tuple[PrunedLayer, Tensor, Tensor] | None = None
+
+    def look(self, module: torch.nn.Module, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor,
+             scoring: Scoring) -> Tensor:  # fmt: skip
+        """The output of attention, `[B, L, Hq, Dv]`. query: `[B, Hq, L, D]`. keys, values: of this pass alone."""
+        raise NotImplementedError
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PrunedLayer):
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if isinstance(layer, DynamicLayer):
+                layer.keys, layer.values = owned(layer.keys), owned(layer.values)  # else views of the whole prompt
+            return keys, values
+        if layer.table is not None:
+            layer.table.check_step(key_states, value_states)
+        self._incoming = layer, cast(key_states), cast(value_states)
+        return PendingKeys(key_states, self), value_states  # type: ignore[return-value]
+
+    def attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
+        """As `PrunedCache.attend`, but the new keys are forgotten."""
+        query = cast(query)
+        with no_autocast(query.device):
+            layer, keys, values = self._incoming  # type: ignore[misc]
+            self._incoming = None
+            scoring = self._cache.scoring_of(module, query, layer, **settings)
+            return self.look(module, layer, query, keys, values, scoring)
+
+    # -- what the attention asks for where something is wrong --------------------------------------------------------
+
+    def bypassed(self) -> KVPruneError:
+        return self._cache.bypassed()
+
+    def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
+        return self._cache.misused(reason, error)
+
+
+def _scratch(layer: Any) -> Any:
+    """A layer that may be written to in place of this one; a pruned layer is only read."""
+    if isinstance(layer, PrunedLayer):
+        return layer
+    # Layers of keys and values replace their tensors (transformers 5.23); those with a state write into it.
+    return copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
