@@ -106,7 +106,8 @@ def expected(family: str, ids: Tensor, *, chunk: int, softmax: str, sinks: int =
 
 
 def scores_of(cache: PrunedCache, layer: int, row: int = 0) -> Tensor:
-    """`[Hkv, n]` in the order of positions."""
+    """`[Hkv, n]` in the order of positions, when the prompt has ended."""
+    cache.kept_positions(layer)
     table = cache.layers[layer].table
     order = table.positions[row].argsort(-1)
     return table["score"][row].gather(1, order)[:, int((table.positions[row, 0] < 0).sum()) :]
@@ -221,9 +222,9 @@ def test_a_further_turn_replays_what_is_new_with_the_answer_before_it(turn, gene
     ids = torch.cat([answered, token_ids(len(lengths), turn, seed=turn)], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(lengths), generated + turn, dtype=torch.int64)], dim=1)
     generate(model, {"input_ids": ids, "attention_mask": mask}, 1, past_key_values=pruned)
-    assert pruned.layers[0].unread is None
     for row, scores in enumerate(replayed):
         after = scores_of(pruned, 0, row)
+        assert pruned.layers[0].unread is None
         assert bool((after[:, : scores.shape[1]] >= scores).all())
         assert bool((after[:, scores.shape[1] - generated + 1 : -1] > 0).all())
 
@@ -314,23 +315,22 @@ def test_an_interrupted_replay_leaves_the_cache_as_it_was_and_is_made_up_for(fam
     try:
         with pytest.raises(KeyboardInterrupt):
             feed(model, batch, pruned, [20])
+            pruned.fork()
     finally:
         hook.remove()
+    assert not any(bool(pruned.layers[each].table["score"].any()) for each in pruned.pruned_layers)
     plain = PrunedCache(model, Columned())
     feed(model, batch, plain, [20])
-    assert pruned.seen_tokens == 20
-    assert kept_everywhere(pruned) == kept_everywhere(plain)
-    assert not any(bool(pruned.layers[each].table["score"].any()) for each in pruned.pruned_layers)
-    logits = [feed(model, longer, each.fork(), [6], begin=20) for each in (pruned, plain)]
-    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
-    # What it missed is replayed with the next prompt.
-    feed(model, longer, pruned, [6], begin=20)
-    feed(model, longer, whole, [26])
-    assert [[len(head) for head in heads] for heads in kept_everywhere(pruned)] == [
-        [len(head) for head in heads] for heads in kept_everywhere(whole)
-    ]
+    assert pruned.lengths == plain.lengths == {20}
+    for each in pruned.pruned_layers:
+        mine, other = (cache.layers[each].table.tensors() for cache in (pruned, plain))
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    # What it missed is replayed with what comes next.
+    logits = [feed(model, longer, each, [6], begin=20) for each in (pruned, plain)]
+    torch.testing.assert_close(*logits, atol=0, rtol=0)
+    feed(model, longer, whole, [20, 6])
     for row in range(2):
-        assert kept_everywhere(pruned, row) == kept_everywhere(whole, row)
+        assert_same_rows(pruned, whole, row, row)
 
 
 def test_a_pass_that_ends_behind_its_last_attention_is_made_up_for():
