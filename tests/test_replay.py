@@ -313,8 +313,8 @@ def test_an_interrupted_replay_leaves_the_cache_as_it_was_and_is_made_up_for(fam
     pruned, whole = (PrunedCache(model, policy()) for _ in range(2))
     hook = model.model.layers[layer].input_layernorm.register_forward_pre_hook(stop)
     try:
+        feed(model, batch, pruned, [20])
         with pytest.raises(KeyboardInterrupt):
-            feed(model, batch, pruned, [20])
             pruned.fork()
     finally:
         hook.remove()
