@@ -31,6 +31,7 @@ from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import registry
 from kvprune.saving import files as saving
+from kvprune.saving.weights import as_bytes
 from kvprune.table.storage import Storage
 
 A = A2SF(16, sinks=2, recent=3)
@@ -72,7 +73,7 @@ def again(cache: PrunedCache, path: Path, model: Any = None, **settings: Any) ->
 def contents(thing: Any) -> Any:
     """Everything that an object holds, to compare: tensors by their bits, spare slots of tables left out."""
     if isinstance(thing, Tensor):
-        return str(thing.dtype), tuple(thing.shape), bytes(saving.as_bytes(thing.detach()))
+        return str(thing.dtype), tuple(thing.shape), bytes(as_bytes(thing.detach()))
     if isinstance(thing, dict):
         return {name: contents(each) for name, each in thing.items()}
     if isinstance(thing, list | tuple):

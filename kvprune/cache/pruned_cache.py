@@ -50,7 +50,7 @@ from kvprune.table.rows import owned
 class Files(Protocol):
     """What writes caches to files and reads them."""
 
-    def save(self, cache: PrunedCache, model: Any, path: str | os.PathLike[str]) -> None: ...
+    def save(self, cache: PrunedCache, model: Any, path: str | os.PathLike[str], *, trust_model: bool) -> None: ...
 
     def load(
         self, kind: type[PrunedCache], path: str | os.PathLike[str], model: Any, policy: Policy | None, **settings: Any
@@ -688,7 +688,7 @@ class PrunedCache(Cache):
 
     # -- saved and loaded ------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, trust_model: bool = False) -> None:
         """Write the whole cache to a file, for `load` to go on with exactly where this one stands.
 
         One safetensors file: rows, codes, scores, counts, the policy, and a fingerprint of the model, with checksums of
@@ -696,9 +696,12 @@ class PrunedCache(Cache):
         until the new one is. On the way, a copy of the cache is made in the CPU's memory. Of a model that tensor
         parallelism splits, every process saves its own heads: give each a path of its own, and load them likewise.
 
+        trust_model: save although it cannot be told which weights the model computes with, as of some quantized ones;
+        such a file can be loaded with `trust_model=True` alone.
+
         Raises CacheError in the middle of a forward pass, while a step waits for `crop`, where the file cannot be
-        written, and where layers that are not pruned are of a kind that cannot be saved; PolicyError for a policy with
-        settings that cannot be written down.
+        written, where the weights cannot be told, and where layers that are not pruned are of a kind that cannot be
+        saved; PolicyError for a policy with settings that cannot be written down.
         """
         if self._open is not None:
             raise CacheError("a forward pass is under way: save the cache before it or after it.")
@@ -707,7 +710,7 @@ class PrunedCache(Cache):
         model = self._model()
         if model is None:
             raise CacheError("the model of this cache is gone, and a saved cache says whose it is: save it before.")
-        self._files().save(self, model, path)
+        self._files().save(self, model, path, trust_model=trust_model)
 
     @classmethod
     def _files(cls) -> Files:
@@ -726,6 +729,7 @@ class PrunedCache(Cache):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
+        trust_model: bool = False,
     ) -> PrunedCache:
         """The cache that `save` wrote, with the model it was made for, in the same dtype.
 
@@ -733,6 +737,8 @@ class PrunedCache(Cache):
             path, model: as of `save`, and of the constructor. The model may be on another device than it was.
             policy: needed only where its class is not registered (see `kvprune.policies`), with the settings of then.
             device, kernels, attention: as of the constructor; they are settings of this machine, and are not saved.
+            trust_model: take your word that the weights at work, adapters included, are those of then. Its config is
+                compared all the same.
 
         Raises:
             CacheError: a file that is none, is damaged, is of a newer format or of another model; a policy that is not
@@ -741,7 +747,8 @@ class PrunedCache(Cache):
         """
         check_supported(model)
         settings = {"device": device, "kernels": kernels, "attention": attention}
-        return cls._files().load(cls, path, model, None if policy is None else _policy(policy), **settings)
+        given = None if policy is None else _policy(policy)
+        return cls._files().load(cls, path, model, given, trust_model=trust_model, **settings)
 
 
 def _policy(policy: Policy | str) -> Policy:

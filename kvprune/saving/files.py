@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -32,7 +33,8 @@ from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import CacheError, PolicyError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import described, from_description
-from kvprune.saving.fingerprint import as_bytes, differences, fingerprint
+from kvprune.saving.fingerprint import TRUST, differences, fingerprint, unknown
+from kvprune.saving.weights import as_bytes
 from kvprune.state import Saved, State
 from kvprune.table.rows import owned
 
@@ -46,9 +48,15 @@ _DTYPES = {
 # -- to a file ---------------------------------------------------------------------------------------------------------
 
 
-def save(cache: PrunedCache, model: Any, path: str | os.PathLike[str]) -> None:
+def save(cache: PrunedCache, model: Any, path: str | os.PathLike[str], *, trust_model: bool = False) -> None:
     """Write a cache; see `PrunedCache.save`."""
-    state = State({"kvprune": version("kvprune"), "policy": described(cache.policy), "model": fingerprint(model)})
+    facts = fingerprint(model)
+    if not trust_model and (reason := unknown(facts)) is not None:
+        raise CacheError(
+            f"a saved cache says which weights it is of, and those of this {type(model).__name__} cannot be told: "
+            f"{reason}. {TRUST} to save(), and again to load()."
+        )
+    state = State({"kvprune": version("kvprune"), "policy": described(cache.policy), "model": facts})
     state.facts["seen"] = cache.seen_tokens
     state.add_all("layers", (_layer_state(layer) for layer in cache.layers))
     tensors = {name: owned(tensor.detach().cpu()) for name, tensor in sorted(state.tensors.items())}
@@ -89,7 +97,13 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
 
 
 def load(
-    kind: type[PrunedCache], path: str | os.PathLike[str], model: Any, policy: Policy | None = None, **settings: Any
+    kind: type[PrunedCache],
+    path: str | os.PathLike[str],
+    model: Any,
+    policy: Policy | None = None,
+    *,
+    trust_model: bool = False,
+    **settings: Any,
 ) -> PrunedCache:
     """Read a cache; see `PrunedCache.load`. settings: of its constructor."""
     path = Path(path)
@@ -97,7 +111,7 @@ def load(
         with safe_open(path, "pt") as opened:
             file = _File(path, opened)
             header = Saved(file, file.header)
-            told = differences(header.fact("model", dict), fingerprint(model))
+            told = differences(header.fact("model", dict), fingerprint(model), trust_model=trust_model)
             if told:
                 raise file.refused(f"it is of another model than this {type(model).__name__}: {'; '.join(told)}")
             cache = kind(model, _policy(file, policy), **settings)
@@ -182,8 +196,9 @@ def _policy(file: _File, given: Policy | None) -> Policy:
 def _restore(cache: PrunedCache, header: Saved, model: Any) -> None:
     """Fill a new cache."""
     devices = _devices(model)
+    rest = next(iter(devices.values()), model.device)
     states = [
-        replace(state, device=devices.get(index, model.device))
+        replace(state, device=devices.get(index, rest))
         for index, state in enumerate(header.parts("layers", len(cache.layers)))
     ]
     batch = None
@@ -213,10 +228,20 @@ def _check_layer(cache: PrunedCache, layer: PrunedLayer, state: Saved, model: An
 
 
 def _devices(model: Any) -> dict[int, torch.device]:
-    """The device on which the attention of each layer runs, taken from its weights."""
+    """The device on which the attention of each layer runs, taken from its weights, or from what loads them."""
     found: dict[int, torch.device] = {}
     for module in model.get_decoder().modules():
-        weight = next(module.parameters(), None)
-        if isinstance(index := getattr(module, "layer_idx", None), int) and weight is not None and not weight.is_meta:
-            found.setdefault(index, weight.device)
+        if isinstance(index := getattr(module, "layer_idx", None), int):
+            devices = (each for part in module.modules() for each in _where(part) if each.type != "meta")
+            if (device := next(devices, None)) is not None:
+                found.setdefault(index, device)
     return found
+
+
+def _where(module: torch.nn.Module) -> Iterator[torch.device]:
+    yield from (weight.device for weight in module.parameters(recurse=False))
+    device = getattr(
+        getattr(module, "_hf_hook", None), "execution_device", None
+    )  # of accelerate, for offloaded weights
+    if device is not None:
+        yield torch.device(device)

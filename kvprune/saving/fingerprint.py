@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import reprlib
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kvprune.cache.models import heads_of, text_config
+from kvprune.saving.weights import UnknownWeights, weights
 
 # What decides the keys and values of a token, and their positions, beside the weights.
 _FACTS = (
@@ -26,20 +23,37 @@ _FACTS = (
     "sliding_window",
     "attn_logit_softcapping",
 )
-_SAMPLES = 64
+
+TRUST = "If you know that they are the same, say trust_model=True"
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """Facts of a model as JSON, `weights` among them: equal where a cache of one model serves the other."""
+    """Facts of a model as JSON: equal where a cache of one model serves the other.
+
+    `weights` among them is a hash of those that a forward pass would use now; or, where that cannot be told, a dict
+    whose `unknown` says why.
+    """
     facts = {name: _fact(text_config(model), name) for name in _FACTS}
     facts["dtype"] = str(model.dtype).removeprefix("torch.")
     facts["process"] = _process(model)
-    facts["weights"] = _weights(model)
+    try:
+        facts["weights"] = weights(model)
+    except UnknownWeights as error:
+        facts["weights"] = {"unknown": str(error)}
     return json.loads(json.dumps(facts, sort_keys=True, default=str))  # tuples are lists from here on
 
 
-def differences(saved: Any, model: dict[str, Any]) -> list[str]:
-    """In what a saved fingerprint is not that of a model, in words; empty where they are equal."""
+def unknown(facts: dict[str, Any]) -> str | None:
+    """Why the weights of a fingerprint are not known; None if they are."""
+    found = facts.get("weights")
+    return found.get("unknown", "nothing says why") if isinstance(found, dict) else None
+
+
+def differences(saved: Any, model: dict[str, Any], *, trust_model: bool = False) -> list[str]:
+    """In what a saved fingerprint is not that of a model, in words; empty where they are equal.
+
+    trust_model: take the caller's word for the weights, and compare the rest.
+    """
     if not isinstance(saved, dict) or saved.keys() != model.keys():
         return ["its description of the model is not one of this version"]
     told = [
@@ -47,9 +61,14 @@ def differences(saved: Any, model: dict[str, Any]) -> list[str]:
         for name, here in model.items()
         if name != "weights" and saved[name] != here
     ]
-    if not told and saved["weights"] != model["weights"]:
-        told = ["the weights are others, as those of another fine-tune or revision are"]
-    return told
+    if told or trust_model:
+        return told
+    for where, facts in (("the model it was saved from", saved), ("this model", model)):
+        if (reason := unknown(facts)) is not None:
+            return [f"which weights {where} computes with cannot be told: {reason}. {TRUST}"]
+    if saved["weights"] != model["weights"]:
+        return ["the weights are others, as those of another fine-tune, revision or adapter are"]
+    return []
 
 
 def _fact(config: Any, name: str) -> Any:
@@ -63,31 +82,3 @@ def _process(model: Any) -> str:
     """Which share of a model this is, where tensor parallelism splits it: the weights and heads of others differ."""
     share = heads_of(model, 0)
     return f"{share.rank + 1} of {share.size}"
-
-
-def _weights(model: Any) -> str:
-    """A hash of some numbers of every parameter and every buffer that is saved with them.
-
-    A fine-tune changes most numbers of the matrices that it touches, but may leave most matrices alone.
-    """
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor) and not tensor.is_meta:  # accelerate leaves those of offloaded layers on "meta"
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(as_bytes(_sample(_local(tensor.detach()))))
-    return digest.hexdigest()
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor that tensor parallelism may have split (a DTensor)."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as a buffer, which is the tensor's own memory where it is contiguous on the CPU."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
