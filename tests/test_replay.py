@@ -37,7 +37,7 @@ from transformers import DynamicCache
 from kvprune import Policy, PolicyError, RowWeights, Scoring, UnsupportedModelError
 from kvprune.attention.mass import row_probabilities
 from kvprune.attention.maxima import attention_maxima
-from kvprune.cache.models import check_supported
+from kvprune.cache.models import cache_argument, check_supported
 from kvprune.policies import KIVI, TOVA, GemFilter, KVzip, ZipCache
 
 
@@ -82,12 +82,12 @@ def expected(family: str, ids: Tensor, *, chunk: int, softmax: str, sinks: int =
     model = telling(family)
     model.set_attn_implementation("eager")
     read = DynamicCache(config=model.config)
-    model(ids, past_key_values=read)
+    model(ids, **cache_argument(read))
     count = ids.shape[1]
     scores = None
     for start in range(0, count, chunk):
         part = ids[:, start : start + chunk]
-        again = model(part, past_key_values=copy.deepcopy(read), output_attentions=True).attentions
+        again = model(part, **cache_argument(copy.deepcopy(read)), output_attentions=True).attentions
         found = []
         for layer in again:
             if layer.shape[3] != count + part.shape[1]:  # a sliding window has moved on
@@ -148,10 +148,10 @@ def test_a_padded_batch_is_each_sequence_alone(family, softmax, lengths, chunk, 
     batch = left_padded(lengths, seed=seed)
     one_policy = policy(chunk=chunk, softmax=softmax)
     together = PrunedCache(shared(family), one_policy)
-    ids = generate(shared(family), batch, 4, past_key_values=together)
+    ids = generate(shared(family), batch, 4, **cache_argument(together))
     for row in range(len(lengths)):
         alone = PrunedCache(shared(family), one_policy)
-        own = generate(shared(family), sequence(batch, row), 4, past_key_values=alone)
+        own = generate(shared(family), sequence(batch, row), 4, **cache_argument(alone))
         assert own[0, -4:].tolist() == ids[row, -4:].tolist()
         assert kept_everywhere(together, row) == kept_everywhere(alone)
 
@@ -206,7 +206,7 @@ def test_a_prompt_in_pieces_is_replayed_when_it_has_ended(softmax):
     feed(shared(), batch, whole, [24])
     assert_same_rows(pieces, whole, atol=1e-5, rtol=1e-4)
     assert all(len(head) == 14 for head in kept(whole, 0))
-    generate(shared(), batch, 3, past_key_values=generated, prefill_chunk_size=10)
+    generate(shared(), batch, 3, **cache_argument(generated), prefill_chunk_size=10)
     assert [head[:14] for head in kept(generated, 0)] == kept(whole, 0)
 
 
@@ -214,14 +214,14 @@ def test_a_prompt_in_pieces_is_replayed_when_it_has_ended(softmax):
 def test_a_further_turn_replays_what_is_new_with_the_answer_before_it(turn, generated, lengths):
     model, batch = shared(), left_padded(lengths, seed=turn)
     pruned = PrunedCache(model, policy(1.0))
-    answered = generate(model, batch, generated, past_key_values=pruned)
+    answered = generate(model, batch, generated, **cache_argument(pruned))
     replayed = [scores_of(pruned, 0, row) for row in range(len(lengths))]
     unread = pruned.layers[0].unread
     assert (0 if unread is None else len(unread)) == generated - 1
     assert all(bool((scores[:, -generated + 1 :] == 0).all()) for scores in replayed if generated > 1)
     ids = torch.cat([answered, token_ids(len(lengths), turn, seed=turn)], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(lengths), generated + turn, dtype=torch.int64)], dim=1)
-    generate(model, {"input_ids": ids, "attention_mask": mask}, 1, past_key_values=pruned)
+    generate(model, {"input_ids": ids, "attention_mask": mask}, 1, **cache_argument(pruned))
     for row, scores in enumerate(replayed):
         after = scores_of(pruned, 0, row)
         assert pruned.layers[0].unread is None
@@ -232,27 +232,27 @@ def test_a_further_turn_replays_what_is_new_with_the_answer_before_it(turn, gene
 def test_saved_and_forked_caches_go_on_alike(tmp_path):
     model, batch = shared(), left_padded([20, 11])
     pruned = PrunedCache(model, policy())
-    ids = generate(model, batch, 5, past_key_values=pruned)
+    ids = generate(model, batch, 5, **cache_argument(pruned))
     pruned.save(tmp_path / "cache")
     others = [pruned.fork(), PrunedCache.load(tmp_path / "cache", model)]
     ids = torch.cat([ids, token_ids(2, 6)], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 11, dtype=torch.int64)], dim=1)
     turn = {"input_ids": ids, "attention_mask": mask}
-    after = generate(model, turn, 4, past_key_values=pruned)
+    after = generate(model, turn, 4, **cache_argument(pruned))
     for other in others:
-        assert torch.equal(generate(model, turn, 4, past_key_values=other), after)
+        assert torch.equal(generate(model, turn, 4, **cache_argument(other)), after)
         for row in range(2):
             assert_same_rows(pruned, other, row, row)
 
 
 def test_beams_and_drafts():
     model, batch = shared(), left_padded([20])
-    greedy = generate(model, batch, 8, past_key_values=PrunedCache(model, policy()))
-    beams = generate(model, batch, 8, past_key_values=PrunedCache(model, policy()), num_beams=3)
+    greedy = generate(model, batch, 8, **cache_argument(PrunedCache(model, policy())))
+    beams = generate(model, batch, 8, **cache_argument(PrunedCache(model, policy())), num_beams=3)
     assert beams.shape == greedy.shape
     for cut in (1.0, 16):
         pruned = PrunedCache(model, policy(cut))
-        drafted = generate(model, batch, 8, past_key_values=pruned, prompt_lookup_num_tokens=3)
+        drafted = generate(model, batch, 8, **cache_argument(pruned), prompt_lookup_num_tokens=3)
         if cut == 1.0:
             assert torch.equal(drafted, greedy := generate(model, batch, 8))
             assert bool((scores_of(pruned, 0)[:, :20] > 0).all())
@@ -270,13 +270,13 @@ def test_chains():
             except UnsupportedModelError:
                 continue
         together = PrunedCache(model, chain)
-        ids = generate(model, batch, 5, past_key_values=together)
+        ids = generate(model, batch, 5, **cache_argument(together))
         for row in range(2):
             alone = PrunedCache(model, chain)
-            assert torch.equal(generate(model, sequence(batch, row), 5, past_key_values=alone)[0, -5:], ids[row, -5:])
+            assert torch.equal(generate(model, sequence(batch, row), 5, **cache_argument(alone))[0, -5:], ids[row, -5:])
         turn = {"input_ids": torch.cat([ids, token_ids(2, 5)], 1)}
         turn["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 10, dtype=torch.int64)], 1)
-        generate(model, turn, 2, past_key_values=together)
+        generate(model, turn, 2, **cache_argument(together))
 
 
 def test_embeddings_are_replayed_like_ids():
@@ -286,7 +286,7 @@ def test_embeddings_are_replayed_like_ids():
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), position_ids=positions,
-              attention_mask=batch["attention_mask"], past_key_values=by_embeddings)  # fmt: skip
+              attention_mask=batch["attention_mask"], **cache_argument(by_embeddings))  # fmt: skip
     for row in range(2):
         assert_same_rows(by_ids, by_embeddings, row, row)
 
