@@ -49,8 +49,8 @@ from kvprune.errors import EvaluationError, KVPruneError, PolicyError, Unsupport
 from kvprune.kernels import check_name
 from kvprune.policies import Full
 from kvprune.policy.base import Policy
-from kvprune.policy.eviction import check_count
 from kvprune.policy.registry import parse
+from kvprune.policy.settings import check_count
 from kvprune.saving import PrunedCache
 
 try:

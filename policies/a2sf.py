@@ -8,7 +8,8 @@ import torch
 
 from kvprune.attention.mass import RowWeights
 from kvprune.policy.base import Step
-from kvprune.policy.eviction import Eviction, check_number
+from kvprune.policy.eviction import Eviction
+from kvprune.policy.settings import check_number
 from kvprune.table.token_table import TokenTable
 
 

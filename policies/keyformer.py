@@ -13,7 +13,8 @@ from kvprune.attention.mass import RowWeights
 from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Step, per_sequence
-from kvprune.policy.eviction import Eviction, check_count, check_number
+from kvprune.policy.eviction import Eviction
+from kvprune.policy.settings import check_count, check_number
 from kvprune.table.token_table import TokenTable
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Decision, Policy, Step
-from kvprune.policy.eviction import check_count
+from kvprune.policy.settings import check_count
 from kvprune.table.quantize import Codec, is_width
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from kvprune.passes.replays import ReplayedEviction
-from kvprune.policy.eviction import check_count
 from kvprune.policy.replaying import Replay
+from kvprune.policy.settings import check_count
 
 
 @dataclass(frozen=True)

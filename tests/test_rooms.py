@@ -1,4 +1,4 @@
-"""The rooms of the core: which imports which."""
+"""The rooms of the core: which imports which, and how long its files are."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "passes": (*GROUND, "table", "attention", "kernels", "policy", "cache"),
     "saving": (*GROUND, "table", "attention", "kernels", "policy", "cache"),
 }
+LONGEST = 400
 
 
 def module_of(path: Path) -> str:
@@ -100,3 +101,12 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_every_kind_of_import_is_seen(line):
     found = imports(line, "kvprune.table.rows", is_package=False, known=set(FILES))
     assert found == {"kvprune.cache.layer"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for pattern in ("*.py", "*.c", "*.h") for path in sorted(CORE.rglob(pattern))],
+    ids=lambda path: str(path.relative_to(CORE)),
+)
+def test_no_file_is_too_long_to_hold_in_the_head(path):
+    assert len(path.read_text("utf-8").splitlines()) <= LONGEST

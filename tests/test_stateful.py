@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprune import BudgetError, CacheError, Policy, PrunedCache
-from kvprune.cache import layer
+from kvprune.cache import step as layer_step
 from kvprune.cache.models import cache_argument
 from kvprune.policy.budget import Budget
 from kvprune.table import token_table as table
@@ -387,7 +387,7 @@ class AnyChainInHalfPrecision(AnyChain):
 @pytest.mark.parametrize("machine", [Simple, SimpleOfHybrid, AnyChain, AnyChainOfHybrid, AnyChainInHalfPrecision])
 def test_any_sequence_of_operations(machine, monkeypatch):
     """Rows, logits, counts and bytes are those of the slow model, whatever came before."""
-    monkeypatch.setattr(layer, "_UNDECIDED", MOST_UNDECIDED)  # so that small models and short prompts get there
+    monkeypatch.setattr(layer_step, "_UNDECIDED", MOST_UNDECIDED)  # so that small models and short prompts get there
     monkeypatch.setattr(table, "MOST_HOLES", MOST_HOLES)
     run_state_machine_as_test(
         machine, settings=profile(max_examples=4 * profile.default.max_examples, stateful_step_count=20)

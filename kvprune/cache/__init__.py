@@ -1,7 +1,8 @@
 """`PrunedCache`, and all that transformers sees of it.
 
-    pruned_cache   the object that takes the place of `DynamicCache` in `generate()`
-    layer          what one attention layer does at every forward pass
+    pruned_cache   the object that takes the place of `DynamicCache` in `generate()`: how it is made, saved and loaded
+    forward_pass   what the model asks of it; rolling_back: what `generate()` asks in between; contents: what people ask
+    step           what one attention layer does at every forward pass; layer: and in between
     plans          what the policies of a layer are told, and the attention mass that they ask for
     steady         the counts of a layer whose decode steps change no shape any more
     registration   the kvprune attention, as transformers knows it

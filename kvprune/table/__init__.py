@@ -2,7 +2,7 @@
 
     token_table   `TokenTable`: what rows mean, how they come and go, and what policies see of them
     storage       `Storage`: where rows lie in memory
-    sizes, view   how many bytes it takes; a table as one link of a chain sees it
+    contents      what is in it, and how many bytes it takes; view: a table as one link of a chain sees it
     packing       packed rows among the others; packed_rows: those of one codec; quantize: codecs
     operations    `RowOperations`: what is done to rows and has faster implementations in `kvprune.kernels`
     rows          functions on tensors of rows, each head having an index of its own

@@ -25,14 +25,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kvprune.errors import CacheError, PolicyError
+from kvprune.errors import PolicyError
 from kvprune.state import Saved, State
 from kvprune.table import packing
+from kvprune.table.contents import Contents
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
 from kvprune.table.rows import EMPTY, picked, true_rows
-from kvprune.table.sizes import Sizes
 from kvprune.table.storage import Storage, is_of_all_slots
 from kvprune.table.view import TableView
 
@@ -42,7 +42,7 @@ MOST_HOLES = 32
 MOST_SPARE = 32
 
 
-class TokenTable(Sizes):
+class TokenTable(Contents):
     """Keys `[B, Hkv, rows, D]`, values `[B, Hkv, rows, Dv]`, positions `[B, Hkv, length]` int32, and columns.
 
     `table["score"]` is a policy's column, `[B, Hkv, length]`; it may be updated in place. Columns of the rows in full
@@ -84,68 +84,7 @@ class TokenTable(Sizes):
         self._closed_length = 0  # of a packed table, when its rows last closed up
         self._given: dict[str, tuple[int, ...]] = {}  # by the prefix of a link of a chain
 
-    # -- what is in it: nothing changes ----------------------------------------------------------------------------
-
-    @property
-    def kernels(self) -> RowOperations:
-        """What moves rows: PyTorch's where torch.compile makes kernels of its own of them."""
-        return TORCH_ROWS if torch.compiler.is_compiling() else self._kernels
-
-    @property
-    def batch_size(self) -> int:
-        return self._storage.batch_size
-
-    @property
-    def kv_heads(self) -> int:
-        return self._storage.kv_heads
-
-    @property
-    def length(self) -> int:
-        """Slots in use."""
-        return self._storage.length
-
-    @property
-    def packed_length(self) -> int:
-        """Slots whose keys and values are codes: the first ones."""
-        return self._storage.packed_length
-
-    @property
-    def capacity(self) -> int:
-        """Slots in use and spare ones."""
-        return self._storage.capacity
-
-    @property
-    def rows(self) -> int:
-        """Most rows that a KV head may hold: slots in use, without the holes that evicted rows left."""
-        return self._most_rows if self.packed else self.length
-
-    @property
-    def keys(self) -> Tensor:
-        """Of the rows in full precision, `[B, Hkv, length - packed_length, D]`: a view."""
-        return self._storage.rows("keys")
-
-    @property
-    def values(self) -> Tensor:
-        """Of the rows in full precision, `[B, Hkv, length - packed_length, Dv]`: a view."""
-        return self._storage.rows("values")
-
-    @property
-    def positions(self) -> Tensor:
-        """Logical positions, `[B, Hkv, length]` int32; -1 where a slot is empty. A view."""
-        return self._storage.rows("positions")
-
-    def row_totals(self) -> tuple[int, ...]:
-        """Rows of each sequence in all heads here. Waits for the device where slots are empty."""
-        if self.dense:
-            return (self.length * self.kv_heads,) * self.batch_size
-        return tuple((self.positions >= 0).sum((1, 2)).tolist())
-
-    def all_keys(self) -> Tensor:
-        """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
-        if not self.packed:
-            return self.keys
-        decoded = [tier.decoded()[0].to(self.keys.dtype) for tier in self.packed]
-        return torch.cat([*decoded, self.keys], dim=2)
+    # -- columns ---------------------------------------------------------------------------------------------------
 
     def __getitem__(self, column: str) -> Tensor:
         """A policy's column, `[B, Hkv, length]`, or `[B, Hkv, length - packed_length]`: a view, to be written to."""
@@ -182,29 +121,6 @@ class TokenTable(Sizes):
     def give(self, scope: str, rows: tuple[int, ...]) -> None:
         """Remember it for that link."""
         self._given = {**self._given, scope: rows}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the table holds, at full capacity."""
-        held = dict(self._storage.tensors)
-        for number, tier in enumerate(self.packed):
-            held.update({f"packed.{number}.{name}": tensor for name, tensor in tier.tensors.items()})
-        return held
-
-    def check_step(self, keys: Tensor, values: Tensor) -> None:
-        """Raise CacheError where new keys and values do not fit this table."""
-        for name, new in (("keys", keys), ("values", values)):
-            held = self._storage.tensors[name]
-            if new.shape[0] != held.shape[0]:
-                raise CacheError(
-                    f"this cache holds a batch of {held.shape[0]}, and the model was called with a batch of "
-                    f"{new.shape[0]}. Make a new PrunedCache, or call reset() to start over."
-                )
-            if new.shape[1] != held.shape[1] or new.shape[3] != held.shape[3] or new.dtype != held.dtype:
-                raise CacheError(
-                    f"this cache holds {name} of {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, and was "
-                    f"given {new.shape[1]} heads of {new.shape[3]} in {new.dtype}: it belongs to another model. "
-                    "Make a PrunedCache for each model."
-                )
 
     # -- rows come: these change the table -------------------------------------------------------------------------
 

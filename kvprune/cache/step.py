@@ -1,0 +1,374 @@
+"""`LayerStep`: what one attention layer does at every forward pass.
+
+    append      the new tokens become rows of the table
+    attend      the new queries look at all rows, exactly
+    observe     the policy updates its columns from the attention mass it asked for
+    decide      the policy says which rows stay; the others are freed or overwritten
+
+So the step that brings a token always attends over everything, and the table shrinks after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvprune.attention.backends import SDPA, Sdpa
+from kvprune.attention.mass import Scoring
+from kvprune.attention.queries import Attended, Queries, Remembered
+from kvprune.attention.rotation import Rotation
+from kvprune.cache.plans import Plan, Planner
+from kvprune.cache.selection import FilteredStep, Selection
+from kvprune.cache.steady import Counted, Steady, pin
+from kvprune.cache.unread import Unread
+from kvprune.errors import KVPruneError, PolicyError
+from kvprune.kernels import choose
+from kvprune.policy.base import Decision, Policy, per_sequence
+from kvprune.table.token_table import TokenTable
+
+# While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
+_UNDECIDED = 128
+
+
+@dataclass
+class Undecided:
+    """A step whose tokens `crop` may still take back."""
+
+    queries: Queries
+    prefill: bool
+    scoring: Scoring
+
+
+class LayerStep(CacheLayerMixin):
+    """The part of a `PrunedLayer` that a forward pass goes through. `attend` changes its table, and frees memory."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    seen = Counted()  # columns of the model's input so far, padding included: the length transformers knows
+    tokens = Counted()  # per sequence, without padding: what positions are made of
+    generated = Counted()  # tokens since the last prefill step
+    last_eviction = Counted()  # `seen` when rows last went away: no crop can go behind it
+
+    def __init__(
+        self,
+        policy: Policy,
+        index: int,
+        *,
+        device: torch.device | None = None,
+        kernels: str = "auto",
+        backend: Sdpa = SDPA,
+        rotation: Rotation | None = None,
+        **shared: Any,
+    ) -> None:
+        """Args:
+        index: of the layer in the model. shared: what `Planner` takes beside them.
+        device: where the table lives and is attended to; None for the model's.
+        kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
+        rotation: how keys are turned by their position, where they are to be seen at their places in the cache.
+        """
+        super().__init__()
+        self.planner = Planner(policy, index, **shared)
+        self.home = device
+        self.kernels = kernels
+        self.backend = backend
+        self.rotation = rotation
+        self.reset()
+
+    @property
+    def index(self) -> int:
+        """Of the layer in the model."""
+        return self.planner.layer
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many sequences it holds; None if it is empty."""
+        return None if self.table is None else self.table.batch_size
+
+    def reset(self) -> None:
+        self.table: TokenTable | None = None
+        self.steady: Steady | None = None  # from when on a decode step changes no shape
+        self.seen = self.generated = self.last_eviction = 0
+        self.tokens = ()
+        self.prompt_tokens: tuple[int, ...] = ()
+        self.incoming: tuple[Tensor, Tensor] | None = None
+        self.remembered: Remembered | None = None  # for policies with a query window
+        self.record_past = False
+        self.undecided: Undecided | None = None
+        self.waiting: list[Plan] = []  # of a prompt, from the first on that decides for all layers together
+        self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
+        self.unread: Unread | None = None  # what no replay has seen; the first pruned layer holds it for all
+        self.is_initialized = False
+        self._of_inference_mode = False  # whether tensors may have been made there
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def attend(
+        self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None = None
+    ) -> Tensor:
+        """One step: the output of attention, `[B, L, Hq, Dv]`, and everything the policies do after it.
+
+        Args:
+            states: queries `[B, Hq, L, D]`. valid: bool `[B, L]`, False where the input is padding; None if none is.
+            scoring: how the model makes probabilities of logits.
+            filtered: what a prompt filter left of this step, if there is one.
+        """
+        if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
+            return self._compiled_step(self.table, self.steady, states, scoring)
+        self._settle_mode()
+        first = self.table is None
+        try:
+            return self._attend(states, valid, scoring, filtered)
+        except KVPruneError:
+            if first:
+                self.reset()
+            raise
+
+    def _attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None) -> Tensor:
+        self.accept()
+        device = states.device
+        if self.home is not None:
+            states, scoring = states.to(self.home), scoring.to(self.home)
+        if valid is not None:
+            valid = valid.to(states.device)
+        if states.shape[2] > 1:
+            self._leave_steady()
+        prefill = self.takes_prompt(states.shape[2], filtered)
+        table, queries = self._append(states, valid, filtered)
+        if prefill:
+            self.prompt_tokens, self.generated = self.tokens, 0
+        else:
+            self.generated += max(queries.tokens)
+
+        if self.record_past:
+            output = queries.attend(self._placed(table), scoring, backend=self.backend).output
+            self._defer(table, queries, prefill, scoring)
+        else:
+            plans = self._plans(table, queries, prefill)
+            wanted = any(plan.weights is not None for plan in plans)
+            seen = self._placed(table)
+            attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
+            output = attended.output
+            self._observe(seen, plans, queries, scoring, attended)
+            self._decide(plans, prefill=prefill)
+        return output.transpose(1, 2).contiguous().to(device)
+
+    def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
+        """Whether a step of so many columns is one of a prompt."""
+        # A draft of several tokens that is being verified is generated text.
+        return self.table is None or (length > 1 and not self.record_past) or filtered is not None
+
+    def _settle_mode(self) -> None:
+        """What was made in inference mode cannot be written to outside of it: there, it is copied once."""
+        if torch.is_inference_mode_enabled():
+            self._of_inference_mode = True
+        elif self._of_inference_mode:
+            self._of_inference_mode = False
+            steady = self.steady is not None
+            self._leave_steady()
+            if self.table is not None:
+                self.table.leave_inference_mode()
+            self.remembered = self.remembered and self.remembered.clone()
+            if steady:
+                self._enter_steady(self.table)  # type: ignore[arg-type]
+
+    # -- the steady state -------------------------------------------------------------------------------------------
+
+    def _enter_steady(self, table: TokenTable) -> None:
+        """After a step that evicted: the next token takes the spare slot, and another row goes."""
+        if not table.dense or table.packed or table.capacity == table.length or self.home is not None:
+            return
+        if self.remembered is not None:
+            if self.remembered.states.shape[2] < self.planner.query_window(False) - 1:
+                return
+            self.remembered = self.remembered.writable()
+        self.steady = Steady.of(self.seen, self.generated, self.tokens, table.positions.device)
+        pin(self._tensors())
+
+    def _leave_steady(self) -> None:
+        if self.steady is not None:
+            self.catch_up()
+            self.steady = None
+
+    def catch_up(self) -> None:
+        """Count what compiled steps have counted on the device."""
+        if self.steady is not None and self.steady.ahead:
+            self.seen, self.generated, self.tokens = self.steady.read()
+            self.last_eviction = self.seen
+
+    def _compiled_step(self, table: TokenTable, steady: Steady, states: Tensor, scoring: Scoring) -> Tensor:
+        """`_attend` for a generated token in the steady state: nothing here depends on what an int has counted."""
+        keys, values = self.incoming  # type: ignore[misc]
+        self.incoming = None
+        queries = Queries(states, steady.tokens, None, (1,) * len(states))
+        table.append(keys, values, queries.first)
+        plans = self._plans(table, queries, False)
+        wanted = plans[0].weights is not None
+        seen = self._placed(table)
+        attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
+        self._observe(seen, plans, queries, scoring, attended)
+        decision = plans[0].policy.decide(plans[0].table, plans[0].step)
+        table.evict(decision.evict)  # type: ignore[union-attr, arg-type]  # at its budget, it evicts a row
+        steady.advance()
+        return attended.output.transpose(1, 2).contiguous()
+
+    def _placed(self, table: TokenTable) -> TokenTable:
+        """The table as queries see it: rows where they are in the text, or where they are in the cache."""
+        if self.rotation is None:
+            return table
+        return table.with_keys(self.rotation.closed_up(table.keys, table.positions))
+
+    def _append(
+        self, states: Tensor, valid: Tensor | None, filtered: FilteredStep | None
+    ) -> tuple[TokenTable, Queries]:
+        """Make rows of the incoming keys and values."""
+        keys, values = (tensor.to(states.device) for tensor in self.incoming)  # type: ignore[union-attr]
+        self.incoming = None
+        before = self.tokens or (0,) * keys.shape[0]
+        placed = None if filtered is None else filtered.positions.to(states.device)
+        first = per_sequence(before, states.device)
+        queries = Queries.of_step(states, first, valid, begins=self.table is None, placed=placed)
+        if self.table is None:
+            self.planner.heads.check(states.shape[1], keys.shape[1])
+            self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
+            self.is_initialized = True
+        elif len(queries) == 1 and valid is None and placed is None:
+            self.table.append(keys, values, queries.first, room=self.planner.room(self.table))
+        else:
+            self.table.append(keys, values, queries.positions[:, None], dense=valid is None)
+        added = queries.tokens if filtered is None else filtered.tokens
+        self.tokens = tuple(a + b for a, b in zip(before, added, strict=True))
+        self.seen += len(queries) if filtered is None else filtered.columns
+        if filtered is not None:
+            self.last_eviction = self.seen  # what the filter dropped never was in the table
+        return self.table, queries
+
+    def new_table(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
+        """A table of these rows, with the columns of this layer's policies."""
+        columns, buffered = self.planner.columns(), self.planner.buffer_columns()
+        return TokenTable(
+            keys, values, positions, columns, buffered, dense=dense, kernels=choose(self.kernels, keys.device)
+        )
+
+    # -- the policies ----------------------------------------------------------------------------------------------
+
+    def _plans(self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = ()) -> list[Plan]:
+        """to_come: tokens of each sequence that have been counted, and come after these queries."""
+        if (steady := self.steady) is not None and torch.compiler.is_dynamo_compiling():
+            tokens: int | Tensor = steady.tokens + 1
+            generated: int | Tensor = steady.generated + 1
+        else:
+            counts = tuple(a - b for a, b in zip(self.tokens, to_come, strict=True)) if to_come else self.tokens
+            tokens = per_sequence(counts, queries.states.device)
+            generated = self.generated - max(to_come, default=0)
+        return self.planner.plans(
+            table, queries, prefill, tokens=tokens, prompt_tokens=self.prompt_tokens, generated=generated
+        )
+
+    def _observe(
+        self,
+        table: TokenTable,
+        plans: list[Plan],
+        queries: Queries,
+        scoring: Scoring,
+        attended: Attended | None = None,
+    ) -> None:
+        """Let the policies update their columns, and remember the newest queries."""
+        self.planner.observe(plans, table, queries, scoring, attended, self.remembered)
+        if self.steady is not None and self.remembered is not None:
+            self.remembered.take(queries)
+            return
+        window = self.planner.query_window(plans[0].step.prefill)
+        self.remembered = Remembered.newest(window - 1, self.remembered, queries) if window > 1 else None
+
+    def _decide(self, plans: list[Plan], *, prefill: bool, evicted: bool = False) -> None:
+        """Let the policies decide in their order, up to one that does so for all layers together.
+
+        evicted: whether rows have gone in this step.
+        """
+        self.waiting = []
+        for number, plan in enumerate(plans):
+            if plan.waits:
+                plan.policy.check(plan.step)
+                self.waiting = [replace(each, step=replace(each.step, source=None)) for each in plans[number:]]
+                break
+            evicted |= self._apply(plan, plan.policy.decide(plan.table, plan.step))
+        table: TokenTable = self.table  # type: ignore[assignment]
+        if prefill:
+            table.drop_empty()
+            table.own()
+        if self.steady is not None:
+            self.steady.advance()
+        elif evicted and self.planner.static_decode and not self.record_past:
+            self._enter_steady(table)
+
+    def decide_waiting(self, decision: Decision | None) -> None:
+        """Do what the first of the plans that wait has decided together with the other layers, and go on from there."""
+        self._settle_mode()
+        plan, *others = self.waiting
+        self._decide(others, prefill=True, evicted=self._apply(plan, decision))
+
+    def _apply(self, plan: Plan, decision: Decision | None) -> bool:
+        """Do what a policy has decided; whether rows went away by that."""
+        table: TokenTable = self.table  # type: ignore[assignment]
+        if decision is None:
+            return False
+        if not isinstance(decision, Decision):
+            raise PolicyError(f"decide() of {plan.policy} returned {decision!r}: return a Decision, or None.")
+        if plan.step.prefill:  # once, since it waits for the device
+            decision.check(table)
+        if decision.quantize is not None:
+            table.quantize(decision.quantize)
+            newest = table.length - table.packed_length if table.dense else 0
+            self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
+            return False
+        if decision.keep is not None:
+            table.compact(decision.keep, room=self.planner.interval_room(decision.keep.shape[2]))
+        elif decision.evict is not None:
+            table.evict(decision.evict)
+            table.shrink(plan.step.spare)
+        self.last_eviction = self.seen
+        return True
+
+    # -- a step that may be taken back -----------------------------------------------------------------------------
+
+    def _defer(self, table: TokenTable, queries: Queries, prefill: bool, scoring: Scoring) -> None:
+        """Observe all but the newest queries now, and leave those, and the decision, to `_commit`."""
+        split = max(0, len(queries) - _UNDECIDED)
+        if split:
+            early = queries.part(0, split)
+            with table.without_newest(len(queries) - split):  # all that these queries can see
+                to_come = tuple(a - b for a, b in zip(queries.tokens, early.tokens, strict=True))
+                self._observe(self._placed(table), self._plans(table, early, prefill, to_come), early, scoring)
+        self.undecided = Undecided(queries.part(split, len(queries)), prefill, scoring)
+
+    def _commit(self) -> None:
+        undecided, self.undecided = self.undecided, None
+        if undecided is None or self.table is None:
+            return
+        if undecided.prefill:
+            self.prompt_tokens, self.generated = self.tokens, 0
+        plans = self._plans(self.table, undecided.queries, undecided.prefill)
+        self._observe(self._placed(self.table), plans, undecided.queries, undecided.scoring)
+        self._decide(plans, prefill=undecided.prefill)
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        held = [] if self.table is None else list(self.table.tensors().values())
+        if self.remembered is not None:
+            held += [self.remembered.states, self.remembered.positions]
+        if self.steady is not None:
+            held.append(self.steady.counts)
+        if self.undecided is not None:
+            held += self.undecided.queries.tensors()
+        if self.selection is not None and self.selection.columns is not None:
+            held.append(self.selection.columns)
+        if self.unread is not None:
+            held += self.unread.tensors()
+        return held

@@ -1,0 +1,154 @@
+"""`Contents`: what is in a table, and how many bytes it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import CacheError
+from kvprune.table import packing
+from kvprune.table.operations import TORCH_ROWS, RowOperations
+from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
+from kvprune.table.storage import Storage
+
+
+class Contents:
+    """The part of a `TokenTable` that only looks. Nothing here changes the table."""
+
+    packed: list[PackedRows]
+    dense: bool
+    _kernels: RowOperations
+    _storage: Storage
+    _most_rows: int
+
+    @property
+    def kernels(self) -> RowOperations:
+        """What moves rows: PyTorch's where torch.compile makes kernels of its own of them."""
+        return TORCH_ROWS if torch.compiler.is_compiling() else self._kernels
+
+    @property
+    def batch_size(self) -> int:
+        return self._storage.batch_size
+
+    @property
+    def kv_heads(self) -> int:
+        return self._storage.kv_heads
+
+    @property
+    def length(self) -> int:
+        """Slots in use."""
+        return self._storage.length
+
+    @property
+    def packed_length(self) -> int:
+        """Slots whose keys and values are codes: the first ones."""
+        return self._storage.packed_length
+
+    @property
+    def capacity(self) -> int:
+        """Slots in use and spare ones."""
+        return self._storage.capacity
+
+    @property
+    def rows(self) -> int:
+        """Most rows that a KV head may hold: slots in use, without the holes that evicted rows left."""
+        return self._most_rows if self.packed else self.length
+
+    @property
+    def keys(self) -> Tensor:
+        """Of the rows in full precision, `[B, Hkv, length - packed_length, D]`: a view."""
+        return self._storage.rows("keys")
+
+    @property
+    def values(self) -> Tensor:
+        """Of the rows in full precision, `[B, Hkv, length - packed_length, Dv]`: a view."""
+        return self._storage.rows("values")
+
+    @property
+    def positions(self) -> Tensor:
+        """Logical positions, `[B, Hkv, length]` int32; -1 where a slot is empty. A view."""
+        return self._storage.rows("positions")
+
+    def row_totals(self) -> tuple[int, ...]:
+        """Rows of each sequence in all heads here. Waits for the device where slots are empty."""
+        if self.dense:
+            return (self.length * self.kv_heads,) * self.batch_size
+        return tuple((self.positions >= 0).sum((1, 2)).tolist())
+
+    def all_keys(self) -> Tensor:
+        """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
+        if not self.packed:
+            return self.keys
+        decoded = [tier.decoded()[0].to(self.keys.dtype) for tier in self.packed]
+        return torch.cat([*decoded, self.keys], dim=2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the table holds, at full capacity."""
+        held = dict(self._storage.tensors)
+        for number, tier in enumerate(self.packed):
+            held.update({f"packed.{number}.{name}": tensor for name, tensor in tier.tensors.items()})
+        return held
+
+    def check_step(self, keys: Tensor, values: Tensor) -> None:
+        """Raise CacheError where new keys and values do not fit this table."""
+        for name, new in (("keys", keys), ("values", values)):
+            held = self._storage.tensors[name]
+            if new.shape[0] != held.shape[0]:
+                raise CacheError(
+                    f"this cache holds a batch of {held.shape[0]}, and the model was called with a batch of "
+                    f"{new.shape[0]}. Make a new PrunedCache, or call reset() to start over."
+                )
+            if new.shape[1] != held.shape[1] or new.shape[3] != held.shape[3] or new.dtype != held.dtype:
+                raise CacheError(
+                    f"this cache holds {name} of {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, and was "
+                    f"given {new.shape[1]} heads of {new.shape[3]} in {new.dtype}: it belongs to another model. "
+                    "Make a PrunedCache for each model."
+                )
+
+    # -- how many bytes it takes -----------------------------------------------------------------------------------
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one slot in full precision over all sequences and heads, all columns included."""
+        return self._storage.token_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """The part of `token_bytes` that is keys and values."""
+        return self._storage.kv_token_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages behind the table, spare slots included."""
+        return self._storage.nbytes + packing.nbytes(self.packed)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """The part of `nbytes` that is keys and values, or stands for them: codes and their parameters."""
+        return self._storage.kv_nbytes + packing.nbytes(self.packed)
+
+    @property
+    def code_nbytes(self) -> int:
+        """The part of `kv_nbytes` that is no parameter: codes, and what is in full precision."""
+        return self._storage.kv_nbytes + sum(tier.code_nbytes for tier in self.packed)
+
+    def packed_row_bytes(self, codec: Codec) -> int:
+        """What `token_bytes` is for a row that this codec has packed."""
+        key_dim, value_dim = self._dims()
+        of_blocks = -(-codec.block_bytes(key_dim, value_dim) // codec.tokens) if codec.tokens else 0
+        rows = self._storage.batch_size * self._storage.kv_heads
+        return rows * (codec.row_bytes(key_dim, value_dim) + of_blocks) + self._storage.lasting_bytes
+
+    def block_bytes(self, codec: Codec) -> int:
+        """Parameters that blocks of this codec's rows share, of one block more and of those there are.
+
+        Where rows pay for the blocks they fill, this is for those that evicted rows have left thinly filled.
+        """
+        tiers = [tier for tier in self.packed if tier.codec == codec]
+        paid = sum(len(tier) // codec.tokens for tier in tiers) if codec.tokens else 0
+        blocks = 1 + max(0, sum(tier.blocks for tier in tiers) - paid)
+        return self._storage.batch_size * self._storage.kv_heads * blocks * codec.block_bytes(*self._dims())
+
+    def _dims(self) -> tuple[int, int]:
+        return self._storage.tensors["keys"].shape[3], self._storage.tensors["values"].shape[3]
