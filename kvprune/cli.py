@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import MISSING
+from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,19 +15,33 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kvprune.cache.models import cache_argument
+from kvprune import __version__
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.evaluation import cli as evaluation
 
 app = typer.Typer(
     help="KV-cache compression for long-context language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(evaluation.app, name="eval")
 app.command()(evaluation.compare)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and everything else elsewhere.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """KV-cache compression for long-context language models."""
 
 
 def _console(as_json: bool) -> Console:
@@ -56,73 +71,104 @@ def generate(
     model: Annotated[
         str, typer.Option(help='A model folder or hub name; "demo" is the embedded model, "smollm2" a real one.')
     ],
-    prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; - for standard input.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file with the prompt; - for standard input.")] = None,
     policy: Annotated[
-        str, typer.Option(help='A policy, e.g. "a2sf", "snapkv:window=64", "a2sf:budget=0.5 | tova".')
+        str,
+        typer.Option(
+            help='"a2sf", "snapkv:window=64", "a2sf:budget=0.5 | tova", or "package.module:Class" of your own.'
+        ),
     ] = "a2sf",
     budget: Annotated[
-        str, typer.Option(help="Fraction of the prompt (0.25), tokens per KV head (1024), or bytes (512MiB).")
-    ] = "0.25",
+        str | None,
+        typer.Option(help="Fraction of the prompt, tokens per KV head (1024), or bytes (512MiB).", show_default="0.25"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Chat template. Default: if the tokenizer has one.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest so much.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the likeliest so many.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer from the full cache, beside it.")] = False,
     dtype: Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')] = "auto",
     device_map: Annotated[str | None, typer.Option(help='Where to load the model, e.g. "auto" or "cuda".')] = None,
+    report: Annotated[bool, typer.Option("--report", help="Also print what each layer holds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw which tokens were kept, as a picture file.")] = None,
     show_selected: Annotated[
         bool, typer.Option("--show-selected", help="Print the part of the prompt that gemfilter chose.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate from a prompt file with a pruned cache, and report what was kept."""
+    """Answer a prompt with a pruned cache as you watch, and say what it cost."""
+    from kvprune.cache.report import check_picture
+    from kvprune.policy.registry import parse
+
+    # Before the model loads: a mistake should not cost minutes.
+    chosen = parse(policy, budget="0.25" if budget is None else budget)
+    if budget is not None and all(getattr(link, "budget", budget) is budget for link in chosen.parts()):
+        raise PolicyError(f"{chosen} takes no budget: leave --budget out, or put a policy before it that evicts.")
+    if show_selected and not chosen.filters_prompt:
+        raise PolicyError(
+            f"{chosen} filters no prompt, so --show-selected has nothing to show: --policy gemfilter does."
+        )
+    if plot is not None:
+        check_picture(plot)
+    if (prompt is None) == (prompt_file is None):
+        raise KVPruneError('give the prompt either as --prompt "text" or as --prompt-file FILE.')
+    text = (
+        prompt
+        if prompt is not None
+        else sys.stdin.read()
+        if str(prompt_file) == "-"
+        else _read(Path(prompt_file or ""))
+    )
+
     import torch
 
+    from kvprune import generation
     from kvprune.evaluation.models import load
-    from kvprune.policy.registry import parse
     from kvprune.saving import PrunedCache
 
-    chosen = parse(policy, budget=budget)  # before the model loads: a typing mistake should not cost minutes
-    text = sys.stdin.read() if str(prompt_file) == "-" else _read(prompt_file)
+    settings = generation.sampling(temperature, top_p, top_k) | {"max_new_tokens": max_new_tokens}
     loaded = load(model, dtype=dtype, device_map=device_map)
     tokenizer, language_model = loaded.tokenizer, loaded.model
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise KVPruneError(
-            f"the tokenizer of {model} has no chat template: leave --chat out to give it the text as it is."
-        )
-    if chat:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(text, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise KVPruneError(f"{prompt_file} holds no text: give a prompt of at least one token.")
-    inputs = {name: tensor.to(language_model.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    inputs = generation.prompt_inputs(tokenizer, language_model.device, text, chat)
     cache = PrunedCache(language_model, chosen)
-    with torch.inference_mode():
-        output = language_model.generate(
-            **inputs, **cache_argument(cache), max_new_tokens=max_new_tokens, do_sample=False
-        )
-    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    report = cache.report()
+    console = _console(as_json)
+
+    def answer(name: str, held: Any) -> generation.Generated:
+        if compare:
+            console.print(f"[bold]{escape(name)}[/]", highlight=False)
+        torch.manual_seed(seed)
+        write = None if as_json else lambda piece: print(piece, end="", flush=True)
+        result = generation.generate(language_model, tokenizer, inputs, held, write=write, **settings)
+        if not as_json:
+            print()
+            console.print(str(result), style="dim", highlight=False, soft_wrap=True)
+        return result
+
+    result = answer(str(chosen), cache)
+    full = answer("full cache", generation.full_cache(language_model)) if compare else None
+    held = cache.report()
     if plot is not None:
-        report.plot(plot)
-    chosen_text = _selected_text(tokenizer, inputs["input_ids"][0].tolist(), report.selected) if show_selected else None
+        held.plot(plot)
+    chosen_text = _selected_text(tokenizer, inputs["input_ids"][0].tolist(), held.selected) if show_selected else None
     if as_json:
-        summary = {"text": answer, "prompt_tokens": inputs["input_ids"].shape[1], "cache": report.to_dict()}
+        summary = {**asdict(result), "cache": held.to_dict()}
+        summary |= {"full": asdict(full)} if full is not None else {}
         print(json.dumps(summary | ({"selected_text": chosen_text} if show_selected else {})))
         return
-    console = _console(False)
-    console.print(answer, markup=False, highlight=False, soft_wrap=True)
-    console.print()
-    console.print(report)
+    if report:
+        console.print()
+        console.print(held)
     if show_selected:
         console.print()
         if chosen_text is not None:
             console.print(chosen_text, markup=False, highlight=False, soft_wrap=True)
-        elif cache.prompt_filter is None:
-            console.print(f"Nothing was selected: {chosen} filters no prompt; --policy gemfilter does.")
         else:
-            console.print("Nothing was selected: the prompt fits into the budget.")
+            console.print("Nothing was left out: the prompt fits into the budget.")
 
 
 def _selected_text(tokenizer: Any, ids: list[int], selected: list[Any] | None) -> str | None:
@@ -144,16 +190,31 @@ def _read(path: Path) -> str:
 
 
 @app.command()
-def policies(as_json: Json = False) -> None:
-    """List the policies, their settings and defaults."""
-    from kvprune.policy.registry import names
+def policies(
+    name: Annotated[str | None, typer.Argument(help="A policy, to say what each of its settings means.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the policies, their settings and defaults; with a name, what each setting means."""
+    from kvprune.policy.registry import find, names
 
-    entries = [_entry(name) for name in names()]
+    if name is not None:
+        find(name)  # says which names there are
+    entries = [_entry(each) for each in ([name] if name else names())]
     if as_json:
         print(json.dumps(entries, indent=1, default=str))
-        return
+    elif name is None:
+        _console(False).print(_overview(entries))
+    else:
+        _console(False).print(_explained(entries[0]))
+
+
+def _overview(entries: list[dict[str, Any]]) -> Table:
     table = Table(
-        title="policies", title_justify="left", caption='use them as "name" or "name:setting=value,setting=value"'
+        title="policies",
+        title_justify="left",
+        caption='Use them as "name" or "name:setting=value,setting=value".\n'
+        "`kvprune policies NAME` says what each setting means.",
+        caption_justify="left",
     )
     table.add_column("name", style="bold")
     table.add_column("paper")
@@ -165,12 +226,23 @@ def policies(as_json: Json = False) -> None:
         settings = [f"{name}={value}" for name, value in entry["settings"].items()]
         settings += [f"{name} (no default)" for name in entry["required"]]
         table.add_row(entry["name"], Text(entry["source"].partition(": ")[2]), Text(", ".join(settings) or "none"))
-    _console(False).print(table)
+    return table
+
+
+def _explained(entry: dict[str, Any]) -> Table:
+    table = Table(title=f"{entry['name']}: {entry['source']}", title_justify="left", show_lines=True)
+    table.add_column("setting", style="bold")
+    table.add_column("default")
+    table.add_column("meaning")
+    for name, meaning in entry["meanings"].items():
+        table.add_row(name, Text(str(entry["settings"].get(name, "none"))), Text(meaning))
+    return table
 
 
 def _entry(name: str) -> dict[str, Any]:
     """What is listed of a policy; of one that cannot be loaded, what is wrong with it."""
-    from kvprune.policy.registry import find, settings_of
+    from kvprune.policy.naming import meanings, settings_of
+    from kvprune.policy.registry import find
 
     try:
         policy = find(name)
@@ -184,11 +256,13 @@ def _entry(name: str) -> dict[str, Any]:
         "source": lines[0] if lines else "",
         "settings": {setting: default for setting, default in settings.items() if default is not MISSING},
         "required": [setting for setting, default in settings.items() if default is MISSING],
+        "meanings": meanings(policy),
     }
 
 
 def main() -> None:
     """Entry point: mistakes a person can make end in one clear sentence, not in a traceback."""
+    sys.path.append(os.getcwd())  # for policies of one's own, as package.module:Class
     try:
         app()
     except KVPruneError as error:

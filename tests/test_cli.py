@@ -39,34 +39,86 @@ def test_policies_as_json():
     assert "2407.20485" in entries["a2sf"]["source"]
 
 
-def test_generate_answers_and_reports(prompt, tmp_path):
+def generated(path, *more: str):
+    return run("generate", "--model", "demo", "--prompt-file", str(path), "--max-new-tokens", "4", *more)
+
+
+def test_generate_answers_and_says_what_it_cost(prompt, tmp_path):
     path, answer = prompt
     picture = tmp_path / "kept.png"
-    arguments = [
-        "--model",
-        "demo",
-        "--prompt-file",
-        str(path),
-        "--policy",
-        "a2sf:kernel_size=7",
-        "--plot",
-        str(picture),
-    ]
-    result = run("generate", *arguments, "--max-new-tokens", "4")
+    result = generated(path, "--policy", "a2sf:kernel_size=7", "--plot", str(picture), "--report")
     assert result.exit_code == 0
     assert answer in result.output
+    assert re.search(r"\d+ prompt tokens in [\d.]+ s, 4 new at [\d.]+ tokens/s; cache .* saved", result.output)
     assert "rows/head" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "rows/head" not in generated(path).output
 
 
 def test_generate_as_json(prompt):
     path, answer = prompt
-    result = run(
-        "generate", "--model", "demo", "--prompt-file", str(path), "--budget", "128", "--policy", "snapkv", "--json"
-    )
-    summary = json.loads(result.stdout)
+    summary = json.loads(generated(path, "--budget", "128", "--policy", "snapkv", "--json", "--compare").stdout)
     assert summary["text"].startswith(answer)
-    assert summary["cache"]["nbytes"] < summary["cache"]["dense_nbytes"]
+    assert summary["nbytes"] == summary["cache"]["nbytes"] < summary["dense_nbytes"] == summary["full"]["nbytes"]
+    assert summary["full"]["text"].startswith(answer)
+    assert summary["new_tokens"] == 4
+    assert summary["prefill_seconds"] > 0
+
+
+def test_generate_beside_the_full_cache(prompt):
+    output = generated(prompt[0], "--compare").output
+    assert output.index("A2SF(budget=0.25)") < output.index("full cache")
+    assert output.count("prompt tokens in") == 2
+
+
+def test_generate_from_a_prompt_on_the_command_line(prompt):
+    path, _ = prompt
+    text = path.read_text()
+    same = [run("generate", "--model", "demo", *given, "--json", "--max-new-tokens", "3").stdout
+            for given in (("--prompt", text), ("--prompt-file", str(path)))]  # fmt: skip
+    assert json.loads(same[0])["text"] == json.loads(same[1])["text"]
+
+
+def test_generate_samples_by_seed(prompt):
+    def text(*sampling: str) -> str:
+        return json.loads(generated(prompt[0], "--json", *sampling).stdout)["text"]
+
+    hot = ("--temperature", "9", "--top-k", "50")
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1")
+    assert len({text(*hot, "--seed", str(seed)) for seed in range(4)}) > 1
+    assert text("--temperature", "9", "--top-k", "1") == text()
+
+
+def test_a_policy_of_ones_own(prompt, tmp_path, monkeypatch):
+    """By module and name; main() finds modules in the folder it is called in."""
+    (tmp_path / "mine_alone.py").write_text(
+        "from dataclasses import dataclass\nfrom kvprune.policies import H2O\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(H2O):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["kvprune", "generate", "--model", "demo", "--prompt-file", str(prompt[0]), "--policy",
+                     "mine_alone:Mine:sinks=2", "--budget", "100", "--max-new-tokens", "1"],
+    )  # fmt: skip
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+
+
+def test_version():
+    assert run("--version").output.split() == ["kvprune", kvprune.__version__]
+
+
+def test_settings_are_explained():
+    """Each setting of each policy has a line that says what it means."""
+    for entry in json.loads(run("policies", "--json").stdout):
+        assert all(entry["meanings"].values()), entry["name"]
+        assert set(entry["meanings"]) == {*entry["settings"], *entry["required"]}
+    output = " ".join(run("policies", "zipcache").output.split())
+    assert "share of tokens" in output
+    with pytest.raises(KVPruneError, match="zipcache"):
+        run("policies", "zipcash")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +131,13 @@ def test_generate_as_json(prompt):
         (("--budget", "0"), "budget"),
         (("--prompt-file", "no such file"), "no such file"),
         (("--model", "./no such model"), "no such model"),
+        (("--policy", "kivi"), "takes no budget"),
+        (("--top-k", "3"), "--temperature"),
+        (("--plot", "kept.nothing"), "write one of"),
+        (("--plot", "no folder/kept.png"), "is not there"),
+        (("--prompt", "another one"), "either"),
+        (("--policy", "nowhere.at_all:Policy"), "package.module:Class"),
+        (("--policy", "json:JSONDecoder"), "no subclass"),
     ],
 )
 def test_mistakes_end_in_one_sentence(prompt, change, message):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from kvprune import EvaluationError
 from kvprune.cli import app
+from kvprune.evaluation.doubts import doubts
 from kvprune.evaluation.page import page
 from kvprune.evaluation.pictures import curves, svg
 from kvprune.evaluation.summary import compare
@@ -144,8 +146,38 @@ def test_compare_draws_one_picture(tmp_path):
     picture = tmp_path / "picture.png"
     run("compare", first, "--out", tmp_path / "page.html", "--picture", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    both = tmp_path / "both.html"
     with pytest.raises(EvaluationError, match="one comparison"):
-        run("compare", first, second, "--out", tmp_path / "page.html", "--picture", picture)
+        run("compare", first, second, "--out", both, "--picture", picture)
+    assert both.read_text().count("<svg") == 2
+    both.unlink()
+    with pytest.raises(EvaluationError, match="write one of"):
+        run("compare", first, "--out", both, "--picture", tmp_path / "picture.nothing")
+    assert both.exists()
+
+
+@pytest.mark.parametrize("place", ["file/page.html", "folder"])
+def test_a_page_that_cannot_be_written_is_named_first(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(EvaluationError, match=place.partition("/")[0]):
+        run("compare", write(tmp_path / "a.jsonl", ROWS), "--out", tmp_path / place)
+
+
+def test_results_that_should_be_doubted():
+    """A task that the full cache cannot do, and prompts that were cut, each example once."""
+    assert not list(doubts(ROWS))
+    hopeless = [{**each, "score": 0.0} for each in ROWS if each["task"] == "two"]
+    (told,) = doubts([*ROWS[:4], *hopeless])
+    assert told.startswith("two: the full cache scores nothing")
+    (told,) = doubts([{**each, "left_out_tokens": 5, "prompt_tokens": 4000} for each in ROWS])
+    assert told.startswith("4 of 4 prompts")
+    assert "4,000 tokens" in told
+
+
+def test_every_line_says_how_many_examples(tmp_path):
+    output = run("compare", write(tmp_path / "a.jsonl", ROWS), "--out", tmp_path / "page.html").output
+    assert re.search(r"a2sf .* ± .* 4 *$", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize("text", ["", "not JSON\n\n", "[]\n", '{"suite": 1}\n'])

@@ -1,6 +1,7 @@
 """Evaluations: who takes part, how prompts are made, what rows say, what survives an interruption."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import DynamicCache
 
 from kvprune import EvaluationError, KVPruneError, PrunedCache
@@ -382,11 +384,15 @@ def test_an_interrupted_run_goes_on(tmp_path, demo, monkeypatch):
         return answer(self, example, prompt, contender)
 
     monkeypatch.setattr(Answers, "_answer", interrupted)
+    told = io.StringIO()  # no terminal
     with pytest.raises(KeyboardInterrupt):
-        run(work_of(demo), who, Results(path), model="demo")
+        run(work_of(demo), who, Results(path), model="demo", console=Console(file=told, width=200))
     assert len(read(path)) == 3
+    assert "interrupted: 3 of 6 done, kept in" in told.getvalue()
     monkeypatch.setattr(Answers, "_answer", answer)
-    rows = run(work_of(demo), who, Results(path), model="demo")
+    rows = run(work_of(demo), who, Results(path), model="demo", console=Console(file=told, width=200))
+    assert "3 of 6 done in an earlier run" in told.getvalue()
+    assert "6 of 6 done" in told.getvalue()
     assert [(each["index"], each["label"]) for each in rows] == [
         (index, label) for index in range(3) for label in ("full", "streaming_llm @ 50")
     ]

@@ -745,12 +745,16 @@ def prompt(tmp_path):
 
 @pytest.mark.parametrize(
     ("policy", "budget", "shown"),
-    [("gemfilter", "20", " … "), ("gemfilter", "4096", "fits into the budget"), ("snapkv", "64", "filters no prompt")],
+    [("gemfilter", "20", " … "), ("gemfilter", "4096", "fits into the budget")],
 )
 def test_the_command_line_shows_the_chosen_text(prompt, policy, budget, shown):
     arguments = ["generate", "--model", "demo", "--prompt-file", str(prompt), "--policy", policy, "--budget", budget]
     result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2", "--show-selected"], catch_exceptions=False)
     assert shown in result.output
+    with pytest.raises(PolicyError, match="filters no prompt"):
+        CliRunner().invoke(
+            app, [*arguments, "--policy", "snapkv", "--budget", "64", "--show-selected"], catch_exceptions=False
+        )
 
 
 def test_the_command_line_gives_the_chosen_text_to_machines(prompt):

@@ -240,6 +240,17 @@ class CacheReport:
         return path
 
 
+def check_picture(path: Path) -> None:
+    """Raise CacheError unless a picture can be written there: before the work that it is to show is done."""
+    from matplotlib.figure import Figure
+
+    suffix, formats = path.suffix.removeprefix(".").lower(), Figure().canvas.get_supported_filetypes()
+    if suffix and suffix not in formats:
+        raise CacheError(f"no picture can be written to {path}: write one of {', '.join(sorted(formats))}.")
+    if not path.parent.is_dir():
+        raise CacheError(f"no picture can be written to {path}: the folder {path.parent} is not there.")
+
+
 def _stretches(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
     """The layers in their order, with neighbours together that are alike; in few stretches, if many differ."""
     alike = [list(each) for _, each in groupby(layers, key=lambda layer: (*_looks(layer), layer.nbytes))]

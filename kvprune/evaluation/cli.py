@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kvprune.errors import EvaluationError
 
@@ -71,6 +73,7 @@ class Run:
         from kvprune.evaluation.run import run
 
         console = Console(stderr=self.as_json)
+        check_writable(self.out)
         processes = Processes.from_environment()
         if processes.count > 1 and self.device_map is not None:
             raise EvaluationError(
@@ -93,6 +96,7 @@ class Run:
 
 def show(rows: Sequence[dict[str, Any]], console: Console, as_json: bool) -> None:
     """Tables for people, or one JSON object a comparison for machines."""
+    from kvprune.evaluation.doubts import doubts
     from kvprune.evaluation.summary import compare
     from kvprune.evaluation.tables import tables
 
@@ -103,6 +107,34 @@ def show(rows: Sequence[dict[str, Any]], console: Console, as_json: bool) -> Non
     for comparison in comparisons:
         for table in tables(comparison):
             console.print(table)
+    for doubt in doubts(rows):
+        console.print(f"[yellow]Note:[/] {escape(doubt)}", highlight=False, soft_wrap=True)
+
+
+def check_writable(*files: Path | None) -> None:
+    """Raise EvaluationError unless results can be written there: before the hours that they take."""
+    for file in files:
+        if file is None:
+            continue
+        if file.is_dir():
+            raise EvaluationError(f"{file} is a folder: name a file in it.")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"cannot write to {file}: {error}") from error
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise EvaluationError(f"cannot write to {file}: no permission.")
+
+
+def check_drawable(picture: Path | None) -> None:
+    """Raise EvaluationError unless a picture can be written there, and drawn in that format."""
+    check_writable(picture)
+    if picture is not None:
+        from matplotlib.figure import Figure
+
+        formats = Figure().canvas.get_supported_filetypes()
+        if picture.suffix.removeprefix(".").lower() not in formats:
+            raise EvaluationError(f"cannot draw {picture}: write one of {', '.join(sorted(formats))}.")
 
 
 @app.command()
@@ -194,6 +226,7 @@ def synthetic(
     from kvprune.evaluation.prompts import PromptMaker
     from kvprune.evaluation.synthetic import Synthetic, plot_depths
 
+    check_drawable(heat_map)
     settings: dict[str, Any] = {
         "lengths": _numbers(lengths, int, "--lengths"),
         "count": count,
@@ -269,28 +302,29 @@ def compare(
     from kvprune.evaluation.results import read
     from kvprune.evaluation.summary import compare as comparisons_of
 
+    check_writable(out)
     rows = [row for file in files for row in read(file)]
     if not rows:
         raise EvaluationError(f"there are no results in {', '.join(map(str, files))}.")
     console = Console(stderr=as_json)
     show(rows, console, as_json)
     comparisons = comparisons_of(rows)
-    if picture is not None and len(comparisons) > 1:
+    try:
+        out.write_text(page(comparisons), encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"cannot write {out}: {error}") from error
+    console.print(f"Page: [bold]{out}[/]", highlight=False, soft_wrap=True)
+    if picture is None:
+        return
+    if len(comparisons) > 1:
         titles = "; ".join(comparison.title for comparison in comparisons)
         raise EvaluationError(
             f"--picture draws one comparison, and these are {len(comparisons)} ({titles}): give fewer files, or take "
-            "the page, which has them all."
+            f"the page {out}, which has them all."
         )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(comparisons), encoding="utf-8")
-        if picture is not None:
-            curves(comparisons[0]).savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot write {out if picture is None else picture}: {error}") from error
-    console.print(
-        f"Page: [bold]{out}[/]" + ("" if picture is None else f", picture: [bold]{picture}[/]"), soft_wrap=True
-    )
+    check_drawable(picture)
+    curves(comparisons[0]).savefig(picture, dpi=120)
+    console.print(f"Picture: [bold]{picture}[/]", highlight=False, soft_wrap=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvprune.errors import EvaluationError
 from kvprune.evaluation.contenders import Contender
 from kvprune.evaluation.processes import Processes
+from kvprune.evaluation.progress import EvaluationProgress
 from kvprune.evaluation.results import Results, Row
 
 
@@ -68,14 +68,17 @@ def run(
     ]
     total = sum(len(unit) for unit in mine) * len(contenders)
     left = sum(len(unit) * len(who) for unit, who in missing)
-    with _progress(console, quiet=not processes.is_first) as progress:
-        task = progress.add_task(work.name, total=total, completed=total - left)
-        for unit, who in missing:
-            if who:
-                progress.update(task, description=f"{unit[0].task} {unit[0].index}")
-            for row in work.measure(unit, who) if who else ():
-                results.add({"suite": work.name, "model": model, **row, "settings": work.settings})
-                progress.advance(task)
+    with EvaluationProgress(work.name, total, total - left, console, quiet=not processes.is_first) as progress:
+        try:
+            for unit, who in missing:
+                if who:
+                    progress.begin(f"{unit[0].task} {unit[0].index}")
+                for row in work.measure(unit, who) if who else ():
+                    results.add({"suite": work.name, "model": model, **row, "settings": work.settings})
+                    progress.advance()
+        except KeyboardInterrupt:
+            progress.interrupted(None if results.path is None else str(results.path))
+            raise
     processes.wait()
     if not processes.is_first:
         return []
@@ -83,17 +86,3 @@ def run(
     tasks = dict.fromkeys(item.task for unit in units for item in unit)
     rows = results.finish(tasks, labels)
     return [row for row in rows if row["label"] in labels and (row["task"], row["index"]) in wanted]
-
-
-def _progress(console: Console | None, *, quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet,
-    )

@@ -25,14 +25,13 @@ def overview(comparison: Comparison) -> Table:
     table.add_column("policy", overflow="fold", min_width=12)
     for heading in ("budget", *(metric.title for metric in comparison.metrics), "ratio", "16 bits"):
         table.add_column(heading, justify="right", no_wrap=True)
-    if comparison.is_uneven:
-        table.add_column("examples", justify="right")
+    table.add_column("n", justify="right")
     for summary in comparison.summaries:
         cells = [
             summary.policy, summary.budget or "", *(figure(summary, metric) for metric in comparison.metrics),
-            f"{summary.ratio:.1%}", f"{summary.half_ratio:.1%}",
+            f"{summary.ratio:.1%}", f"{summary.half_ratio:.1%}", str(summary.examples),
         ]  # fmt: skip
-        table.add_row(*cells, *([str(summary.examples)] if comparison.is_uneven else []))
+        table.add_row(*cells)
     return table
 
 
@@ -65,7 +64,7 @@ def figure(summary: Summary, metric: Metric) -> str:
     """A figure with its standard error, where there is one."""
     value, error = summary.figures[metric.name], summary.errors[metric.name]
     shown = metric.show(value)
-    if math.isnan(error) or error == 0 or metric.name in ("nll", "kl", "agreement"):
+    if math.isnan(error) or metric.name in ("nll", "kl", "agreement"):
         return shown
     return f"{shown} ± {metric.unit * error:.{metric.digits}f}"
 
@@ -78,8 +77,8 @@ def _caption(comparison: Comparison) -> str:
     )
     uneven = " The policies were not given the same examples." if comparison.is_uneven else ""
     return (
-        f"{what} ±: standard error. ratio: KV bytes of an example at its end, measured, everything included, to those "
-        f"of a dense cache of the model's type; 16 bits: to a dense one in 16 bits.{uneven}"
+        f"{what} ±: standard error; n: examples. ratio: KV bytes of an example at its end, measured, all included, "
+        f"to those of a dense cache of the model's type; 16 bits: to a dense one in 16 bits.{uneven}"
     )
 
 

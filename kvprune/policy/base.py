@@ -24,6 +24,7 @@ from kvprune.attention.mass import RowWeights
 from kvprune.attention.queries import Queries
 from kvprune.errors import PolicyError
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.policy.naming import SettingsType
 from kvprune.policy.replaying import Replay
 from kvprune.table.quantize import Codec
 from kvprune.table.rows import EMPTY
@@ -151,7 +152,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(metaclass=SettingsType):
     """Base of all policies: keeps everything and asks for nothing."""
 
     def __post_init__(self) -> None:

@@ -6,10 +6,11 @@ Packages register theirs under the entry-point group `kvprune.policies`; the bui
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import sys
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from numbers import Integral, Real
@@ -18,6 +19,7 @@ from typing import Any
 from kvprune.errors import PolicyError
 from kvprune.policy import plugins
 from kvprune.policy.base import Chain, Policy
+from kvprune.policy.naming import settings_of
 from kvprune.policy.shares import Share
 
 GROUP = "kvprune.policies"
@@ -60,35 +62,18 @@ def _load(point: EntryPoint) -> type[Policy]:
     return policy
 
 
-def settings_of(policy: type[Policy]) -> dict[str, Any]:
-    """The settings of a policy class and their defaults; `dataclasses.MISSING` for one that must be given."""
-    return {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in fields(policy)
-        if field.init
-    }
-
-
 def get(name: str, /, **settings: Any) -> Policy:
     """A policy by name: `get("a2sf", budget=0.25)`.
 
     Raises PolicyError for an unknown name or setting, and for one that is missing.
     """
-    policy = find(name)
-    known = settings_of(policy)
-    unknown = [setting for setting in settings if setting not in known]
-    if unknown:
-        raise PolicyError(
-            f"{policy.__name__} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}."
-        )
-    missing = [setting for setting, default in known.items() if default is MISSING and setting not in settings]
-    if missing:
-        raise PolicyError(f"{policy.__name__} has no default for {', '.join(missing)}: give a value.")
-    return policy(**settings)
+    return find(name)(**settings)
 
 
 def parse(text: str, /, **defaults: Any) -> Policy:
     """A policy or a chain from text: "a2sf", "a2sf:budget=0.25,kernel_size=7", "a2sf:budget=0.5 | streaming_llm".
+
+    A class that has no name is written with its module: "package.module:Class", "package.module:Class:setting=value".
 
     defaults: settings for every link that has such a setting and does not give it itself. Raises PolicyError.
     """
@@ -100,14 +85,31 @@ def parse(text: str, /, **defaults: Any) -> Policy:
 
 def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
     name, colon, rest = text.partition(":")
-    known = settings_of(find(name))
+    own, own_colon, own_rest = rest.partition(":")
+    if own.strip().isidentifier() and _normalized(name) not in _entry_points():
+        policy, colon, rest = _own(name.strip(), own.strip()), own_colon, own_rest
+    else:
+        policy = find(name)
+    known = settings_of(policy)
     settings = {setting: value for setting, value in defaults.items() if setting in known}
     for item in re.split(r",(?![^()]*\))", rest) if colon else ():  # commas in brackets are of a share's settings
         setting, equals, value = (part.strip() for part in item.partition("="))
         if not (setting and equals and value):
             raise PolicyError(f"cannot read {item!r} in {text!r}: write settings as name:setting=value,setting=value.")
         settings[setting] = _value(value)
-    return get(name, **settings)
+    return policy(**settings)
+
+
+def _own(module: str, name: str) -> type[Policy]:
+    """A policy class that is not registered, by its module and name: for text that a person writes, never for files."""
+    written = f"{module}:{name}"
+    try:
+        policy = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PolicyError(f"there is no policy {written!r} ({error}): write package.module:Class.") from error
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise PolicyError(f"{written} is no subclass of kvprune.Policy, but {policy!r}.")
+    return policy
 
 
 def _value(text: str) -> Any:
