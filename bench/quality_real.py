@@ -15,14 +15,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import real_prompts as prompts
+import real_tables
 import torch
-from output import Log
+from output import Log, markdown, save
+from press_together import WriteJob
+from quality_tables import fill
 from real_prompts import Prompt
-from worker import PEERS
+from worker import PEERS, Worker
 
 from kvprune import PrunedCache
 from kvprune.cache.models import cache_argument
@@ -79,6 +84,66 @@ def entries(budgets: Sequence[str], only: Sequence[str] = ()) -> tuple[list[Entr
                 entry = Entry(text, budget if takes_budget else None, known, policy)
                 found.setdefault(entry.label, entry)
     return list(found.values()), notes
+
+
+PRESSES = (
+    "SnapKV", "SnapKV, window 32, kernel 7", "TOVA", "StreamingLLM", "KeyDiff", "Knorm", "AdaKV(SnapKV)",
+    "CriticalAdaKV(SnapKV)", "ExpectedAttention", "AdaKV(ExpectedAttention)", "PyramidKV", "KVzip",
+)  # fmt: skip
+PRESS_WORKER = Path(__file__).with_name("press_together.py")
+
+
+class Presses:
+    """Answers of kvpress to the same prompts, as rows of the same results."""
+
+    def __init__(self, model: LanguageModel, folder: str, results: Results, worker: Worker, log: Log) -> None:
+        self.model, self.folder, self.results, self.worker, self.log = model, folder, results, worker, log
+
+    def ask(self, prompt: Prompt, budgets: Sequence[str], questions: Sequence[str]) -> int:
+        """Measure those whose row is missing; returns how many. Of likelihood they are not asked."""
+        done = 0
+        for question, budget in product(questions, budgets):
+            if prompt.text is not None or (question == "unknown" and not prompt.question):
+                continue
+            labels = {press: f"kvpress {press} @ {budget} | {question}" for press in PRESSES}
+            missing = [each for each in PRESSES if not self.results.has(prompt.task, prompt.index, labels[each])]
+            if not missing:
+                continue
+            job = WriteJob(
+                self.folder,
+                prompt.ids[0].tolist(),
+                prompt.question if question == "unknown" else None,
+                missing,
+                float(budget),
+                prompt.generation["max_new_tokens"],
+                [list(answer) for answer in prompt.answers],
+                list(prompt.generation["ends"]),
+            )
+            found = self.worker.ask("write", job)
+            if "error" in found:
+                self.log.note(f"left out: kvpress, {prompt.task} {prompt.index}, {budget}: {found['error']}")
+                continue
+            for press, written, kept in zip(missing, found["written"], found["kept"], strict=True):
+                done += 1
+                self.results.add(
+                    {
+                        "suite": "quality-real",
+                        "model": self.model.name,
+                        "task": prompt.task,
+                        "index": prompt.index,
+                        "label": labels[press],
+                        "policy": f"kvpress {press}",
+                        "budget": budget,
+                        "question": question,
+                        **prompt.judged(written),
+                        **prompt.fields,
+                        "nbytes": 0,  # of a cache in another process, nobody measures them
+                        "dense_nbytes": 0,
+                        "prompt_tokens": prompt.ids.shape[1],
+                        "kept": round(kept, 1),
+                    }
+                )
+        return done
 
 
 class Quality:
@@ -192,7 +257,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a prompt of each kind, of 1,000 tokens")
     parser.add_argument("--minutes", type=float, help="stop before the next prompt once they have gone by")
     parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--presses", action="store_true", help="the presses of kvpress, too")
+    parser.add_argument("--presses", action="store_true", help="those of kvpress answer, and no policy")
     parser.add_argument("--peers", type=Path, default=PEERS, help="the Python that has kvpress")
     parser.add_argument("--tables", action="store_true", help="measure nothing, make the tables of what there is")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality-real.jsonl"))
@@ -207,20 +272,49 @@ def main() -> None:
     for note in notes:
         log.note(note)
     ends_at = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    if arguments.report is not None and not arguments.report.is_file():
+        parser.error(f"there is no {arguments.report}: --report fills the tables of a report that there is")
     if not arguments.tables:
-        model = load(arguments.model)
-        grid = prompts.grid(model, arguments.data, quick=arguments.quick, count=arguments.count, cells=arguments.cells)
-        quality = Quality(model, results)
-        for place in grid:
-            if ends_at is not None and time.monotonic() > ends_at:
-                log.note("stopped: its minutes have gone by")
-                break
-            began = time.monotonic(), time.process_time()
+        with ExitStack() as stack:
+            measure(arguments, who, results, log, ends_at, stack)
+    rows = results.rows()
+    parts = real_tables.tables(rows)
+    for shown in parts.values():
+        log.console.print(*shown)
+    save(arguments.out.with_suffix(".json"), left_out=log.notes, rows=real_tables.summary(rows))
+    if arguments.report is not None:
+        written = {name: "\n".join(map(markdown, shown)) or "Not measured yet." for name, shown in parts.items()}
+        arguments.report.write_text(fill(arguments.report.read_text(), written))
+
+
+def measure(
+    arguments: argparse.Namespace,
+    who: Sequence[Entry],
+    results: Results,
+    log: Log,
+    ends_at: float | None,
+    stack: ExitStack,
+) -> None:
+    model = load(arguments.model)
+    quality = Quality(model, results)
+    presses: Presses | None = None
+    if arguments.presses:
+        worker = stack.enter_context(Worker(arguments.peers, script=PRESS_WORKER))
+        presses = Presses(model, model.model.name_or_path, results, worker, log)
+    grid = prompts.grid(model, arguments.data, quick=arguments.quick, count=arguments.count, cells=arguments.cells)
+    for place in grid:
+        if ends_at is not None and time.monotonic() > ends_at:
+            log.note("stopped: its minutes have gone by")
+            break
+        began = time.monotonic(), time.process_time()
+        if presses is None:
             done = quality.ask(place.prompt(), place.chosen(who))
-            if done:
-                took, cpu = time.monotonic() - began[0], time.process_time() - began[1]
-                what = f"{place.task} {place.index}: {done} answers, {took:.0f} s, {cpu:.0f} s of CPU"
-                log.console.print(time.strftime("%H:%M:%S"), what, highlight=False)
+        else:
+            done = presses.ask(place.prompt(), arguments.budgets, arguments.questions)
+        if done:
+            took, cpu = time.monotonic() - began[0], time.process_time() - began[1]
+            what = f"{place.task} {place.index}: {done} answers, {took:.0f} s, {cpu:.0f} s of CPU"
+            log.console.print(time.strftime("%H:%M:%S"), what, highlight=False)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ SEED = 0
 class Prompt:
     """Token ids `[1, n]`, how many of them come before the question, and how to judge what is written.
 
-    text: `[m]`, what follows the prompt, to be predicted; then there is nothing to judge.
+    text: `[m]`, what follows the prompt, to be predicted; then there is nothing to judge. answers: token ids of
+    needles.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Prompt:
     judged: Callable[[list[int]], Row] = lambda written: {}
     fields: Row = field(default_factory=dict)
     text: Tensor | None = None
+    answers: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _asked(
         "ends": ends,
         "done": done,
     }
-    return Prompt(task, index, made.ids, made.question, generation, judged, fields)
+    return Prompt(task, index, made.ids, made.question, generation, judged, fields, answers=answers if needle else ())
 
 
 def _longest_run(answer: list[int], written: list[int]) -> int:
