@@ -48,6 +48,7 @@ quality: $(INSTALLED)
 quality-real: smollm2
 	-$(MAKE) peers
 	$(BIN)/python bench/quality_real.py $(REAL) --out bench/results/quality-real.jsonl --report bench/quality-real.md
+	-$(BIN)/python bench/quality_real.py $(REAL) --presses --out bench/results/quality-real.jsonl --report bench/quality-real.md
 
 peers: $(PEERS)
 

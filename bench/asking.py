@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from workload import Session, held_bytes
-
-from kvprune.cache.models import cache_argument
+from workload import Session, cache_argument, held_bytes
 
 
 @dataclass(frozen=True)

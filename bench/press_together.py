@@ -116,6 +116,8 @@ def _read(model: Any, ids: Tensor, presses: list[Any]) -> tuple[list[Compressed]
 
     for press in presses:
         press.post_init_from_model(model)
+    for module in _attentions(model):
+        module.rotary_emb = model.model.rotary_emb  # as `with press(model)` does it
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in _attentions(model)]
     try:
         output = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)

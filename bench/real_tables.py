@@ -74,8 +74,8 @@ def needles(rows: Sequence[Row], question: str, kind: str, length: int) -> Table
     columns = [f"{tokens} token{'s' if tokens > 1 else ''}" for tokens in lengths] if several else []
     shown = table(
         f"{kind}, {length // 1000}k tokens, question {question}",
-        "hits: prompts whose whole answer was written, ± standard error (number of prompts). of full: of those that the "
-        "full cache answers. tokens: the longest run of the answer's tokens that was written, as a share of them."
+        "hits: prompts whose whole answer was written, ± standard error (number of prompts). of full: of those that "
+        "the full cache answers. tokens: the longest run of the answer's tokens that was written, as a share of them."
         + (" By length of the answer: hits." if several else ""),
         "policy",
         "budget",
@@ -148,8 +148,8 @@ def likelihood(rows: Sequence[Row]) -> Table | None:
     texts = list(dict.fromkeys(key[0] for key in found.full))
     shown = table(
         "Likelihood of text that follows",
-        "nats a token against the full cache, ± standard error (number of texts); top-1: share of tokens with its first "
-        "choice.",
+        "nats a token against the full cache, ± standard error (number of texts); top-1: share of tokens with its "
+        "first choice.",
         "policy",
         "budget",
         *(f"{text}: {what}" for text in texts for what in ("change", "KL", "top-1")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
-
-from kvprune.cache.models import cache_argument
+from transformers.masking_utils import create_causal_mask
 
 MODELS: dict[str, dict[str, int]] = {
     "core": {
@@ -43,6 +43,12 @@ MODELS: dict[str, dict[str, int]] = {
 # Tokens; more than the observation window of any contender, and on a GPU enough for the kernels of long prompts.
 WARM_UP = {"cpu": 256, "cuda": 4096}
 HANDOVER_S = 0.02  # threads of an OpenMP runtime spin for some milliseconds after their last work
+
+
+def cache_argument(held: Cache) -> dict[str, Cache]:
+    """The cache as an argument of a model: `kvprune.cache.models.cache_argument`, where there is no kvprune."""
+    renamed = "cache" in inspect.signature(create_causal_mask).parameters  # transformers 5.24
+    return {"cache" if renamed else "past_key_values": held}
 
 
 @dataclass(frozen=True)

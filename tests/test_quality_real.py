@@ -1,0 +1,78 @@
+"""The bench on the real model: who takes part, what counts as right, and tables of rows."""
+
+import quality_real
+import real_prompts
+import real_tables
+from output import markdown
+
+from kvprune.policy.registry import names
+
+
+def row(policy, budget, question, index, score, **more):
+    return {
+        "task": "single, 7 tokens, 1k", "index": index, "policy": policy, "budget": budget, "question": question,
+        "kind": "single", "length": 1000, "answer_tokens": 7, "score": score, "tokens_right": score, "kept": 100.0,
+        "nbytes": 10, "dense_nbytes": 40, "prediction": "a text of the data", "answers": ["1234567"],
+    } | more  # fmt: skip
+
+
+ROWS = [
+    *(row("full", None, None, index, 1.0) for index in range(3)),
+    row("full", None, None, 3, 0.0),
+    *(row("snapkv", "0.25", "known", index, float(index < 2)) for index in range(4)),
+    *(row("kvpress SnapKV, window 32, kernel 7", "0.25", "known", index, float(index < 1)) for index in range(2)),
+]
+
+
+def cells(table):
+    return [list(line) for line in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_every_registered_policy_takes_part_or_is_named():
+    found, notes = quality_real.entries(["0.25"])
+    texts = [entry.name.split(":")[0] for entry in found] + [note.split(":")[1].strip() for note in notes]
+    assert set(names()) - {"full"} <= set(texts)
+    assert len({entry.label for entry in found}) == len(found)
+    assert {entry.question for entry in found} == {"known", "unknown"}
+
+
+def test_a_policy_that_keeps_everything_has_no_budget():
+    found, _ = quality_real.entries(["0.25", "0.1"], ["zipcache", "tova"])
+    assert [entry.budget for entry in found if entry.name == "zipcache"] == [None, None]
+    assert sorted(entry.budget for entry in found if entry.name == "tova") == ["0.1", "0.1", "0.25", "0.25"]
+
+
+def test_the_longest_run_of_an_answer():
+    assert real_prompts._longest_run([1, 2, 3, 4], [9, 1, 2, 9, 2, 3, 4, 1]) == 3
+    assert real_prompts._longest_run([1, 2, 3], [1, 2, 3]) == 3
+    assert real_prompts._longest_run([1], [2, 2]) == 0
+    assert real_prompts._longest_run([5, 5], [5]) == 1
+
+
+def test_hits_of_full_are_counted_where_the_full_cache_answers():
+    full, snapkv, _ = cells(real_tables.needles(ROWS, "known", "single", 1000))
+    assert full[2] == "75 ± 25% (4)"
+    assert snapkv[:2] == ["snapkv", "25%"]
+    assert snapkv[2].endswith("(4)")
+    assert snapkv[3] == "67 ± 33% (3)"
+    assert real_tables.needles(ROWS, "unknown", "single", 1000) is None
+
+
+def test_side_by_side_takes_the_prompts_that_both_answered():
+    (line,) = cells(real_tables.side_by_side(ROWS, "known"))
+    assert line[0] == "snapkv / SnapKV, window 32, kernel 7"
+    assert line[2] == "100 ± 0% (2)"
+    assert line[-1] == "+50 ± 50% (2)"
+
+
+def test_the_summary_has_every_number_and_no_text_of_the_data():
+    lines = real_tables.summary(ROWS)
+    assert [line["n"] for line in lines] == [4, 4, 2]
+    assert lines[1]["score"] == 0.5
+    assert "a text" not in str(lines)
+    assert "1234567" not in str(lines)
+
+
+def test_tables_without_rows_are_left_out():
+    assert all(not shown for shown in real_tables.tables([]).values())
+    assert "snapkv" in markdown(real_tables.tables(ROWS)["needles known"][0])
