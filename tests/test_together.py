@@ -9,7 +9,6 @@ from kvprune import CacheError, PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.evaluation.decoding import Reader, fed, greedy
 from kvprune.evaluation.together import Together, shareable
-from kvprune.passes.filters import PromptFilter
 from kvprune.policy.registry import names, parse
 
 PROMPT, QUESTION, NEW = 60, 52, 12
@@ -20,7 +19,7 @@ def policies():
     texts = [name for name in names() if name not in ("full", "kivi")]
     texts += ["a2sf:kernel_size=5,interval=4", "kivi:bits=2,residual=32", "a2sf:budget=0.8 | zipcache:buffer=8"]
     found = {text: parse(text, budget=0.7) for text in texts}
-    return {text: policy for text, policy in found.items() if not isinstance(policy.parts()[0], PromptFilter)}
+    return {text: policy for text, policy in found.items() if shareable(PrunedCache(families.shared(), policy))}
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +95,11 @@ def test_answers_end_where_they_are_done(model, ids):
 
 
 def test_a_cache_that_does_more_than_its_layers_is_refused(model):
-    hybrid = PrunedCache(families.shared("gemma3"), "tova")
-    assert not shareable(hybrid)
-    with pytest.raises(CacheError, match="in their layers"):
-        Together([PrunedCache(model, "tova"), hybrid])
+    others = [PrunedCache(families.shared("gemma3"), "tova")]
+    others += [PrunedCache(model, parse(name, budget=40)) for name in ("gemfilter", "kvzip")]
+    for other in others:
+        assert not shareable(other)
+        with pytest.raises(CacheError, match="in their layers"):
+            Together([PrunedCache(model, "tova"), other])
     with pytest.raises(CacheError, match="in their layers"):
         Together([])

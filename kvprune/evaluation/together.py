@@ -10,7 +10,7 @@ an output of attention that is the same for all. Otherwise the batch has a row f
 own; what is left to share is reading the weights, which is most of the time of a decode step.
 
 Everything a cache does between its first layer and its last is there. What it does around a forward pass is not, such
-as a prompt filter: `shareable` says which caches can be here.
+as a prompt filter or a replay: `shareable` says which caches can be here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvprune.errors import CacheError, KVPruneError
 
 def shareable(cache: PrunedCache) -> bool:
     """Whether all of a cache's work is in the layers of a forward pass, and all of its layers are pruned."""
-    return cache.prompt_filter is None and len(cache.pruned_layers) == len(cache.layers)
+    return cache.prompt_filter is None and cache.replay is None and len(cache.pruned_layers) == len(cache.layers)
 
 
 class _Known(Sdpa):
