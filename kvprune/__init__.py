@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported when it is first asked for: torch and transformers take seconds, and
 # `kvprune --help` needs neither.
 _HOMES = {
+    "kvprune.cache.models": ("restore",),
     "kvprune.asking": ("Answers", "ask"),
     "kvprune.attention.mass": ("RowWeights", "Scoring", "attention_mass"),
     "kvprune.saving": ("PrunedCache",),
@@ -54,7 +55,7 @@ _HOMES = {
     "kvprune.table.token_table": ("TokenTable",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_PACKAGES = ("policies", "integrations")
+_PACKAGES = ("attention", "policies", "integrations")
 
 __all__ = [
     "Adaptive",
@@ -85,6 +86,7 @@ __all__ = [
     "UnsupportedModelError",
     "ask",
     "attention_mass",
+    "restore",
 ]
 
 

@@ -9,6 +9,21 @@
 Shapes: see `kvprune.table`.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
 from kvprune.attention.mass import RowWeights, Scoring, attention_mass
 
 __all__ = ["RowWeights", "Scoring", "attention_mass"]
+
+
+class _Callable(ModuleType):
+    """`kvprune.attention(model)` is a context manager, under the name of the room in which attention is computed."""
+
+    def __call__(self, model: Any) -> Any:
+        return import_module("kvprune.cache.models").attention(model)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
 from transformers.masking_utils import create_causal_mask
 
-from kvprune.cache.registration import PREFIX, register
+from kvprune.cache.registration import PREFIX, base_name, register
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.heads import ALL_HEADS, Heads
 
@@ -88,8 +90,41 @@ def check_supported(model: Any) -> None:
 
 
 def switch_attention(model: Any) -> None:
-    """Switch a model to the kvprune attention over the one it has."""
+    """Switch the text decoder of a model to the kvprune attention over the one it has; a vision tower keeps its own."""
     with _switching:  # another thread must not find a model that is switched in part
         base = text_config(model)._attn_implementation or "eager"
         if not base.startswith(PREFIX):
-            model.set_attn_implementation(register(base))
+            _decoder(model).set_attn_implementation(register(base))
+
+
+def restore(model: Any) -> None:
+    """Give a model back the attention it was loaded with, as continuous batching (`generate_batch`) wants it.
+
+    A PrunedCache made before says so when it is used again; a new one switches the model again. `attention(model)` is
+    both ways.
+    """
+    with _switching:
+        decoder = _decoder(model)
+        name = decoder.config._attn_implementation or ""
+        if name.startswith(PREFIX):
+            decoder.set_attn_implementation(base_name(name))
+
+
+@contextmanager
+def attention(model: Any) -> Iterator[None]:
+    """Within it a model is switched to the kvprune attention; after it the model is as it was before."""
+    check_supported(model)
+    before = text_config(model)._attn_implementation or "eager"
+    switch_attention(model)
+    try:
+        yield
+    finally:
+        if not before.startswith(PREFIX):
+            restore(model)
+
+
+def _decoder(model: Any) -> Any:
+    """The part of a model that has the text config: all of it, but for models of several kinds of input."""
+    text = text_config(model)
+    parts = (each for each in model.modules() if hasattr(each, "set_attn_implementation"))
+    return next((each for each in parts if getattr(each, "config", None) is text), model)

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils.output_capturing import _active_collector
 
 from kvprune.errors import CacheError, KVPruneError, UnsupportedModelError
 
 PREFIX = "kvprune_"
+_NO_ROWS = (
+    "output_attentions=True asks for rows of attention, which a pruned cache does not hand out: leave it out, or use a "
+    "DynamicCache to look at attention"
+)
 # "flash" in a name makes transformers look for the flash-attn package under that very name (5.23).
 _ALIASES = {"flash": "fa"}
 
@@ -141,6 +146,12 @@ def register(base: str) -> str:
     return name
 
 
+def base_name(name: str) -> str:
+    """The base attention of a name that `register` returned."""
+    base: str = ALL_ATTENTION_FUNCTIONS[name].base
+    return base
+
+
 def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def kvprune_attention(
         module: torch.nn.Module,
@@ -153,11 +164,14 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if isinstance(key, PendingKeys):
             if isinstance(attention_mask, PendingMask) and not attention_mask.causal:
                 raise key.cache.misused(_NOT_CAUSAL, UnsupportedModelError)
+            if "attentions" in (_active_collector.get() or ()):
+                raise key.cache.misused(_NO_ROWS)
             return key.cache.attend(module, query, attention_mask, **kwargs), None
         if isinstance(attention_mask, PendingMask):
             attention_mask = _stock_mask(attention_mask, module)
         return base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
 
+    kvprune_attention.base = base  # type: ignore[attr-defined]
     return kvprune_attention
 
 

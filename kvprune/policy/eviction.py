@@ -283,7 +283,15 @@ class Eviction(Policy):
         what a generated token stands beside counts as well. Rows of the recent window, kept anyway, lend nothing; a row
         that scores -inf or NaN is out of the question, and is lent nothing.
         """
-        scores = self.scores(table, step).expand_as(table.positions)
+        scores = self.scores(table, step)
+        try:
+            scores = scores.expand_as(table.positions)
+        except (AttributeError, RuntimeError):
+            given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise PolicyError(
+                f"scores() of {type(self).__name__} must be a float32 tensor [batch, kv_heads, rows], here "
+                f"{list(table.positions.shape)}, or broadcast to it, and is {given}."
+            ) from None
         if self.kernel_size == 1:
             return scores
         out = ~(scores > -math.inf)

@@ -1,0 +1,69 @@
+"""A model is switched to the kvprune attention, and back; what a pruned cache cannot show is refused."""
+
+import pytest
+import torch
+import transformers
+from families import CONFIGS, build, token_ids
+
+import kvprune
+from kvprune import CacheError, Eviction, PolicyError, PrunedCache
+from kvprune.attention.mass import attention_mass
+from kvprune.cache.models import cache_argument
+from kvprune.policies import A2SF, Full
+
+
+def attention_of(model) -> str:
+    return model.config.get_text_config()._attn_implementation
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_a_model_gets_its_attention_back(base):
+    model = build("llama")
+    model.set_attn_implementation(base)
+    cache = PrunedCache(model, Full())
+    assert attention_of(model) == f"kvprune_{base}"
+    kvprune.restore(model)
+    assert attention_of(model) == base
+    with pytest.raises(CacheError, match="did not go through kvprune"):
+        model(token_ids(1, 8), **cache_argument(cache))
+    with kvprune.attention(model):
+        assert attention_of(model) == f"kvprune_{base}"
+        with kvprune.attention(model):
+            pass
+        assert attention_of(model) == f"kvprune_{base}"
+    assert attention_of(model) == base
+    assert kvprune.attention.mass.attention_mass is attention_mass
+
+
+def test_a_vision_tower_keeps_its_own_attention():
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=30, patch_size=6
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=CONFIGS["llama"](), image_token_index=95)
+    choice = {"text_config": "sdpa", "vision_config": "eager"}
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=choice)
+    PrunedCache(model, Full())
+    assert attention_of(model) == "kvprune_sdpa"
+    assert model.config.vision_config._attn_implementation == "eager"
+    kvprune.restore(model)
+    assert attention_of(model) == "sdpa"
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_attention_maps_are_refused(base):
+    model = build("llama")
+    model.set_attn_implementation(base)
+    with pytest.raises(CacheError, match="output_attentions=True"), torch.no_grad():
+        model(token_ids(1, 8), output_attentions=True, **cache_argument(PrunedCache(model, Full())))
+
+
+def test_scores_of_a_wrong_shape_are_named():
+    class Wrong(A2SF):
+        def scores(self, table, step):
+            return table["score"][..., :-1]
+
+    assert issubclass(Wrong, Eviction)
+    model = build("llama")
+    told = r"scores\(\) of Wrong must be .*\[1, 2, 30\].* is \[1, 2, 29\]"
+    with pytest.raises(PolicyError, match=told), torch.no_grad():
+        model(token_ids(1, 30), **cache_argument(PrunedCache(model, Wrong(16, sinks=2, recent=4))))
