@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 from worker import reasoned, serve, versions
 
+from kvprune.cache.models import cache_argument
+
 EPSILON = 1e-2  # of ExpectedAttentionPress, as its authors evaluate it
 
 
@@ -120,7 +122,7 @@ def _read(model: Any, ids: Tensor, presses: list[Any]) -> tuple[list[Compressed]
         module.rotary_emb = model.model.rotary_emb  # as `with press(model)` does it
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in _attentions(model)]
     try:
-        output = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        output = model(ids, **cache_argument(DynamicCache(config=model.config)), logits_to_keep=1)
     finally:
         for each in hooks:
             each.remove()
@@ -131,7 +133,7 @@ def _read_alone(model: Any, ids: Tensor, press: Any) -> tuple[Compressed, Tensor
     """As the pipeline of kvpress does it."""
     held = DynamicCache(config=model.config)
     with press(model):
-        output = model(ids, past_key_values=held, logits_to_keep=1)
+        output = model(ids, **cache_argument(held), logits_to_keep=1)
     masked = [getattr(module, "masked_key_indices", None) for module in _attentions(model)]
     for module in _attentions(model):
         module.masked_key_indices = None
@@ -151,7 +153,7 @@ def _write(model: Any, mine: Compressed, logits: Tensor, question: Tensor, seen:
     while True:
         if tokens.shape[1]:
             places = torch.arange(seen, seen + tokens.shape[1])[None]
-            logits = model(tokens, past_key_values=mine.cache, position_ids=places, logits_to_keep=1).logits[:, -1]
+            logits = model(tokens, **cache_argument(mine.cache), position_ids=places, logits_to_keep=1).logits[:, -1]
             seen += tokens.shape[1]
         written.append(int(logits.argmax()))
         done = bool(job.answers) and all(_found(answer, written) for answer in job.answers)
