@@ -4,6 +4,7 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 """
 
 from kvprune.policies.a2sf import A2SF
+from kvprune.policies.expected_attention import ExpectedAttention
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
 from kvprune.policies.h2o import H2O
@@ -12,10 +13,12 @@ from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
 from kvprune.policies.knorm import Knorm
 from kvprune.policies.kvzip import KVzip
+from kvprune.policies.leverage import Leverage
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
+from kvprune.policies.tri_attention import TriAttention
 from kvprune.policies.zipcache import ZipCache
 from kvprune.policy.registry import find, get, names, parse
 
@@ -24,15 +27,18 @@ __all__ = [
     "H2O",
     "KIVI",
     "TOVA",
+    "ExpectedAttention",
     "Full",
     "GemFilter",
     "KVzip",
     "KeyDiff",
     "Keyformer",
     "Knorm",
+    "Leverage",
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "TriAttention",
     "ZipCache",
     "find",
     "get",

@@ -12,14 +12,17 @@ from kvprune.policies import (
     H2O,
     KIVI,
     TOVA,
+    ExpectedAttention,
     Full,
     GemFilter,
     KeyDiff,
     Keyformer,
     Knorm,
+    Leverage,
     Random,
     SnapKV,
     StreamingLLM,
+    TriAttention,
     ZipCache,
 )
 
@@ -118,6 +121,9 @@ by_keys = st.one_of(
     retention().map(lambda drawn: Knorm(**drawn)),
     retention().map(lambda drawn: KeyDiff(**drawn)),
     retention(seed=seeds).map(lambda drawn: Random(**drawn)),
+    retention(covariance=st.booleans(), future=st.integers(1, 64)).map(lambda drawn: ExpectedAttention(**drawn)),
+    retention(distances=st.integers(1, 17)).map(lambda drawn: TriAttention(**drawn)),
+    retention().map(lambda drawn: Leverage(**drawn)),
 )
 evicting = st.one_of(a2sf(), h2o(), tova(), streaming_llm(), keyformer, snapkv, by_keys)
 

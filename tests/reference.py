@@ -355,6 +355,117 @@ class Random(Ranking):
         ])  # fmt: skip
 
 
+def turned(states, positions, back=False):
+    """States `[..., T, D]` turned by positions `[T]`: channel i and i + D/2 by position / 10^(2i/D)."""
+    half = states.shape[-1] // 2
+    angles = np.outer(positions, 10.0 ** (-np.arange(half) / half)) * (-1 if back else 1)
+    first, second = states[..., :half], states[..., half:]
+    cosine, sine = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+class Statistics(Ranking):
+    """Looks at the keys of all rows when a decision is due, and at prompts' queries before positions turned them."""
+
+    def __init__(self, budget, *, interval=128, **settings) -> None:
+        super().__init__(budget, interval=interval, **settings)
+        self.asked: list[int] = []
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.grow(layer)
+        if layer.prefill:
+            self.asked += [position for position in new if position >= self.sinks]
+        if not self.due(layer):
+            return
+        group = len(layer.queries) // len(layer.kept)
+        unturned = turned(layer.queries[:, self.asked], self.asked, back=True)
+        for head, kept in enumerate(layer.kept):
+            scores = [self.of_query_head(layer, head, kept, unturned[head * group + member]) for member in range(group)]
+            together = np.mean(scores, 0) if self.group == "mean" else np.max(scores, 0)
+            self.score[head, kept] = self.finished(layer, head, kept, together)
+
+    def of_query_head(self, layer: Layer, head: int, kept: list[int], queries):
+        """Scores of the rows that are kept by one query head, whose queries are `[n, D]`."""
+        raise NotImplementedError
+
+    def finished(self, layer: Layer, head: int, kept: list[int], scores):
+        return scores
+
+
+class ExpectedAttention(Statistics):
+    """F = (softmax of s R mu.k + s^2/2 k.(R C R^T) k over rows that are no sinks + epsilon) * ||v||."""
+
+    def __init__(self, budget, *, future=512, covariance=True, value_norm=True, epsilon=0.0, **settings) -> None:
+        super().__init__(budget, **settings)
+        self.future, self.covariance, self.value_norm, self.epsilon = future, covariance, value_norm, epsilon
+
+    def of_query_head(self, layer: Layer, head: int, kept: list[int], queries):
+        dim = layer.keys.shape[-1]
+        unit = np.repeat(np.eye(dim)[:, None], self.future, 1)
+        rotation = turned(unit, layer.tokens + np.arange(self.future)).mean(1).T  # columns are what unit vectors become
+        mean = queries.sum(0) / max(1, len(queries))
+        spread = queries.T @ queries / max(1, len(queries)) - np.outer(mean, mean)
+        scores = np.zeros(len(kept))
+        others = [index for index, position in enumerate(kept) if position >= self.sinks]
+        logits = []
+        for index in others:
+            key = layer.keys[head, kept[index]]
+            logit = layer.scale * rotation @ mean @ key
+            if self.covariance:
+                logit += layer.scale**2 / 2 * key @ rotation @ spread @ rotation.T @ key
+            logits.append(logit)
+        if others:
+            scores[others] = softmax(np.array(logits))
+        return scores
+
+    def finished(self, layer: Layer, head: int, kept: list[int], scores):
+        norms = np.linalg.norm(layer.values[head, kept], axis=-1)
+        return (scores + self.epsilon) * norms if self.value_norm else scores
+
+
+class TriAttention(Statistics):
+    """s = mean over distances of Re sum_f mu_f conj(k_f) + sum_f (E|q_f| - |mu_f|) |k_f|, z-normalised."""
+
+    def __init__(self, budget, *, group="max", distances=17, **settings) -> None:
+        super().__init__(budget, group=group, **settings)
+        self.distances = [2**power for power in range(distances)]
+
+    def of_query_head(self, layer: Layer, head: int, kept: list[int], queries):
+        half = layer.keys.shape[-1] // 2
+        count = max(1, len(queries))
+        mean = queries.sum(0) / count
+        seen_from = np.mean([turned(mean[None], [layer.tokens - 1 + distance])[0] for distance in self.distances], 0)
+        pairs = queries[:, :half] + 1j * queries[:, half:]
+        spread = abs(pairs).sum(0) / count - abs(pairs.sum(0) / count)
+        keys = layer.keys[head, kept]
+        scores = keys @ seen_from + abs(keys[:, :half] + 1j * keys[:, half:]) @ spread
+        return (scores - scores.mean()) / max(scores.std(), 1e-12)
+
+
+class Leverage(Ranking):
+    """F = x.(X^T X + ridge)^-1 x of keys that are turned back and centred."""
+
+    def __init__(self, budget, *, interval=128, ridge=1e-4, **settings) -> None:
+        super().__init__(budget, interval=interval, **settings)
+        self.ridge = ridge
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.grow(layer)
+        if not self.due(layer):
+            return
+        for head, kept in enumerate(layer.kept):
+            keys = turned(layer.keys[head, kept], kept, back=True)
+            keys = keys - keys.mean(0)
+            gram = keys.T @ keys
+            gram += np.eye(len(gram)) * max(np.trace(gram) / len(gram), 1e-12) * self.ridge
+            self.score[head, kept] = np.einsum("nd,de,ne->n", keys, np.linalg.inv(gram), keys)
+
+
 class KeyDiff(Ranking):
     """F = -cos(k, the mean of normalized keys that are kept), when a decision is due."""
 

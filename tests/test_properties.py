@@ -34,7 +34,22 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import Eviction, Policy, Step, TokenTable
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, KeyDiff, Keyformer, Knorm, Random, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    KIVI,
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    Keyformer,
+    Knorm,
+    Leverage,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    TriAttention,
+    ZipCache,
+)
 
 ROOM = 10_000
 
@@ -95,6 +110,14 @@ SCORES = {
     "knorm": Setup(lambda b: Knorm(b, sinks=2, recent=3), 2, lambda capacity: 3),
     "random": Setup(lambda b: Random(b, sinks=2, recent=3), 2, lambda capacity: 3),
     "keydiff": Setup(lambda b: KeyDiff(b, sinks=2, recent=3, interval=3), 2, lambda capacity: 3, interval=3),
+    "expected": Setup(
+        lambda b: ExpectedAttention(b, sinks=2, recent=3, interval=3, value_norm=False),
+        2,
+        lambda capacity: 3,
+        interval=3,
+    ),
+    "tri": Setup(lambda b: TriAttention(b, sinks=2, recent=3, interval=3), 2, lambda capacity: 3, interval=3),
+    "leverage": Setup(lambda b: Leverage(b, sinks=2, recent=3, interval=3), 2, lambda capacity: 3, interval=3),
 }
 # These change what rows hold, so what is said about exact keys, values and logits is not said of them.
 PACKING = {
@@ -200,7 +223,7 @@ def test_chunks_give_the_scores_of_one_piece(setup, chunks, shorter, seed):
     assert_chunks_do_not_matter(setup.make(ROOM), chunks, shorter, seed)
 
 
-@each("keyformer", "keydiff")
+@each("keyformer", "keydiff", "expected", "tri", "leverage")
 @given(chunks=st.lists(st.integers(2, 15), min_size=1, max_size=5), shorter=st.integers(0, 30), seed=seeds)
 def test_chunks_of_several_tokens_give_the_scores_of_one_piece(setup, chunks, shorter, seed):
     """The same, where a chunk of a single token would pass for a generated one: of another temperature, or not due."""
@@ -377,7 +400,7 @@ def poisoned(policy: Eviction, value: float, positions: list[int]) -> Eviction:
     return Poisoned(**{field.name: getattr(policy, field.name) for field in fields(policy)})
 
 
-@each("a2sf", "h2o", "keyformer", "snapkv", "tova", "streaming", "keydiff", "pooled")
+@each("a2sf", "h2o", "keyformer", "snapkv", "tova", "streaming", "keydiff", "expected", "pooled")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @given(lengths=batches, budget=budgets, positions=st.lists(st.integers(0, 45), max_size=45), seed=seeds)
 def test_no_number_in_a_score_evicts_what_is_always_kept(setup, value, lengths, budget, positions, seed):

@@ -16,8 +16,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvprune import Policy, Scoring
+from kvprune.attention.rotary import Rotary
 from kvprune.cache.layer import PrunedLayer
-from kvprune.policies import A2SF, H2O, TOVA, KeyDiff, Keyformer, Knorm, Random, SnapKV, StreamingLLM
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    Keyformer,
+    Knorm,
+    Leverage,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    TriAttention,
+)
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}
 ROOM = 10_000
@@ -62,10 +76,13 @@ TWINS = {
     "knorm": Twins(Knorm, reference.Knorm),
     "random": Twins(Random, reference.Random),
     "keydiff": Twins(KeyDiff, reference.KeyDiff),
+    "expected": Twins(ExpectedAttention, reference.ExpectedAttention),
+    "tri": Twins(TriAttention, reference.TriAttention),
+    "leverage": Twins(Leverage, reference.Leverage),
 }
 
 each_policy = pytest.mark.parametrize("name", TWINS)
-NO_ATTENTION = ("knorm", "random", "keydiff")
+NO_ATTENTION = ("knorm", "random", "keydiff", "expected", "tri", "leverage")
 attention_policies = pytest.mark.parametrize("name", [name for name in TWINS if name not in NO_ATTENTION])
 
 
@@ -177,11 +194,37 @@ SETTINGS = {
     "knorm": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals)),
     "random": eviction(seed=st.integers(0, 2**40), interval=st.one_of(st.none(), intervals)),
     "keydiff": eviction(kernel_size=kernels, interval=st.one_of(st.none(), intervals)),
+    "expected": eviction(
+        future=st.integers(1, 6),
+        covariance=st.booleans(),
+        value_norm=st.booleans(),
+        epsilon=st.sampled_from([0.0, 0.01]),
+        interval=st.one_of(st.none(), intervals),
+        group=groups,
+    ),
+    "tri": eviction(distances=st.integers(1, 5), interval=st.one_of(st.none(), intervals), group=groups),
+    "leverage": eviction(ridge=st.sampled_from([0.01, 1.0]), interval=st.one_of(st.none(), intervals)),
 }
 
 
 def pairs(name: str) -> st.SearchStrategy[Pair]:
     return SETTINGS[name].map(TWINS[name].make)
+
+
+def rotary(head_dim: int) -> Rotary:
+    """Positions as `reference.turned` has them."""
+    half = head_dim // 2
+
+    def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+        each = positions[..., None] * 10.0 ** (-torch.arange(half) / half)
+        return each.cos(), each.sin()
+
+    def apply(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        first, second = states.split(half, dim=-1)
+        cosines, sines = cosines[:, None], sines[:, None]
+        return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+
+    return Rotary(angles, apply)
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
@@ -198,7 +241,7 @@ class Comparison:
     random: torch.Generator
 
     def __post_init__(self) -> None:
-        self.layer = PrunedLayer(self.pair.policy, 0)
+        self.layer = PrunedLayer(self.pair.policy, 0, rotary=rotary(self.shape.head_dim))
         sinks = None if self.scoring.sinks is None else self.scoring.sinks.tolist()
         self.alone = [
             reference.Layer(

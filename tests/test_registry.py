@@ -21,20 +21,24 @@ from kvprune.policies import (
     H2O,
     KIVI,
     TOVA,
+    ExpectedAttention,
     Full,
     KeyDiff,
     Keyformer,
     Knorm,
     KVzip,
+    Leverage,
     Random,
     SnapKV,
     StreamingLLM,
+    TriAttention,
     ZipCache,
 )
 from kvprune.policy import registry
 
 BUILT_IN = {
     "a2sf": A2SF,
+    "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,
     "keydiff": KeyDiff,
@@ -42,10 +46,12 @@ BUILT_IN = {
     "kivi": KIVI,
     "knorm": Knorm,
     "kvzip": KVzip,
+    "leverage": Leverage,
     "random": Random,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
+    "tri_attention": TriAttention,
     "zipcache": ZipCache,
 }
 each_policy = pytest.mark.parametrize("name", BUILT_IN)

@@ -18,6 +18,7 @@ from kvprune.cache.step import LayerStep
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError
 from kvprune.state import Saved, State
+from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
 
 
@@ -146,6 +147,7 @@ class PrunedLayer(LayerStep):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         self.table.select_batch(indices)
+        self.tallies = self.tallies.select_batch(indices)
         if len({*zip(self.tokens, self.prompt_tokens, strict=True)}) == 1:  # no need to wait for the device
             self.tokens, self.prompt_tokens = self.tokens[:1] * len(indices), self.prompt_tokens[:1] * len(indices)
         else:
@@ -165,6 +167,7 @@ class PrunedLayer(LayerStep):
         self.catch_up()
         other = copy.copy(self)
         other.table = self.table and self.table.fork()
+        other.tallies = self.tallies.clone()
         other.remembered = self.remembered and self.remembered.clone()
         other.selection = self.selection and self.selection.clone()
         other.unread = self.unread and self.unread.clone()
@@ -190,6 +193,8 @@ class PrunedLayer(LayerStep):
         state.facts |= {"tokens": self.tokens, "prompt_tokens": self.prompt_tokens}
         state.facts |= {"record_past": self.record_past, "steady": self.steady is not None}
         state.add("table", None if self.table is None else self.table.state())
+        if self.tallies:  # other caches are saved as they were before there were any
+            state.add("tallies", self.tallies.state(self.query_heads))
         state.add("remembered", None if self.remembered is None else self.remembered.state())
         state.add("selection", None if self.selection is None else self.selection.state())
         state.add("unread", None if self.unread is None else self.unread.state())
@@ -211,6 +216,8 @@ class PrunedLayer(LayerStep):
         self.prompt_tokens = saved.counts("prompt_tokens", self.seen, length=len(self.tokens))
         self.table = self._restored_table(table)
         self.is_initialized = True
+        if self.planner.tallies(1, 1, 1):
+            self._restore_tallies(saved.part("tallies", self.home), self.table)
         if remembered is not None:
             heads, dim = (self.table.batch_size, self.table.kv_heads), self.table.keys.shape[3]
             self.remembered = Remembered.restored(remembered, self.planner.query_window(True) - 1, heads, dim)
@@ -222,6 +229,12 @@ class PrunedLayer(LayerStep):
             if not self.planner.static_decode or self.record_past:
                 raise saved.refused("is said to be steady, which the policy never is")
             self._enter_steady(self.table)
+
+    def _restore_tallies(self, saved: Saved | None, table: TokenTable) -> None:
+        if saved is None:
+            raise CacheError("this file lacks the tallies of its policy: save the cache again.")
+        self.query_heads = saved.count("query_heads", least=1)
+        self.tallies = Tallies.restored(saved, self._tally_shapes(table), table.batch_size)
 
     def _restored_table(self, saved: Saved) -> TokenTable:
         (shape, dtype), (value_shape, value_dtype) = saved.numbers("keys"), saved.numbers("values")

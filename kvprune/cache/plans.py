@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
+from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.cache.steady import Steady
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Policy, Step, per_sequence
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import MOST_HOLES, TokenTable
 
 # A table that grows token by token takes 1/64 of its length as room, at least 8 slots.
@@ -62,11 +64,13 @@ class Planner:
         pruned_layers: int = 1,
         stock_tokens: int = 0,
         heads: Heads = ALL_HEADS,
+        rotary: Rotary = NO_ROTARY,
     ) -> None:
         """Args:
         layer: its index in the model. pruned_layers: how many layers share a budget. depth: its number among those.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
         heads: the share of the layer's heads that is here, if the model's plan splits attention.
+        rotary: how the layer turns queries and keys.
         """
         self.policies = policy.parts()
         # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
@@ -84,6 +88,7 @@ class Planner:
         self.pruned_layers = pruned_layers
         self.stock_tokens = stock_tokens
         self.heads = heads
+        self.rotary = rotary
         self._evicts, self._buffer = policy.evicts, policy.buffer
 
     # -- the table that they need ----------------------------------------------------------------------------------
@@ -104,6 +109,14 @@ class Planner:
             for name, dtype in part.buffer_columns().items()
         }
 
+    def tallies(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what they remember beside rows, of one sequence."""
+        return {
+            scope + name: shape
+            for scope, part in zip(self._scopes, self.policies, strict=True)
+            for name, shape in part.tallies(query_heads, kv_heads, head_dim).items()
+        }
+
     def room(self, table: TokenTable) -> int:
         """Slots to add when the table is full and tokens come one by one."""
         if table.packed:
@@ -122,6 +135,7 @@ class Planner:
         queries: Queries,
         prefill: bool,
         *,
+        tallies: Tallies,
         tokens: int | Tensor,
         prompt_tokens: tuple[int, ...],
         generated: int | Tensor,
@@ -135,6 +149,7 @@ class Planner:
         token_bytes, other_bytes = self._costs(table)
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
         other_bytes += max(0, self.query_window(prefill) - 1) * query_bytes
+        other_bytes += tallies.nbytes
         other_bytes += Steady.bytes_for(len(queries.states)) if self.static_decode else 0
         plans = []
         for scope, part in zip(self._scopes, self.policies, strict=True):
@@ -153,6 +168,8 @@ class Planner:
                 source=queries,
                 depth=self.depth,
                 layers=self.pruned_layers,
+                tallies=tallies.scoped(scope),
+                rotary=self.rotary,
                 heads=heads,
             )
             step.weights = part.row_weights(step)
@@ -184,6 +201,7 @@ class Planner:
         attended: what attention found of these queries, if it has run. earlier: queries of earlier steps.
         """
         for number, plan in enumerate(plans):
+            plan.step.scoring = scoring
             if plan.weights is not None:
                 alike = next((other for other in plans[:number] if plan.weighs_like(other)), None)
                 plan.step.weighed = (

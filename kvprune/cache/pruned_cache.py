@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from kvprune.attention.backends import choose
+from kvprune.attention.rotary import NO_ROTARY
 from kvprune.cache.contents import Contents
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import (
@@ -32,6 +33,7 @@ from kvprune.cache.modes import without_gradients
 from kvprune.cache.progress import Progress, watch
 from kvprune.cache.rolling_back import RollingBack
 from kvprune.cache.rotary import rotations
+from kvprune.cache.turning import rotary_of
 from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
 from kvprune.policy.base import Policy
@@ -124,6 +126,7 @@ class PrunedCache(Contents, RollingBack):
                 pruned_layers=len(pruned),
                 stock_tokens=_stock_tokens(layers, configs, configs[index]),
                 heads=heads_of(model, index),
+                rotary=rotary_of(model, index) if any(part.turns_back for part in policy.parts()) else NO_ROTARY,
             )
         super().__init__(layers=layers)
         self.policy = policy

@@ -28,6 +28,7 @@ from kvprune.cache.unread import Unread
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
+from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
@@ -92,6 +93,8 @@ class LayerStep(CacheLayerMixin):
 
     def reset(self) -> None:
         self.table: TokenTable | None = None
+        self.tallies = Tallies()
+        self.query_heads = 0
         self.steady: Steady | None = None  # from when on a decode step changes no shape
         self.seen = self.generated = self.last_eviction = 0
         self.tokens = ()
@@ -173,6 +176,7 @@ class LayerStep(CacheLayerMixin):
             self._leave_steady()
             if self.table is not None:
                 self.table.leave_inference_mode()
+            self.tallies = self.tallies.clone()
             self.remembered = self.remembered and self.remembered.clone()
             if steady:
                 self._enter_steady(self.table)  # type: ignore[arg-type]
@@ -236,6 +240,8 @@ class LayerStep(CacheLayerMixin):
         if self.table is None:
             self.planner.heads.check(states.shape[1], keys.shape[1])
             self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
+            self.query_heads = states.shape[1]
+            self.tallies = Tallies.zeros(self._tally_shapes(self.table), len(keys), keys.device)
             self.is_initialized = True
         elif len(queries) == 1 and valid is None and placed is None:
             self.table.append(keys, values, queries.first, room=self.planner.room(self.table))
@@ -255,6 +261,9 @@ class LayerStep(CacheLayerMixin):
             keys, values, positions, columns, buffered, dense=dense, kernels=choose(self.kernels, keys.device)
         )
 
+    def _tally_shapes(self, table: TokenTable) -> dict[str, tuple[int, ...]]:
+        return self.planner.tallies(self.query_heads, table.kv_heads, table.keys.shape[3])
+
     # -- the policies ----------------------------------------------------------------------------------------------
 
     def _plans(self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = ()) -> list[Plan]:
@@ -267,7 +276,13 @@ class LayerStep(CacheLayerMixin):
             tokens = per_sequence(counts, queries.states.device)
             generated = self.generated - max(to_come, default=0)
         return self.planner.plans(
-            table, queries, prefill, tokens=tokens, prompt_tokens=self.prompt_tokens, generated=generated
+            table,
+            queries,
+            prefill,
+            tallies=self.tallies,
+            tokens=tokens,
+            prompt_tokens=self.prompt_tokens,
+            generated=generated,
         )
 
     def _observe(
@@ -361,6 +376,7 @@ class LayerStep(CacheLayerMixin):
 
     def _tensors(self) -> list[Tensor]:
         held = [] if self.table is None else list(self.table.tensors().values())
+        held += self.tallies.values()
         if self.remembered is not None:
             held += [self.remembered.states, self.remembered.positions]
         if self.steady is not None:

@@ -21,86 +21,13 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
-from kvprune.attention.queries import Queries
 from kvprune.errors import PolicyError
-from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.policy.naming import SettingsType
 from kvprune.policy.replaying import Replay
+from kvprune.policy.step import Step
 from kvprune.table.quantize import Codec
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
-
-
-@dataclass
-class Step:
-    """What a layer tells its policy about the forward pass at hand. Padding is never counted as a token.
-
-    The counts of tokens are ints where every sequence of the batch has the same, else LongTensors `[B, 1, 1]`, ready to
-    be compared with `table.positions`.
-    """
-
-    layer: int
-    """Index of the layer in the model."""
-    prefill: bool
-    """Whether this step brought a prompt, or a piece of one; False for tokens that were generated."""
-    due: bool
-    """Whether it is time to decide: after every prefill step, and every `interval` generated tokens."""
-    queries: int
-    """Attention rows of this step, padding included: what `RowWeights` are made for."""
-    new_tokens: int | Tensor
-    """Tokens of this step."""
-    tokens: int | Tensor
-    """Tokens so far, those of this step included: the newest has position `tokens - 1`."""
-    prompt_tokens: tuple[int, ...]
-    """For each sequence, its tokens at the end of the last prefill step: what fractions are fractions of."""
-    token_bytes: int
-    """Bytes that one kept token costs in the whole cache: all pruned layers, sequences and heads, of all processes."""
-    other_bytes: int
-    """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
-    spare: int
-    """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
-    generated: int | Tensor = 0
-    """Tokens generated since the last prefill step, those of this step included; a scalar where steps are compiled."""
-    source: Queries | None = None
-    """The queries themselves."""
-    weights: RowWeights | None = None
-    """The attention rows that the policy asked for."""
-    weighed: Tensor | None = None
-    """What `mass` returns; None where the policy asked for no rows."""
-    depth: int = 0
-    """Number of the layer among those that share a budget, from 0."""
-    layers: int = 1
-    """How many layers share a budget."""
-    heads: Heads = ALL_HEADS
-    """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
-
-    @property
-    def mass(self) -> Tensor:
-        """Attention mass of the rows the policy asked for, `[B, Hkv, rows]` float32, aligned with the table's slots."""
-        if self.weighed is None:
-            raise PolicyError("this step has no attention mass: return the rows to weigh from row_weights().")
-        return self.weighed
-
-    @property
-    def query_positions(self) -> Tensor:
-        """Position of every attention row of this step in its sequence, `[B or 1, queries]` int64, -1 for padding."""
-        if self.source is None:
-            raise PolicyError("this step has no queries: a layer makes the steps that have.")
-        return self.source.positions
-
-    def witnesses(self, positions: Tensor) -> Tensor:
-        """How many of the rows weighed into `mass` could see each of these positions, int64 of their shape.
-
-        positions: `[B, Hkv, rows]`. Rows of weight zero and padding count nothing.
-        """
-        if self.weights is None:
-            raise PolicyError("this step weighs no attention rows: return them from row_weights().")
-        rows, weights = self.weights.chosen(self.queries, positions.device)
-        batch = len(positions)
-        asked = self.query_positions.expand(batch, -1).gather(1, rows.expand(batch, -1))
-        asked = asked.masked_fill(weights.expand(batch, -1) == 0, EMPTY).sort().values
-        earlier = torch.searchsorted(asked, positions.long().flatten(1).contiguous())
-        return (asked.shape[1] - earlier).view_as(positions)
 
 
 @dataclass(frozen=True)
@@ -223,6 +150,11 @@ class Policy(metaclass=SettingsType):
         return 0
 
     @property
+    def turns_back(self) -> bool:
+        """Whether it asks `step.rotary` what queries or keys are before positions turn them."""
+        return False
+
+    @property
     def filters_prompt(self) -> bool:
         """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
         return False
@@ -245,6 +177,13 @@ class Policy(metaclass=SettingsType):
 
     def buffer_columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the rows in full precision, zero for new rows, gone when a row is packed."""
+        return {}
+
+    def tallies(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """What it remembers of a sequence beside its rows: float32 tensors of these shapes, zero when it begins.
+
+        They are paid from a budget in bytes like rows. The numbers of heads are those of this process.
+        """
         return {}
 
     def row_weights(self, step: Step) -> RowWeights | None:
@@ -343,8 +282,9 @@ def _check_order(links: tuple[Policy, ...]) -> None:
             )
     renumbering = next((link for link in links if link.renumbers), None)
     for link in links if renumbering is not None else ():
-        if link.codecs or link.filters_prompt:
+        if link.codecs or link.filters_prompt or link.turns_back:
             what = "packs keys, which cannot be turned any more" if link.codecs else "has placed the prompt anew itself"
+            what = "turns queries and keys back from where they were in the text" if link.turns_back else what
             raise PolicyError(
                 f"{renumbering} shows rows at their places in the cache, and {link} {what}: write "
                 f'positions="original", or leave {type(link).__name__} out.'

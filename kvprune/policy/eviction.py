@@ -75,6 +75,11 @@ class Eviction(Policy):
         check_seed(self.seed)
         if self.positions not in ("original", "cache"):
             raise PolicyError(f'positions must be "original" or "cache", not {self.positions!r}.')
+        if self.renumbers and self.turns_back:
+            raise PolicyError(
+                f"{type(self).__name__} turns queries and keys back from where they were in the text, and "
+                'positions="cache" shows them elsewhere: write positions="original".'
+            )
         if self.interval is not None:
             check_count("interval", self.interval, least=1)
         if self.group not in GROUPS:
@@ -104,7 +109,7 @@ class Eviction(Policy):
 
     @property
     def static_decode(self) -> bool:
-        return self.interval == 1
+        return self.interval == 1 and not self.turns_back
 
     @cached_property
     def _budget(self) -> Budget:

@@ -78,10 +78,16 @@ class Contents:
 
     def all_keys(self) -> Tensor:
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
+        return self._with_packed(self.keys, 0)
+
+    def all_values(self) -> Tensor:
+        """Of every row, `[B, Hkv, length, Dv]`, as `all_keys`."""
+        return self._with_packed(self.values, 1)
+
+    def _with_packed(self, exact: Tensor, part: int) -> Tensor:
         if not self.packed:
-            return self.keys
-        decoded = [tier.decoded()[0].to(self.keys.dtype) for tier in self.packed]
-        return torch.cat([*decoded, self.keys], dim=2)
+            return exact
+        return torch.cat([*(tier.decoded()[part].to(exact.dtype) for tier in self.packed), exact], dim=2)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the table holds, at full capacity."""

@@ -1,0 +1,109 @@
+"""What a layer tells its policy about the forward pass at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvprune.attention.mass import RowWeights, Scoring, row_blocks
+from kvprune.attention.queries import Queries
+from kvprune.attention.rotary import NO_ROTARY, Rotary
+from kvprune.errors import PolicyError
+from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.table.rows import EMPTY
+from kvprune.table.tallies import Tallies
+
+
+@dataclass
+class Step:
+    """What a layer tells its policy about the forward pass at hand. Padding is never counted as a token.
+
+    The counts of tokens are ints where every sequence of the batch has the same, else LongTensors `[B, 1, 1]`, ready to
+    be compared with `table.positions`.
+    """
+
+    layer: int
+    """Index of the layer in the model."""
+    prefill: bool
+    """Whether this step brought a prompt, or a piece of one; False for tokens that were generated."""
+    due: bool
+    """Whether it is time to decide: after every prefill step, and every `interval` generated tokens."""
+    queries: int
+    """Attention rows of this step, padding included: what `RowWeights` are made for."""
+    new_tokens: int | Tensor
+    """Tokens of this step."""
+    tokens: int | Tensor
+    """Tokens so far, those of this step included: the newest has position `tokens - 1`."""
+    prompt_tokens: tuple[int, ...]
+    """For each sequence, its tokens at the end of the last prefill step: what fractions are fractions of."""
+    token_bytes: int
+    """Bytes that one kept token costs in the whole cache: all pruned layers, sequences and heads, of all processes."""
+    other_bytes: int
+    """Bytes of the whole cache that are no rows: layers that are not pruned, remembered queries."""
+    spare: int
+    """Slots that the table may hold beside the kept tokens, as it grows by `interval` of them at a time."""
+    generated: int | Tensor = 0
+    """Tokens generated since the last prefill step, those of this step included; a scalar where steps are compiled."""
+    source: Queries | None = None
+    """The queries themselves."""
+    weights: RowWeights | None = None
+    """The attention rows that the policy asked for."""
+    weighed: Tensor | None = None
+    """What `mass` returns; None where the policy asked for no rows."""
+    depth: int = 0
+    """Number of the layer among those that share a budget, from 0."""
+    layers: int = 1
+    """How many layers share a budget."""
+    scoring: Scoring | None = None
+    """How the model makes probabilities of queries and keys; there when policies observe and decide."""
+    tallies: Tallies = field(default_factory=Tallies)
+    """What the policy remembers beside rows, see `Policy.tallies`; update them in place."""
+    rotary: Rotary = NO_ROTARY
+    """How the layer turns queries and keys by their positions, for a policy that `turns_back`."""
+    heads: Heads = ALL_HEADS
+    """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
+
+    @property
+    def mass(self) -> Tensor:
+        """Attention mass of the rows the policy asked for, `[B, Hkv, rows]` float32, aligned with the table's slots."""
+        if self.weighed is None:
+            raise PolicyError("this step has no attention mass: return the rows to weigh from row_weights().")
+        return self.weighed
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Position of every attention row of this step in its sequence, `[B or 1, queries]` int64, -1 for padding."""
+        if self.source is None:
+            raise PolicyError("this step has no queries: a layer makes the steps that have.")
+        return self.source.positions
+
+    def unturned_queries(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The queries of this step before positions turned them, some at a time, for a policy that `turns_back`.
+
+        Yields them, `[B, Hq, l, D]` float32, and `[B, 1, l, 1]` float32: 1 for those at positions from `first` on, 0
+        for others and padding.
+        """
+        if self.source is None:
+            raise PolicyError("this step has no queries: a layer makes the steps that have.")
+        states, positions = self.source.states, self.query_positions
+        for block in row_blocks(self.queries, states[:, :, 0].numel(), states.device):
+            placed = positions[:, block]
+            counted = (placed >= max(first, 0)).float()[:, None, :, None].expand(len(states), -1, -1, -1)
+            yield self.rotary.turn(states[:, :, block].float(), placed, back=True), counted
+
+    def witnesses(self, positions: Tensor) -> Tensor:
+        """How many of the rows weighed into `mass` could see each of these positions, int64 of their shape.
+
+        positions: `[B, Hkv, rows]`. Rows of weight zero and padding count nothing.
+        """
+        if self.weights is None:
+            raise PolicyError("this step weighs no attention rows: return them from row_weights().")
+        rows, weights = self.weights.chosen(self.queries, positions.device)
+        batch = len(positions)
+        asked = self.query_positions.expand(batch, -1).gather(1, rows.expand(batch, -1))
+        asked = asked.masked_fill(weights.expand(batch, -1) == 0, EMPTY).sort().values
+        earlier = torch.searchsorted(asked, positions.long().flatten(1).contiguous())
+        return (asked.shape[1] - earlier).view_as(positions)
