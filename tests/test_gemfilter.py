@@ -547,7 +547,9 @@ def test_attentions_of_other_caches_are_those_of_the_model():
     for each in (model, untouched):
         each.set_attn_implementation("eager")
     ids = token_ids(1, 30, seed=23)
-    model(ids, **cache_argument(PrunedCache(model, GemFilter(10))), output_attentions=True)
+    with pytest.raises(CacheError, match="output_attentions=True"):
+        model(ids, **cache_argument(PrunedCache(model, GemFilter(10))), output_attentions=True)
+    model(ids, **cache_argument(PrunedCache(model, GemFilter(10))))
     found, expected = (each(ids, output_attentions=True).attentions for each in (model, untouched))
     assert len(found) == len(expected) == 2
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
