@@ -186,7 +186,7 @@ def test_sequences_chosen_by_what_indexes_a_tensor(family, indices):
 def test_indices_that_name_no_sequences(indices):
     """What is no choice of sequences is refused, and no layer has changed."""
     model = shared("gemma2")
-    cache, batch = PrunedCache(model, Full()), left_padded([20, 17, 20])
+    cache, batch = PrunedCache(model, Full()), left_padded([20, 20, 20])
     feed(model, batch, cache, [20])
     with pytest.raises(CacheError, match="batch_select_indices takes"):
         cache.batch_select_indices(indices)

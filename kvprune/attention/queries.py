@@ -71,6 +71,15 @@ class Queries:
             return torch.arange(len(self), device=self.states.device)[None] + first
         return (self.valid.cumsum(1) - 1 + first).masked_fill(~self.valid, EMPTY)
 
+    @property
+    def sight(self) -> Tensor:
+        """The newest position that each query sees, `[B or 1, L]`: of padding, that of the token before it, or -1."""
+        if self.valid is None:
+            return self.positions
+        newest = self.positions.cummax(1).values
+        first = self.first if isinstance(self.first, int) else self.first.view(-1, 1)
+        return torch.where(newest < 0, first - 1, newest)
+
     def part(self, start: int, stop: int) -> Queries:
         """The queries `start .. stop - 1` of this step, in tensors of their own."""
         states = self.states[:, :, start:stop].clone()
@@ -107,15 +116,15 @@ class Queries:
                 *operations.of(table).single_query(states, keys, values, scoring, empty, with_probabilities)
             )
         if table.packed:
-            return Attended(packed.attention(states, self.positions, table, scoring))
+            return Attended(packed.attention(states, self.sight, table, scoring))
         if table.dense:
             output, lse = causal_attention(states, keys, values, scoring, backend)
             return Attended(output, lse=lse)
         if self.spans is None:
-            return Attended(positional_attention(states, keys, values, scoring, self.positions, table.positions))
+            return Attended(positional_attention(states, keys, values, scoring, self.sight, table.positions))
         together = backend.spans(states, keys, values, scoring.scale, self.spans) if scoring.plain else None
         if together is not None:
-            return Attended(together)
+            return Attended(self._with_padding_behind(together, table, scoring))
         output = states.new_zeros(*states.shape[:3], values.shape[3])
         lse = torch.zeros(states.shape[:3], device=states.device)
         told = True
@@ -125,7 +134,18 @@ class Queries:
                 told = False
             else:
                 lse[one] = found
-        return Attended(output, lse=lse if told else None)
+        return Attended(self._with_padding_behind(output, table, scoring), lse=lse if told else None)
+
+    def _with_padding_behind(self, output: Tensor, table: TokenTable, scoring: Scoring) -> Tensor:
+        """The output with that of padding behind the tokens of a sequence, which sees all of them."""
+        for row, (_, end) in enumerate(self.spans or ()):
+            if end < len(self):
+                one, behind = slice(row, row + 1), slice(end, None)
+                output[one, :, behind] = positional_attention(
+                    self.states[one, :, behind], table.keys[one], table.values[one], scoring,
+                    self.sight[one, behind], table.positions[one],
+                )  # fmt: skip
+        return output
 
     def weigh(
         self,
@@ -213,6 +233,13 @@ class Remembered:
         if earlier is not None and min(queries.tokens) < count:
             states, positions = earlier.followed_by(queries)
         return cls(states[:, :, -count:].clone(), positions[:, -count:].clone())
+
+    def moved(self, positions: Tensor) -> Remembered:
+        """The same queries where tokens have moved, positions `[B, tokens]`, -1 for those that are gone."""
+        placed = self.positions.expand(len(self.states), -1)
+        new = positions.long().gather(1, placed.clamp(min=0)).masked_fill(placed < 0, EMPTY)
+        new, order = new.sort(dim=1)
+        return Remembered(self.states.gather(2, order[:, None, :, None].expand_as(self.states)), new)
 
     def writable(self) -> Remembered:
         """The same in tensors of its own, with positions `[B, w]`."""

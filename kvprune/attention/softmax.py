@@ -43,16 +43,17 @@ def positional_attention(
 ) -> Tensor:
     """A query sees the keys at its position or before; keys at position -1 are empty, queries at -1 are padding.
 
-    query_positions: `[B or 1, L]`. key_positions: `[B, Hkv, S]`. What padding queries return means nothing, but it is
-    finite, as later layers multiply it by zero.
+    query_positions: `[B or 1, L]`. key_positions: `[B, Hkv, S]`. The output of a query that sees nothing is zero, as in
+    scaled_dot_product_attention (torch 2.5 and later).
     """
     group = queries.shape[1] // keys.shape[1]
     output = queries.new_empty(*queries.shape[:3], values.shape[3])
     for block in row_blocks(queries.shape[2], queries.shape[0] * queries.shape[1] * keys.shape[2], queries.device):
         visible = ~hidden_keys(query_positions[:, block], key_positions).squeeze(2)
-        visible |= ~visible.any(-1, keepdim=True)
-        visible = visible.repeat_interleave(group, dim=1)
-        output[:, :, block] = _block(queries[:, :, block], keys, values, scoring, visible)
+        blind = ~visible.any(-1, keepdim=True)
+        visible |= blind
+        visible, blind = (tensor.repeat_interleave(group, dim=1) for tensor in (visible, blind))
+        output[:, :, block] = _block(queries[:, :, block], keys, values, scoring, visible).masked_fill(blind, 0.0)
     return output
 
 

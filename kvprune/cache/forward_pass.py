@@ -14,40 +14,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-)
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.attention.mass import Scoring
+from kvprune.cache.columns import Columns, Past
 from kvprune.cache.layer import PrunedLayer
-from kvprune.cache.models import (
-    text_config,
-)
+from kvprune.cache.masks import Masks
+from kvprune.cache.models import text_config
 from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
 from kvprune.cache.progress import Progress
-from kvprune.cache.registration import NO_MASK, PREFIX, CacheLength, PendingKeys, PendingMask
+from kvprune.cache.registration import PREFIX, PendingKeys
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, KVPruneError, UnsupportedModelError
-from kvprune.policy.base import Policy
 from kvprune.table.rows import owned
 
 
-class ForwardPass(Cache):
+class ForwardPass(Masks):
     """The part of a `PrunedCache` that the model talks to. Every method changes what the cache holds, or may."""
 
-    layers: Any
-    pruned_layers: tuple[int, ...]
     is_hybrid: bool
-    prompt_filter: Policy | None
     filter_layer: int | None
     _model_name: str
     _modules: weakref.WeakSet[torch.nn.Module]
     _progress: Progress
-    _open: int | None
-    _padding: tuple[Tensor, int, Tensor | None] | None
+    _columns: Columns | None
     _stock_states: dict[int, dict[str, Any]]
     _filtered: FilteredStep | None
     _selection: Selection | None
@@ -136,25 +127,29 @@ class ForwardPass(Cache):
         if torch.compiler.is_dynamo_compiling() and not _is_static(layer, query):
             return self._attend_uncompiled(module, query, mask, settings)
         scoring = self.scoring_of(module, query, layer, **settings)
-        if isinstance(mask, PendingMask):
-            mask = mask.padding
-        valid = self._valid(mask, query.shape[2], layer)
+        if torch.compiler.is_dynamo_compiling() and mask is not None:  # what is in it decides what to do
+            return self._attend_uncompiled(module, query, mask, settings)
+        looked = self.look(mask, query.shape[2], query.device)
+        valid, past = (None, None) if looked is None else (looked.valid, looked.past)
         first = self._open == self.pruned_layers[0]
         if first:
-            self._begin(query.shape[2])
+            self.check_goes_on(layer, query.shape[2], past, **settings)
+            self._begin(query.shape[2], past)
         begins = layer.table is None
         self._open = None
         try:
-            output = layer.attend(query, valid, scoring, self._filtered)
+            output = layer.attend(query, valid, scoring, self._filtered, past)
         except KVPruneError:
             if first and begins:  # a budget that cannot hold this prompt leaves the cache as it was: empty
                 self.reset()
             raise
         self._progress.changing = False
+        if looked is not None or self._columns is not None:
+            layer.columns = self._columns or looked.columns  # type: ignore[union-attr]
         if first and self._selection is not None:
             layer.selection = self._selection
         if first and self._unread is not None:
-            layer.unread = self._unread
+            layer.unread = self._unread if past is None else self._unread.hiding(past.shown, query.shape[2])
         if layer.index == self.pruned_layers[-1]:
             self._forget_step()
         return output
@@ -213,13 +208,13 @@ class ForwardPass(Cache):
         earlier = self.layers[self.pruned_layers[0]].unread
         self._unread = unread if earlier is None else earlier.followed_by(unread, self.model.get_input_embeddings())
 
-    def _begin(self, length: int) -> None:
+    def _begin(self, length: int, past: Past | None = None) -> None:
         """Before a step of so many columns: what is still to be decided about earlier ones."""
         layer = self.layers[self.pruned_layers[0]]
         if layer.undecided is not None:
             for index in self.pruned_layers:
                 self.layers[index].accept()
-        if layer.waiting and not layer.takes_prompt(length, self._filtered):
+        if layer.waiting and (past or not layer.takes_prompt(length, self._filtered)):
             self._decide_together()
 
     @without_gradients
@@ -233,13 +228,18 @@ class ForwardPass(Cache):
             for layer, decision in zip(layers, decisions, strict=True):
                 layer.decide_waiting(decision)
 
-    def expect(self, filtered: FilteredStep | None, selection: Selection | None) -> None:
-        """What a prompt filter left of the forward pass that comes now, and the selection that holds after it."""
-        self._filtered, self._selection = filtered, selection
+    def expect(
+        self, filtered: FilteredStep | None, selection: Selection | None, columns: Columns | None = None
+    ) -> None:
+        """What a prompt filter left of the forward pass that comes now, and the selection that holds after it.
+
+        columns: those of the cache after it; None if they say nothing new.
+        """
+        self._filtered, self._selection, self._columns = filtered, selection, columns
 
     def _forget_step(self) -> None:
         """Let go of what was of one forward pass alone, such as the tensors that sliding windows held before it."""
-        self._padding, self._stock_states, self._unread = None, {}, None
+        self._mask, self._stock_states, self._unread = None, {}, None
         self.expect(None, None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -254,42 +254,11 @@ class ForwardPass(Cache):
         steady = getattr(self.layers[layer_idx], "steady", None)
         return super().get_seq_length(layer_idx) if steady is None else steady.seen  # generate() asks at every step
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of a layer's mask; the length of a pruned layer says that it is of this cache."""
-        length, offset = super().get_mask_sizes(query_length, layer_idx)
-        if isinstance(length, CacheLength) and length is not NO_MASK and not torch.compiler.is_dynamo_compiling():
-            length.cache = self
-        return length, offset
-
     @property
     def _skipped(self) -> int:
         """Columns that a prompt filter has kept from the layers."""
         selection = self.layers[self.pruned_layers[0]].selection if self.prompt_filter else None
         return selection.skipped if selection else 0
-
-    def _valid(self, mask: Tensor | None, length: int, layer: PrunedLayer) -> Tensor | None:
-        """Which of the new tokens are real, bool `[B, length]`; None if all are. Worked out once per forward pass."""
-        if mask is None:
-            return None
-        if mask.ndim != 2:
-            raise self.misused(
-                f"its attention was given a mask of the shape {tuple(mask.shape)}, which the model, or who called it, "
-                "made. A pruned cache can only attend causally, with a padding mask [batch, tokens]: give it that, or "
-                "use DynamicCache here"
-            )
-        if mask.shape[1] < length:
-            raise self.misused(
-                f"the attention mask has the shape {tuple(mask.shape)}; a pruned cache takes a padding mask "
-                f"[batch, tokens] that covers the {length} new tokens"
-            )
-        if length == 1 and (layer.is_compileable or (layer.tokens and min(layer.tokens) > 0 and not self._filtered)):
-            return None  # a generated token is never padding, and looking would make the host wait for the device
-        if self._padding is not None and self._padding[0] is mask and self._padding[1] == layer.seen:
-            return self._padding[2]
-        new = mask[:, mask.shape[1] - length :].bool()
-        valid = None if bool(new.all()) else new
-        self._padding = mask, layer.seen, valid
-        return valid
 
     def _check_closed(self) -> None:
         if self._open is not None:

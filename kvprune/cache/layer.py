@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.queries import Remembered
+from kvprune.cache.columns import Columns
 from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.selection import Selection
 from kvprune.cache.step import LayerStep
@@ -51,10 +52,10 @@ class PrunedLayer(LayerStep):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.steady is not None and query_length == 1:
-            return NO_MASK, 0
         if torch.compiler.is_dynamo_compiling():  # which cannot make such an int of a symbolic one (torch 2.13)
-            return SOME_LENGTH, 0
+            return (NO_MASK if self.steady is not None and query_length == 1 else SOME_LENGTH), 0
+        if self.steady is not None and self.steady.ahead:  # to count would be to wait, and no mask depends on it
+            return CacheLength(query_length), 0
         return CacheLength(self.seen + query_length), 0
 
     def update(
@@ -74,7 +75,7 @@ class PrunedLayer(LayerStep):
         Of a longer step, the newest 128 tokens can be taken back as if they had never come; what queries before them
         added to the scores stays there.
         """
-        self._leave_steady()
+        self.leave_steady()
         self.record_past = True
 
     def accept(self) -> None:
@@ -107,6 +108,7 @@ class PrunedLayer(LayerStep):
                 self.remembered = None  # it may hold queries that are taken back
             self.selection = self.selection and self.selection.crop(remove)
             self.unread = self.unread and self.unread.crop(remove)
+            self.columns = self.columns.crop(self.seen)
         if self.undecided is not None:
             left = len(self.undecided.queries) - remove
             if left > 0:
@@ -143,7 +145,7 @@ class PrunedLayer(LayerStep):
         if self.table is None:
             return
         self._settle_mode()
-        self._leave_steady()  # the tensors that graphs know are gone
+        self.leave_steady()  # the tensors that graphs know are gone
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         self.table.select_batch(indices)
@@ -160,6 +162,7 @@ class PrunedLayer(LayerStep):
             self.undecided.queries = self.undecided.queries.select_batch(indices)
         self.selection = self.selection and self.selection.select_batch(indices)
         self.unread = self.unread and self.unread.select_batch(indices)
+        self.columns = self.columns.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
         """An independent copy: every tensor is copied, settings are shared."""
@@ -191,6 +194,7 @@ class PrunedLayer(LayerStep):
             )
         state = State({name: getattr(self, name) for name in self._COUNTS})
         state.facts |= {"tokens": self.tokens, "prompt_tokens": self.prompt_tokens}
+        state.facts |= self.columns.facts()
         state.facts |= {"record_past": self.record_past, "steady": self.steady is not None}
         state.add("table", None if self.table is None else self.table.state())
         if self.tallies:  # other caches are saved as they were before there were any
@@ -218,6 +222,7 @@ class PrunedLayer(LayerStep):
         self.is_initialized = True
         if self.planner.tallies(1, 1, 1):
             self._restore_tallies(saved.part("tallies", self.home), self.table)
+        self.columns = Columns.restored(saved, self.seen, self.tokens)
         if remembered is not None:
             heads, dim = (self.table.batch_size, self.table.kv_heads), self.table.keys.shape[3]
             self.remembered = Remembered.restored(remembered, self.planner.query_window(True) - 1, heads, dim)

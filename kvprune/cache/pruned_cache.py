@@ -136,7 +136,8 @@ class PrunedCache(Contents, RollingBack):
         self._model = weakref.ref(model)
         self._modules = weakref.WeakSet(model.modules())  # those that may attend to this cache
         self._open = None  # a layer whose keys came but whose attention has not run
-        self._padding = None
+        self._mask = None  # that the model gave its attention, and no mask function made
+        self._columns = None  # of a prompt filter's input, after it
         self._stock_states = {}
         decoder = _decoder(model)
         watched = decoder is not None and any(isinstance(each, LinearAttentionCacheLayerMixin) for each in layers)

@@ -109,11 +109,14 @@ class PendingMask:
     def __init__(self, padding: Tensor | None, cache: Any, stock: Callable[[], Any] | None, causal: bool) -> None:
         """padding: bool `[B, tokens]`, None if nobody gave one. stock: makes the mask of the attention below."""
         self.padding, self.cache, self.stock, self.causal = padding, cache, stock, causal
+        self.reading: Any = None
+        """What the cache makes of the padding, once for all layers."""
 
     def to(self, *args: Any, **kwargs: Any) -> PendingMask:
         """It moves with the layers of a model."""
-        padding = None if self.padding is None else self.padding.to(*args, **kwargs)
-        return PendingMask(padding, self.cache, self.stock, self.causal)
+        moved = PendingMask(self.padding, self.cache, self.stock, self.causal)
+        moved.reading = self.reading  # which is on the host
+        return moved
 
     def __getattr__(self, name: str) -> Any:
         raise _own_mask(f".{name}")
@@ -216,15 +219,21 @@ def _mask(base: str) -> Callable[..., Any]:
         causal = mask_function is causal_mask_function
         if not causal and "local_size" not in kwargs:  # for full attention, so that pruned layers would be given it
             raise UnsupportedModelError(f"{_NOT_CAUSAL}.")
-        if kv_length is NO_MASK and causal:
+        if kv_length is NO_MASK and causal and attention_mask is None:
             return None
         if torch.compiler.is_dynamo_compiling():  # which traces no closure into an object
+            if isinstance(attention_mask, PendingMask):
+                return attention_mask
             return PendingMask(attention_mask, None, None, causal)
+
+        if isinstance(attention_mask, PendingMask):  # generate() made it, before it called what was compiled
+            return attention_mask
 
         def stock() -> Tensor | None:
             plain = {"kv_length": int(kv_length), "mask_function": mask_function, "attention_mask": attention_mask}
             return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **plain, **kwargs)
 
-        return PendingMask(attention_mask, kv_length.cache, stock, causal)
+        mask = PendingMask(attention_mask, kv_length.cache, stock, causal)
+        return mask if mask.cache is None or not causal else mask.cache.read(mask, kwargs.get("q_length"))
 
     return kvprune_mask

@@ -10,7 +10,7 @@ So the step that brings a token always attends over everything, and the table sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,27 +21,17 @@ from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
 from kvprune.attention.rotation import Rotation
+from kvprune.cache.columns import ALL_REAL, Past
 from kvprune.cache.plans import Plan, Planner
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Counted, Steady, pin
+from kvprune.cache.undecided import UNDECIDED, Undecided
 from kvprune.cache.unread import Unread
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
-
-# While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
-_UNDECIDED = 128
-
-
-@dataclass
-class Undecided:
-    """A step whose tokens `crop` may still take back."""
-
-    queries: Queries
-    prefill: bool
-    scoring: Scoring
 
 
 class LayerStep(CacheLayerMixin):
@@ -104,6 +94,7 @@ class LayerStep(CacheLayerMixin):
         self.record_past = False
         self.undecided: Undecided | None = None
         self.waiting: list[Plan] = []  # of a prompt, from the first on that decides for all layers together
+        self.columns = ALL_REAL  # of the model's input so far, which are tokens
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
         self.unread: Unread | None = None  # what no replay has seen; the first pruned layer holds it for all
         self.is_initialized = False
@@ -112,7 +103,12 @@ class LayerStep(CacheLayerMixin):
     # -- one step --------------------------------------------------------------------------------------------------
 
     def attend(
-        self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None = None
+        self,
+        states: Tensor,
+        valid: Tensor | None,
+        scoring: Scoring,
+        filtered: FilteredStep | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """One step: the output of attention, `[B, L, Hq, Dv]`, and everything the policies do after it.
 
@@ -120,27 +116,32 @@ class LayerStep(CacheLayerMixin):
             states: queries `[B, Hq, L, D]`. valid: bool `[B, L]`, False where the input is padding; None if none is.
             scoring: how the model makes probabilities of logits.
             filtered: what a prompt filter left of this step, if there is one.
+            past: what the mask of this step hides of what is cached, if there is any; it goes.
         """
         if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
             return self._compiled_step(self.table, self.steady, states, scoring)
         self._settle_mode()
         first = self.table is None
         try:
-            return self._attend(states, valid, scoring, filtered)
+            return self._attend(states, valid, scoring, filtered, past)
         except KVPruneError:
             if first:
                 self.reset()
             raise
 
-    def _attend(self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None) -> Tensor:
+    def _attend(
+        self, states: Tensor, valid: Tensor | None, scoring: Scoring, filtered: FilteredStep | None, past: Past | None
+    ) -> Tensor:
         self.accept()
+        if past is not None and self.table is not None:
+            self._hide(past, self.table)
         device = states.device
         if self.home is not None:
             states, scoring = states.to(self.home), scoring.to(self.home)
         if valid is not None:
             valid = valid.to(states.device)
-        if states.shape[2] > 1:
-            self._leave_steady()
+        if states.shape[2] > 1 or valid is not None:
+            self.leave_steady()
         prefill = self.takes_prompt(states.shape[2], filtered)
         table, queries = self._append(states, valid, filtered)
         if prefill:
@@ -161,6 +162,16 @@ class LayerStep(CacheLayerMixin):
             self._decide(plans, prefill=prefill)
         return output.transpose(1, 2).contiguous().to(device)
 
+    def _hide(self, past: Past, table: TokenTable) -> None:
+        """Drop the rows of tokens that a mask hides; the others move up, as if those had been padding all along."""
+        self.leave_steady()
+        moved = past.on(table.positions.device)
+        table.move(moved)
+        if self.remembered is not None:
+            self.remembered = self.remembered.moved(moved)
+        self.prompt_tokens, self.tokens = past.left(self.prompt_tokens), past.left(self.tokens)
+        self.last_eviction = self.seen
+
     def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
         """Whether a step of so many columns is one of a prompt."""
         # A draft of several tokens that is being verified is generated text.
@@ -173,7 +184,7 @@ class LayerStep(CacheLayerMixin):
         elif self._of_inference_mode:
             self._of_inference_mode = False
             steady = self.steady is not None
-            self._leave_steady()
+            self.leave_steady()
             if self.table is not None:
                 self.table.leave_inference_mode()
             self.tallies = self.tallies.clone()
@@ -194,7 +205,8 @@ class LayerStep(CacheLayerMixin):
         self.steady = Steady.of(self.seen, self.generated, self.tokens, table.positions.device)
         pin(self._tensors())
 
-    def _leave_steady(self) -> None:
+    def leave_steady(self) -> None:
+        """Steps may change shapes again."""
         if self.steady is not None:
             self.catch_up()
             self.steady = None
@@ -354,7 +366,7 @@ class LayerStep(CacheLayerMixin):
 
     def _defer(self, table: TokenTable, queries: Queries, prefill: bool, scoring: Scoring) -> None:
         """Observe all but the newest queries now, and leave those, and the decision, to `_commit`."""
-        split = max(0, len(queries) - _UNDECIDED)
+        split = max(0, len(queries) - UNDECIDED)
         if split:
             early = queries.part(0, split)
             with table.without_newest(len(queries) - split):  # all that these queries can see

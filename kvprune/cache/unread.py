@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class Unread:
         if self.valid is not None:
             return self.valid
         return torch.ones(self.inputs.shape[:2], dtype=torch.bool, device=self.inputs.device)
+
+    def hiding(self, shown: Any, new: int) -> Unread:
+        """Where a mask hides earlier columns. shown: bool `[B, columns]` of a cache before `new` columns came."""
+        earlier = len(self) - new
+        if earlier <= 0:
+            return self
+        valid = self._all_valid().clone()
+        valid[:, :earlier] &= torch.from_numpy(shown[:, shown.shape[1] - earlier :].copy()).to(valid.device)
+        return replace(self, valid=valid)
 
     def crop(self, count: int) -> Unread | None:
         """Without the newest `count` columns; None if nothing is left, or they were read already."""

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvprune.cache.columns import Columns, Reading
 from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.registration import PendingMask
 from kvprune.cache.selection import FilteredStep, Selection
-from kvprune.errors import UnsupportedModelError
+from kvprune.errors import CacheError, UnsupportedModelError
 from kvprune.passes.choosing import Chooser
 from kvprune.passes.filter_pass import FilterPass
 from kvprune.table.rows import EMPTY
@@ -76,20 +78,37 @@ class _Step:
         self.layer = cache.layers[cache.pruned_layers[0]]
         self.before: tuple[int, ...] = self.layer.tokens or (0,) * self.batch
         self.past = self.layer.selection or Selection(self.filter_layer, ((),) * self.batch, (0,) * self.batch)
+        self.columns: Columns | None = None
         self.valid = self._valid()
 
     def _valid(self) -> Tensor | None:
         """Which of the new columns are no padding, bool `[B, L]`; None if all are."""
         mask = self.given.get("attention_mask")
-        if mask is None or (self.length == 1 and min(self.before) > 0):  # a generated token is no padding
+        if isinstance(mask, PendingMask):
+            mask = mask.padding
+        if mask is None or torch.compiler.is_dynamo_compiling():  # a compiled step is given none if it says anything
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < self.length:
             raise self.cache.misused(
                 "its attention mask is not a padding mask [batch, tokens] that covers the new tokens, which is what a "
                 "prompt filter needs"
             )
-        new = mask[:, mask.shape[1] - self.length :].bool().to(self.device)
-        return None if bool(new.all()) else new
+        reading = Reading(mask)
+        try:
+            reading.look(self.layer.columns, self.layer.seen, self.length, self.device)
+        except CacheError as error:
+            raise self.cache.misused(str(error)) from None
+        if reading.looked is None:
+            return None
+        if reading.looked.past is not None:
+            raise self.cache.misused(
+                "its attention mask hides tokens that were visible before, and where a prompt was filtered nobody "
+                "knows their columns any more: use a policy that evicts after the prompt, such as SnapKV, for "
+                "conversations in which something is hidden later"
+            )
+        self.columns = reading.looked.columns
+        self.cache.expect(None, None, self.columns)
+        return reading.looked.valid
 
     def _earlier_columns(self) -> Tensor | None:
         """Which columns that the layers have seen are no padding, bool `[B, C]`; None if all are, or no one asks."""
@@ -186,7 +205,7 @@ class _Step:
             arguments["attention_mask"] = None if after.columns is None else after.columns.long()
         elif step is not None:
             arguments["attention_mask"] = None if valid is None else valid.long()
-        self.cache.expect(step, after)
+        self.cache.expect(step, after, self.columns)
 
 
 def _inputs(given: dict[str, Any]) -> Tensor | None:

@@ -178,6 +178,22 @@ class TokenTable(Contents):
         if first:
             self.compact(self._storage.slots(first, self.length))
 
+    def move(self, positions: Tensor) -> None:
+        """Give rows other positions; those that get -1 are dropped. Changes the table.
+
+        positions: LongTensor or int32 `[B, tokens]`, by the position that a row has; none overtakes another.
+        """
+        held = self.positions
+        tokens = positions[:, None].expand(-1, self.kv_heads, -1)
+        new = tokens.gather(2, held.clamp(min=0).long()).to(held.dtype).masked_fill(held < 0, EMPTY)
+        held.copy_(new)
+        kept = new >= 0
+        self.dense = bool(kept.all())
+        if self.packed:
+            self._close_up(kept)
+        elif int(kept.sum(-1).max()) < self.length:
+            self.compact(true_rows(kept))
+
     def evict(self, slots: Tensor) -> None:
         """Drop `k` rows per head in place: the last `k` rows move into their slots. Nothing is allocated or freed.
 

@@ -1,0 +1,119 @@
+"""`Masks`: what a padding mask, and other arguments of a forward pass, say of it before a layer of it changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvprune.cache.columns import Looked, Past, Reading
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.registration import NO_MASK, CacheLength, PendingMask
+from kvprune.errors import CacheError, KVPruneError
+from kvprune.policy.base import Policy
+
+
+class Masks(Cache):
+    """The part of a `PrunedCache` that reads masks. Nothing here changes what the cache holds."""
+
+    layers: Any
+    pruned_layers: tuple[int, ...]
+    prompt_filter: Policy | None
+    _open: int | None
+    _mask: tuple[Tensor, Reading] | None
+
+    def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
+        """The error to raise for a forward pass that this cache cannot serve."""
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a layer's mask; the length of a pruned layer says that it is of this cache."""
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if isinstance(length, CacheLength) and length is not NO_MASK and not torch.compiler.is_dynamo_compiling():
+            length.cache = self
+        return length, offset
+
+    def read(self, mask: PendingMask, length: int | None) -> PendingMask | None:
+        """Begin to read a padding mask, before a forward pass of `length` columns comes to any layer.
+
+        None if there is nothing to read, and a compiled step is not to be given anything.
+        """
+        layer = self.layers[self.pruned_layers[0]]
+        steady = layer.steady if length == 1 else None
+        if mask.padding is None:
+            return mask if steady is None else None
+        mask.reading = Reading(mask.padding)
+        if steady is not None:
+            covered = steady.ahead or mask.padding.shape[1] > layer.seen
+            if covered and mask.reading.is_ordinary(layer.columns, 1):
+                return None
+            for index in self.pruned_layers:
+                self.layers[index].leave_steady()
+        if self.pruned_layers[0] and length is not None:  # layers come first that a refusal could not undo
+            self.look(mask, length, mask.padding.device)
+        return mask
+
+    def look(self, mask: Any, length: int, device: torch.device) -> Looked | None:
+        """What a mask says of this forward pass, found out once for all layers; None if nothing of note."""
+        if isinstance(mask, PendingMask):
+            reading = mask.reading
+            if reading is None and mask.padding is not None:  # made where steps are compiled
+                reading = mask.reading = Reading(mask.padding)
+        elif mask is not None and mask.ndim != 2:
+            raise self.misused(
+                f"its attention was given a mask of the shape {tuple(mask.shape)}, which the model, or who called it, "
+                "made. A pruned cache can only attend causally, with a padding mask [batch, tokens]: give it that, or "
+                "use DynamicCache here"
+            )
+        elif mask is not None and (self._mask is None or self._mask[0] is not mask):
+            reading = Reading(mask)
+            self._mask = mask, reading
+        else:
+            reading = self._mask and self._mask[1] if mask is not None else None
+        if reading is None:
+            return None
+        if not reading.is_looked_at:
+            layer = self.layers[self.pruned_layers[0] if self._open is None else self._open]
+            try:
+                if self.prompt_filter is None:
+                    reading.look(layer.columns, layer.seen, length, device)
+                else:  # what came before is seen to where the prompt is filtered
+                    reading.look_at_newest(layer.columns, length, device)
+            except CacheError as error:
+                raise self.misused(str(error)) from None
+            if reading.looked is not None and reading.looked.past is not None and layer.rotation is not None:
+                raise self.misused(
+                    'its attention mask hides tokens that were visible before, and with positions="cache" keys are '
+                    "turned by the positions they came with: leave that out where something is hidden later"
+                )
+        return reading.looked
+
+    def check_goes_on(
+        self,
+        layer: PrunedLayer,
+        length: int,
+        past: Past | None,
+        *,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise CacheError for new tokens that do not come behind what the cache has seen, as far as one can tell."""
+        if use_cache is False:
+            raise self.misused(
+                "it was called with use_cache=False, under which generate() brings all tokens again at every step: "
+                "leave that out, or give no cache"
+            )
+        if length == 1 or not layer.tokens or self.prompt_filter is not None:
+            return
+        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == length:
+            before, last = (past.left(layer.tokens) if past else layer.tokens), position_ids[:, -1].tolist()
+            if max(last) < min(before):
+                raise self.misused(
+                    f"the new tokens have positions up to {max(last)}, and the cache has seen {min(before)} tokens: "
+                    "they are of a prompt that does not begin with what the cache has seen, and goes on from there (as "
+                    "where a chat template leaves out earlier thinking). Give generate() the whole conversation, or "
+                    "take a fork() from before"
+                )

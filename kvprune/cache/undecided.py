@@ -1,0 +1,20 @@
+"""A step that `crop` may still take back: what assisted decoding has drafted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvprune.attention.mass import Scoring
+from kvprune.attention.queries import Queries
+
+# While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
+UNDECIDED = 128
+
+
+@dataclass
+class Undecided:
+    """A step whose tokens `crop` may still take back."""
+
+    queries: Queries
+    prefill: bool
+    scoring: Scoring
