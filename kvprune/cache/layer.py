@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.queries import Remembered
-from kvprune.cache.columns import Columns
+from kvprune.cache.columns import Columns, Past
 from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.selection import Selection
 from kvprune.cache.step import LayerStep
@@ -66,6 +66,16 @@ class PrunedLayer(LayerStep):
             self.table.check_step(key_states, value_states)
         self.incoming = (key_states, value_states)
         return key_states, value_states
+
+    def _hide(self, past: Past, table: TokenTable) -> None:
+        """Drop the rows of tokens that a mask hides; the others move up, as if those had been padding all along."""
+        self.leave_steady()
+        moved = past.on(table.positions.device)
+        table.move(moved)
+        if self.remembered is not None:
+            self.remembered = self.remembered.moved(moved)
+        self.prompt_tokens, self.tokens = past.left(self.prompt_tokens), past.left(self.tokens)
+        self.last_eviction = self.seen
 
     # -- rolling back ----------------------------------------------------------------------------------------------
 

@@ -25,13 +25,16 @@ from kvprune.cache.columns import ALL_REAL, Past
 from kvprune.cache.plans import Plan, Planner
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Counted, Steady, pin
-from kvprune.cache.undecided import UNDECIDED, Undecided
+from kvprune.cache.undecided import Undecided
 from kvprune.cache.unread import Unread
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
+
+# While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
+_UNDECIDED = 128
 
 
 class LayerStep(CacheLayerMixin):
@@ -163,14 +166,7 @@ class LayerStep(CacheLayerMixin):
         return output.transpose(1, 2).contiguous().to(device)
 
     def _hide(self, past: Past, table: TokenTable) -> None:
-        """Drop the rows of tokens that a mask hides; the others move up, as if those had been padding all along."""
-        self.leave_steady()
-        moved = past.on(table.positions.device)
-        table.move(moved)
-        if self.remembered is not None:
-            self.remembered = self.remembered.moved(moved)
-        self.prompt_tokens, self.tokens = past.left(self.prompt_tokens), past.left(self.tokens)
-        self.last_eviction = self.seen
+        raise NotImplementedError
 
     def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
         """Whether a step of so many columns is one of a prompt."""
@@ -366,7 +362,7 @@ class LayerStep(CacheLayerMixin):
 
     def _defer(self, table: TokenTable, queries: Queries, prefill: bool, scoring: Scoring) -> None:
         """Observe all but the newest queries now, and leave those, and the decision, to `_commit`."""
-        split = max(0, len(queries) - UNDECIDED)
+        split = max(0, len(queries) - _UNDECIDED)
         if split:
             early = queries.part(0, split)
             with table.without_newest(len(queries) - split):  # all that these queries can see

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Queries
 
-# While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
-UNDECIDED = 128
-
 
 @dataclass
 class Undecided:
