@@ -24,4 +24,4 @@ class Knorm(Eviction):
 
     def observe(self, table: TokenTable, step: Step) -> None:
         new = slice(-step.queries, None)
-        table["score"][:, :, new] = -table.keys[:, :, new].float().norm(dim=-1)
+        table["score"][:, :, new] = -table.newest_keys(step.queries).float().norm(dim=-1)

@@ -12,7 +12,9 @@ from torch import Tensor
 from kvprune.attention import packed
 from kvprune.attention.mass import MassOperations, RowWeights, Scoring, attention_mass
 from kvprune.attention.noise import Gumbel
+from kvprune.attention.ragged import OneHead, side_by_side
 from kvprune.attention.softmax import single_query_attention
+from kvprune.table.ragged import RaggedTable
 from kvprune.table.token_table import TokenTable
 
 
@@ -40,6 +42,21 @@ class AttentionOperations(MassOperations):
     def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """The same over a table with packed rows; see `packed.single_query`."""
         return packed.single_query(queries, table, scoring)
+
+    def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """The same over heads of different lengths; probabilities are 0 before the first row of a head."""
+        group = queries.shape[1] // table.kv_heads
+        outputs: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        for number, head in enumerate(table.heads):
+            one = OneHead.of(number, table.kv_heads, group)
+            output, found = self.single_query(
+                one.part(queries), head.keys, head.values, one.scoring(scoring), None, True
+            )
+            outputs.append(output)
+            probabilities.append(found)  # type: ignore[arg-type]
+        output = side_by_side(outputs, table.kv_heads)
+        return output, table.padded(probabilities)
 
     # -- attention mass ----------------------------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvprune.attention import operations, packed
+from kvprune.attention import operations, packed, ragged
 from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import RowWeights, Scoring
+from kvprune.attention.ragged import OneHead
 from kvprune.attention.softmax import causal_attention, positional_attention
 from kvprune.state import Saved, State
+from kvprune.table.ragged import RaggedTable
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
 
@@ -107,6 +109,10 @@ class Queries:
         self, table: TokenTable, scoring: Scoring, *, with_probabilities: bool = False, backend: Sdpa = SDPA
     ) -> Attended:
         """Attention over all rows; with_probabilities: of a single query, those are wanted too."""
+        if isinstance(table, RaggedTable):
+            if len(self) == 1 and self.valid is None and table.flat is not None:
+                return Attended(*operations.of(table).flat_single_query(self.states, table, scoring))
+            return self._attend_by_head(table, scoring, with_probabilities, backend)
         states, keys, values = self.states, table.keys, table.values
         if len(self) == 1 and self.valid is None:
             if table.packed:
@@ -163,6 +169,8 @@ class Queries:
         """
         probabilities, lse = (attended.probabilities, attended.lse) if attended else (None, None)
         if earlier is not None and (weights.last > len(self) or self.valid is not None):
+            if isinstance(table, RaggedTable):
+                return self._weigh_by_head(table, scoring, weights, group, attended, earlier)
             states, positions = earlier.followed_by(self)
             if table.packed:
                 return packed.attention_mass(states, positions, table, weights, scoring, group)
@@ -177,6 +185,8 @@ class Queries:
                 return operations.of(table).query_mass(
                     probabilities, group, weights.noise, self.positions, table.positions
                 )
+        if isinstance(table, RaggedTable):
+            return self._weigh_by_head(table, scoring, weights, group, attended, None)
         if table.packed:
             return packed.attention_mass(self.states, self.positions, table, weights, scoring, group)
         if table.dense and weights.noise is None:
@@ -199,6 +209,62 @@ class Queries:
                 in_order=True, lse=None if lse is None else lse[one],
             )  # fmt: skip
         return mass
+
+    # -- over a table whose heads hold different numbers of rows, head by head -----------------------------------------
+
+    def _attend_by_head(
+        self, table: RaggedTable, scoring: Scoring, with_probabilities: bool, backend: Sdpa
+    ) -> Attended:
+        found = [
+            self._of_head(one).attend(
+                head, one.scoring(scoring), with_probabilities=with_probabilities, backend=backend
+            )
+            for one, head in self._heads(table)
+        ]
+        output = ragged.side_by_side([each.output for each in found], table.kv_heads)
+        lse = [each.lse for each in found if each.lse is not None]
+        told = [each.probabilities for each in found if each.probabilities is not None]
+        return Attended(
+            output,
+            table.padded(told) if len(told) == len(found) else None,
+            ragged.side_by_side(lse, table.kv_heads) if len(lse) == len(found) else None,
+        )
+
+    def _weigh_by_head(
+        self,
+        table: RaggedTable,
+        scoring: Scoring,
+        weights: RowWeights,
+        group: str,
+        attended: Attended | None,
+        earlier: Remembered | None,
+    ) -> Tensor:
+        lse = None if attended is None else attended.lse
+        masses = []
+        for one, head in self._heads(table):
+            known = None if lse is None else Attended(self.states, lse=one.part(lse))
+            before = None if earlier is None else earlier.of_head(one)
+            masses.append(
+                self._of_head(one).weigh(
+                    head, one.scoring(scoring), one.weights(weights), group, attended=known, earlier=before
+                )
+            )
+        return table.padded(masses)
+
+    def _heads(self, table: RaggedTable) -> list[tuple[OneHead, TokenTable]]:
+        group = self.states.shape[1] // table.kv_heads
+        return [(OneHead.of(number, table.kv_heads, group), head) for number, head in enumerate(table.heads)]
+
+    def _of_head(self, one: OneHead) -> Queries:
+        tokens = self.tokens[one.sequence]
+        return Queries(
+            one.part(self.states),
+            self.first if isinstance(self.first, int) else one.sequence_of(self.first),
+            None if self.valid is None or tokens == len(self) else one.sequence_of(self.valid),
+            (tokens,),
+            None,
+            None if self.placed is None else one.sequence_of(self.placed),
+        )
 
     def _sequences(self) -> list[tuple[slice, slice, slice]]:
         """For each sequence, the index of its real tokens in a tensor `[B, H, L, ...]`."""
@@ -240,6 +306,10 @@ class Remembered:
         new = positions.long().gather(1, placed.clamp(min=0)).masked_fill(placed < 0, EMPTY)
         new, order = new.sort(dim=1)
         return Remembered(self.states.gather(2, order[:, None, :, None].expand_as(self.states)), new)
+
+    def of_head(self, one: OneHead) -> Remembered:
+        """Those of one sequence and KV head."""
+        return Remembered(one.part(self.states), one.sequence_of(self.positions))
 
     def writable(self) -> Remembered:
         """The same in tensors of its own, with positions `[B, w]`."""

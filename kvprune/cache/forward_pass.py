@@ -224,6 +224,8 @@ class ForwardPass(Masks):
             self.replay(self)
         while layers and all(layer.waiting for layer in layers):
             plans = [layer.waiting[0] for layer in layers]
+            for layer, plan in zip(layers, plans, strict=True):
+                plan.table = layer.table.scoped(plan.scope)
             decisions = plans[0].policy.decide_together([plan.table for plan in plans], [plan.step for plan in plans])
             for layer, decision in zip(layers, decisions, strict=True):
                 layer.decide_waiting(decision)

@@ -20,6 +20,7 @@ from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError
 from kvprune.state import Saved, State
 from kvprune.table.tallies import Tallies
+from kvprune.table.ragged import RaggedTable
 from kvprune.table.token_table import TokenTable
 
 
@@ -228,7 +229,10 @@ class PrunedLayer(LayerStep):
             return
         self.tokens = saved.counts("tokens", self.seen)
         self.prompt_tokens = saved.counts("prompt_tokens", self.seen, length=len(self.tokens))
-        self.table = self._restored_table(table)
+        if "heads" in table.facts:
+            self.table = RaggedTable.restored(table, len(self.tokens), lambda part: self._restored_table(part, 1))
+        else:
+            self.table = self._restored_table(table, len(self.tokens))
         self.is_initialized = True
         if self.planner.tallies(1, 1, 1):
             self._restore_tallies(saved.part("tallies", self.home), self.table)
@@ -251,12 +255,12 @@ class PrunedLayer(LayerStep):
         self.query_heads = saved.count("query_heads", least=1)
         self.tallies = Tallies.restored(saved, self._tally_shapes(table), table.batch_size)
 
-    def _restored_table(self, saved: Saved) -> TokenTable:
+    def _restored_table(self, saved: Saved, sequences: int) -> TokenTable:
         (shape, dtype), (value_shape, value_dtype) = saved.numbers("keys"), saved.numbers("values")
         batch, heads, rows, key_dim = shape
         value_dim = value_shape[3]
         alike = value_shape == (batch, heads, rows, value_dim) and value_dtype == dtype
-        if not alike or batch != len(self.tokens) or not all((batch, heads, key_dim, value_dim)):
+        if not alike or batch != sequences or not all((batch, heads, key_dim, value_dim)):
             raise saved.refused(f"has keys of shape {list(shape)} and values of shape {list(value_shape)}")
         none = torch.empty(batch, heads, 0, key_dim + value_dim, dtype=dtype, device=saved.device)
         table = self.new_table(none[..., :key_dim], none[..., key_dim:], none[..., 0], dense=True)

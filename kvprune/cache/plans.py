@@ -30,6 +30,8 @@ class Plan:
     policy: Policy
     table: TokenTable
     step: Step
+    scope: str = ""
+    """What the names of its columns begin with, in the table."""
 
     @property
     def weights(self) -> RowWeights | None:
@@ -175,7 +177,7 @@ class Planner:
             step.weights = part.row_weights(step)
             if not (step.weights is None or isinstance(step.weights, RowWeights)):
                 raise PolicyError(f"row_weights() of {part} returned {step.weights!r}: return RowWeights, or None.")
-            plans.append(Plan(part, table.scoped(scope), step))
+            plans.append(Plan(part, table.scoped(scope), step, scope))
         return plans
 
     def _costs(self, table: TokenTable) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from kvprune.errors import KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
 from kvprune.table.tallies import Tallies
+from kvprune.table.ragged import keep_rows
 from kvprune.table.token_table import TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
@@ -320,8 +321,10 @@ class LayerStep(CacheLayerMixin):
                 plan.policy.check(plan.step)
                 self.waiting = [replace(each, step=replace(each.step, source=None)) for each in plans[number:]]
                 break
+            plan.table = self.table.scoped(plan.scope)  # type: ignore[union-attr]  # an earlier link may have replaced it
             evicted |= self._apply(plan, plan.policy.decide(plan.table, plan.step))
         table: TokenTable = self.table  # type: ignore[assignment]
+        table.settle()
         if prefill:
             table.drop_empty()
             table.own()
@@ -351,9 +354,9 @@ class LayerStep(CacheLayerMixin):
             self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
             return False
         if decision.keep is not None:
-            table.compact(decision.keep, room=self.planner.interval_room(decision.keep.shape[2]))
+            self.table = keep_rows(table, decision.keep, self.planner.interval_room(decision.keep.shape[2]))
         elif decision.evict is not None:
-            table.evict(decision.evict)
+            table.evict(decision.evict, exact=decision.exact)
             table.shrink(plan.step.spare)
         self.last_eviction = self.seen
         return True

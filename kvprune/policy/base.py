@@ -38,6 +38,7 @@ class Decision:
         to exactly these rows and the rest of its memory is freed.
     evict: LongTensor `[B, Hkv, k]`: these rows are overwritten in place, and every head holds k slots less. Empty slots
         may be named too.
+    exact: of slots to evict, that each holds a row, which need not be looked at again then.
     quantize: codecs, each with the slots to pack by it, LongTensor `[B, Hkv, rows]` in the order of their positions, -1
         for none. Only rows in full precision can be packed, those from slot `table.packed_length` on; all others stay
         as they are.
@@ -45,6 +46,7 @@ class Decision:
 
     keep: Tensor | None = None
     evict: Tensor | None = None
+    exact: bool = False
     quantize: tuple[tuple[Codec, Tensor], ...] | None = None
 
     def __post_init__(self) -> None:

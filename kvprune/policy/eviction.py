@@ -192,9 +192,10 @@ class Eviction(Policy):
 
         surplus: rows above what a head may hold, where the capacity does not say that.
         """
-        if table.dense and excess == 1:
+        all_over = isinstance(surplus, int)  # then every head has as many rows too many as any other
+        if excess == 1 and (table.dense or all_over):
             scores, window = self._compared(table, step, capacity), self._window(table, step, capacity)
-            return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window))
+            return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window), exact=True)
         retention = self._retention(table, step, capacity, self._compared(table, step, capacity))
         if table.dense:
             return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)

@@ -76,6 +76,11 @@ class Contents:
             return (self.length * self.kv_heads,) * self.batch_size
         return tuple((self.positions >= 0).sum((1, 2)).tolist())
 
+    def newest_keys(self, count: int) -> Tensor:
+        """Of the rows that were appended last, `[B, Hkv, count, D]`; none of them has been packed, or moved."""
+        keys = self.keys
+        return keys[:, :, keys.shape[2] - count :]
+
     def all_keys(self) -> Tensor:
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
         return self._with_packed(self.keys, 0)
@@ -98,19 +103,24 @@ class Contents:
 
     def check_step(self, keys: Tensor, values: Tensor) -> None:
         """Raise CacheError where new keys and values do not fit this table."""
-        for name, new in (("keys", keys), ("values", values)):
-            held = self._storage.tensors[name]
-            if new.shape[0] != held.shape[0]:
+        if keys.shape[0] != self.batch_size:
+            raise CacheError(
+                f"this cache holds a batch of {self.batch_size}, and the model was called with a batch of "
+                f"{keys.shape[0]}. Make a new PrunedCache, or call reset() to start over."
+            )
+        key_dim, value_dim, dtype = self.dims
+        for name, new, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
+            if new.shape[1] != self.kv_heads or new.shape[3] != dim or new.dtype != dtype:
                 raise CacheError(
-                    f"this cache holds a batch of {held.shape[0]}, and the model was called with a batch of "
-                    f"{new.shape[0]}. Make a new PrunedCache, or call reset() to start over."
-                )
-            if new.shape[1] != held.shape[1] or new.shape[3] != held.shape[3] or new.dtype != held.dtype:
-                raise CacheError(
-                    f"this cache holds {name} of {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, and was "
-                    f"given {new.shape[1]} heads of {new.shape[3]} in {new.dtype}: it belongs to another model. "
+                    f"this cache holds {name} of {self.kv_heads} heads of {dim} in {dtype}, and was given "
+                    f"{new.shape[1]} heads of {new.shape[3]} in {new.dtype}: it belongs to another model. "
                     "Make a PrunedCache for each model."
                 )
+
+    @property
+    def dims(self) -> tuple[int, int, torch.dtype]:
+        """Numbers of a key, of a value, and their dtype."""
+        return *self._dims(), self._storage.tensors["keys"].dtype
 
     # -- how many bytes it takes -----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ class Columns(tuple[Tensor, ...]):
     native: Any = None
 
 
+class FlatColumns(Columns):
+    """The tensors of heads one behind another, `[slots, ...]`; see `Flat`.
+
+    starts: LongTensor `[heads + 1]`. lengths: LongTensor `[heads]`, which those who add or drop rows keep right.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+
+    def __new__(cls, tensors: Iterable[Tensor], starts: Tensor, lengths: Tensor) -> FlatColumns:
+        columns = super().__new__(cls, tensors)
+        columns.starts, columns.lengths = starts, lengths
+        return columns
+
+
 class RowOperations:
     """PyTorch's, on every device. Others override what they do better, and pass on what they cannot do."""
 
@@ -36,11 +52,9 @@ class RowOperations:
         """Slot of the row of least score of every head, LongTensor `[B, Hkv, 1]`; of equal ones the oldest.
 
         Rows at positions below `sinks` or from `recent` on, an int or LongTensor `[B, 1, 1]`, are not chosen. NaN
-        counts as -inf. scores: float32, broadcastable to positions `[B, Hkv, S]` int32, of which none is -1.
+        counts as -inf. scores: float32, broadcastable to positions `[B, Hkv, S]` int32, -1 where there is no row.
         """
-        kept = positions >= recent
-        if sinks:
-            kept |= positions < sinks
+        kept = (positions >= recent) | (positions < sinks)
         ranks = ranked(scores.expand_as(positions), positions).masked_fill_(kept, _ALWAYS_KEPT)
         return ranks.argmin(dim=-1, keepdim=True)
 
@@ -70,6 +84,47 @@ class RowOperations:
         for column in columns[3:]:
             column[:, :, new] = 0
 
+    # -- of heads one behind another -------------------------------------------------------------------------------
+
+    def append_rows(self, columns: FlatColumns, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """A row more for every head: keys `[B, Hkv, 1, D]`, values `[B, Hkv, 1, Dv]`, int32 positions, then zeros.
+
+        Writes to the columns, and to their lengths, in place. positions: `[B, Hkv]`. There must be room.
+        """
+        slots = columns.starts[:-1] + columns.lengths
+        columns[0].index_copy_(0, slots, keys.flatten(0, 2))
+        columns[1].index_copy_(0, slots, values.flatten(0, 2))
+        columns[2].index_copy_(0, slots, positions.flatten())
+        for column in columns[3:]:
+            column.index_fill_(0, slots, 0)
+        columns.lengths += 1
+
+    def drop_rows(self, columns: FlatColumns, slots: Tensor, width: int) -> None:
+        """One row less for every head: the last takes the place of the one that slots `[B, Hkv, 1]` int64 name.
+
+        Writes to the columns, and to their lengths, in place. Slots are counted as `spread` lays them out.
+        """
+        first, lengths = columns.starts[:-1], columns.lengths
+        target = first + lengths - width + slots.flatten()
+        last = first + lengths - 1
+        for column in columns:
+            column.index_copy_(0, target, column.index_select(0, last))
+        lengths -= 1
+
+    def spread(self, column: Tensor, starts: Tensor, lengths: Tensor, width: int, filling: float) -> Tensor:
+        """Rows of heads as `[heads, width]`, those of each head at its end, with the filling before them."""
+        slots = _slots(starts, lengths, width)
+        found = column.index_select(0, slots.clamp(min=0).flatten()).view_as(slots)
+        return found.masked_fill_(slots < starts[:-1, None], filling)
+
+    def collect(self, column: Tensor, padded: Tensor, starts: Tensor, lengths: Tensor) -> None:
+        """Write back `[heads, width]` that `spread` gave, in place."""
+        width = padded.shape[1]
+        every = torch.arange(len(column), device=column.device)
+        head = torch.searchsorted(starts, every, right=True) - 1
+        place = every - starts[head] + width - lengths[head]
+        column.copy_(padded.reshape(-1).index_select(0, head * width + place.clamp(max=width - 1)))
+
     def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
         """Rows packed by a codec: of keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` those in the slots.
 
@@ -79,6 +134,11 @@ class RowOperations:
         return PackedRows.encode(
             codec, take_rows(keys, index), take_rows(values, index), empty if bool(empty.any()) else None
         )
+
+
+def _slots(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """`[heads, width]`: slots of all heads as `spread` lays them out; before the first of a head, others."""
+    return (starts[:-1] + lengths - width)[:, None] + torch.arange(width, device=starts.device)
 
 
 TORCH_ROWS = RowOperations()

@@ -191,6 +191,12 @@ class PackedRows:
         tensors = {name: tensor.index_select(0, sequences) for name, tensor in self.tensors.items()}
         return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
 
+    def of_head(self, sequence: int, head: int) -> PackedRows:
+        """The rows of one sequence and head, in storage of their own."""
+        part = (slice(sequence, sequence + 1), slice(head, head + 1))
+        tensors = {name: tensor[part].clone() for name, tensor in self.tensors.items()}
+        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
+
     def clone(self) -> PackedRows:
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)

@@ -88,10 +88,14 @@ class TokenTable(Contents):
 
     def __getitem__(self, column: str) -> Tensor:
         """A policy's column, `[B, Hkv, length]`, or `[B, Hkv, length - packed_length]`: a view, to be written to."""
+        return self._storage.rows(self.column_name(column))
+
+    def column_name(self, column: str) -> str:
+        """The name of the tensor that holds a column. Raises PolicyError for one that is not there."""
         tensors = self._storage.tensors
         for name in (f"column.{column}", f"buffer.{column}"):
             if name in tensors:
-                return self._storage.rows(name)
+                return name
         known = [each.partition(".")[2] for each in tensors if "." in each]
         raise PolicyError(
             f"the table has no column {column!r}: declare it in columns(). It has: {', '.join(known) or 'none'}."
@@ -194,11 +198,11 @@ class TokenTable(Contents):
         elif int(kept.sum(-1).max()) < self.length:
             self.compact(true_rows(kept))
 
-    def evict(self, slots: Tensor) -> None:
+    def evict(self, slots: Tensor, *, exact: bool = False) -> None:
         """Drop `k` rows per head in place: the last `k` rows move into their slots. Nothing is allocated or freed.
 
         In a packed table, whose rows cannot take each other's places, they leave holes, which close up later. Changes
-        the table. slots: LongTensor `[B, Hkv, k]`, different slots within a head.
+        the table. slots: LongTensor `[B, Hkv, k]`, different slots within a head. exact: that each of them holds a row.
         """
         if not self.packed:
             self._storage.overwrite(slots, self.kernels)
@@ -267,6 +271,9 @@ class TokenTable(Contents):
         held = self.positions >= 0
         self.dense = bool(held.all())
         self._most_rows = int(held.sum(-1).max())
+
+    def settle(self) -> None:
+        """Bring what was written to columns back into the rows. Here, columns are the rows."""
 
     # -- in which memory it is -------------------------------------------------------------------------------------
 
