@@ -16,6 +16,7 @@ from kvprune.table.quantize import Codec
 from kvprune.table.rows import ranked, take_rows
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
+_RECENT = _ALWAYS_KEPT - (1 << 32)  # and a position: above all that is ranked by a score
 
 
 class Columns(tuple[Tensor, ...]):
@@ -51,12 +52,14 @@ class RowOperations:
     def worst_rows(self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
         """Slot of the row of least score of every head, LongTensor `[B, Hkv, 1]`; of equal ones the oldest.
 
-        Rows at positions below `sinks` or from `recent` on, an int or LongTensor `[B, 1, 1]`, are not chosen. NaN
-        counts as -inf. scores: float32, broadcastable to positions `[B, Hkv, S]` int32, -1 where there is no row.
+        Rows at positions below `sinks` or from `recent` on, an int or LongTensor `[B, 1, 1]`, are not chosen, but for
+        the oldest of the recent ones in a head that has no others. NaN counts as -inf.
+
+        scores: float32, broadcastable to positions `[B, Hkv, S]` int32, -1 where there is no row.
         """
-        kept = (positions >= recent) | (positions < sinks)
-        ranks = ranked(scores.expand_as(positions), positions).masked_fill_(kept, _ALWAYS_KEPT)
-        return ranks.argmin(dim=-1, keepdim=True)
+        ranks = ranked(scores.expand_as(positions), positions)
+        ranks = torch.where(positions >= recent, _RECENT + positions.long(), ranks)
+        return ranks.masked_fill_(positions < sinks, _ALWAYS_KEPT).argmin(dim=-1, keepdim=True)
 
     def move_rows(self, columns: Columns, slots: Tensor, newest: int) -> None:
         """In every column, the row in slot `newest` takes the place of the one that slots `[B, Hkv, 1]` int64 name.

@@ -51,6 +51,8 @@ class RaggedTable(RaggedContents):
         ragged._keep([own[own >= 0] for own in slots.flatten(0, 1)], room)
         return ragged
 
+    # -- what is shown to policies -----------------------------------------------------------------------------------
+
     def settle(self) -> None:
         """Bring what was written to columns back into the rows. Views are not valid any more."""
         shown, self._shown = self._shown, {}
@@ -179,6 +181,8 @@ class RaggedTable(RaggedContents):
             self._count(-1)
             return
         for head, own in zip(self.heads, self._own_slots(slots), strict=True):
+            if head.packed:  # an empty slot stays one there, and is no row less
+                own = own[head.positions[0, 0, own] >= 0]
             if len(own):
                 head.evict(own[None, None])
         self._heads_changed()

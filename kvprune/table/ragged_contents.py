@@ -1,4 +1,4 @@
-"""`RaggedContents`: what is in a table whose heads hold different numbers of rows, how policies see it, and its bytes."""
+"""`RaggedContents`: what is in a table whose heads hold different numbers of rows, and how policies see it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class RaggedContents(TokenTable):
         return [tier for head in self.heads for tier in head.packed]
 
     def row_totals(self) -> tuple[int, ...]:
-        totals = [head.length if head.dense else sum(head.row_totals()) for head in self.heads]
+        if not all(head.dense for head in self.heads):
+            return tuple((self.positions >= 0).sum((1, 2)).tolist())
+        totals = [head.length for head in self.heads]
         return tuple(sum(totals[first : first + self.kv_heads]) for first in range(0, len(totals), self.kv_heads))
 
     @property
