@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprune import Adaptive, Everywhere, Policy, PrunedCache, TokenTable
-from kvprune.cache import layer
+from kvprune import Adaptive, Everywhere, Policy, PolicyError, PrunedCache, Scoring, TokenTable
+from kvprune.cache import step as layer_step
+from kvprune.kernels import TORCH, cpu
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Keyformer, Knorm, SnapKV, StreamingLLM, ZipCache
 from kvprune.table.ragged import RaggedTable, keep_rows
 
@@ -37,7 +38,7 @@ def rectangles() -> Iterator[None]:
         return table
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer, "keep_rows", padded)
+        patch.setattr(layer_step, "keep_rows", padded)
         yield
 
 
@@ -305,3 +306,45 @@ def test_a_report_shows_that_heads_differ():
     pruned, _ = started(POLICIES["adaptive"])
     layers = pruned.report().layers
     assert any(layer.fewest_rows < layer.rows for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_loops_equal_pytorch(dtype):
+    """Attention with sinks, what a policy sees and writes, rows that come and go: on heads of 1 to 700 rows."""
+    if cpu.library() is None:
+        pytest.skip("no compiler when kvprune was installed")
+    random = torch.Generator().manual_seed(0)
+    counts = torch.tensor([[3, 700, 1, 40], [9, 1, 512, 257]])
+    keys, values = torch.randn(2, 2, 4, 800, 32, generator=random).to(dtype)
+    numbers = torch.arange(800).expand(2, 4, -1)
+    slots = numbers.masked_fill(numbers >= counts[..., None], -1)
+    tables = []
+    for kernels in (cpu.CPU, TORCH):
+        table = TokenTable(keys, values, numbers, {"score": torch.float32}, kernels=kernels)
+        tables.append(keep_rows(table, slots, 1))
+    scoring = Scoring(0.3, sinks=torch.randn(8, generator=random))
+    rounding = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 1e-2}
+    for step in range(3):
+        new = torch.randn(2, 2, 4, 1, 32, generator=random).to(dtype)
+        queries = torch.randn(2, 8, 1, 32, generator=random).to(dtype)
+        found = []
+        for table in tables:
+            table.append(*new, torch.tensor([800 + step, 900 + step]).view(2, 1, 1))
+            output, probabilities = table.kernels.flat_single_query(queries, table, scoring)
+            table["score"].add_(probabilities.mean(2))
+            worst = table.kernels.worst_rows(table["score"], table.positions, 0, 800 + step)
+            found.append((output.float(), probabilities, table["score"].clone(), worst, table.positions.clone()))
+            table.evict(worst, exact=True)
+        for mine, other in zip(*found, strict=True):
+            torch.testing.assert_close(mine, other, **rounding)
+    assert tables[0].row_totals() == tables[1].row_totals() == tuple(counts.sum(1).tolist())
+    torch.testing.assert_close(tables[0].keys, tables[1].keys)
+
+
+def test_a_slot_that_holds_no_row_is_not_evicted():
+    if cpu.library() is None:
+        pytest.skip("no compiler when kvprune was installed")
+    table, _ = table_of(SKEWS["some"], torch.float32)
+    table._kernels = cpu.CPU
+    with pytest.raises(PolicyError):
+        table.evict(torch.zeros(1, HEADS, 1, dtype=torch.int64), exact=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvprune.attention.mass import Scoring
 from kvprune.errors import PolicyError
-from kvprune.table.operations import Columns
+from kvprune.table.operations import Columns, FlatColumns
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
 
@@ -94,7 +94,8 @@ def native(columns: Columns) -> Any:
     """`column`s of rows.c: for each tensor, where it begins, and bytes of its rows."""
     if columns.native is None:
         # Not by stride(2), which means nothing where there is a single slot.
-        sizes = (each.itemsize * math.prod(each.shape[3:]) for each in columns)
+        first = 1 if isinstance(columns, FlatColumns) else 3  # dimension of a row
+        sizes = (each.itemsize * math.prod(each.shape[first:]) for each in columns)
         numbers = [number for each, size in zip(columns, sizes, strict=True) for number in (each.data_ptr(), size)]
         columns.native = (c_int64 * len(numbers))(*numbers)
     return columns.native

@@ -14,6 +14,7 @@ from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
 from kvprune.kernels.cpu.arguments import (
     KINDS,
+    LANES,
     STRETCHES,
     TILE,
     Selection,
@@ -31,9 +32,10 @@ from kvprune.kernels.cpu.arguments import (
 )
 from kvprune.kernels.cpu.loading import library
 from kvprune.kernels.reference import Kernels
-from kvprune.table.operations import Columns
+from kvprune.table.operations import Columns, FlatColumns
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec, channel_scales, packed_bytes
+from kvprune.table.ragged import RaggedTable
 from kvprune.table.token_table import TokenTable
 
 
@@ -69,6 +71,27 @@ class CPUKernels(Kernels):
             positions, rows, sinks_of(scoring, batch), torch.empty(heads * parts_of(rows) * group * value_dim),
             scoring.scale, KINDS[keys.dtype], heads, group, rows, dim, value_dim,
             threads_for(heads * group * rows * (dim + value_dim)),
+        )  # fmt: skip
+        return output.to(queries.dtype), probabilities
+
+    def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        flat = table.flat
+        if flat is None:
+            return super().flat_single_query(queries, table, scoring)
+        keys, values = flat.tensors["keys"], flat.tensors["values"]
+        whole = keys.dtype in KINDS and keys.shape[1] % LANES == 0 and values.shape[1] % LANES == 0
+        if scoring.softcap is not None or not whole or needs_gradients(queries, keys):
+            return super().flat_single_query(queries, table, scoring)
+        batch, query_heads, _, dim = queries.shape
+        heads, value_dim, width = len(table.heads), values.shape[1], table.length
+        group = query_heads // table.kv_heads
+        probabilities = torch.empty(batch, table.kv_heads, group, width)
+        output = torch.empty(batch, query_heads, 1, value_dim)
+        parts = parts_of(len(keys)) + heads  # at most
+        self._c.flat_query(
+            output, probabilities, queries.float().contiguous(), keys, values, flat.starts, flat.lengths,
+            sinks_of(scoring, batch), torch.empty(parts * group * value_dim), scoring.scale, KINDS[keys.dtype],
+            heads, group, width, dim, value_dim, threads_for(group * len(keys) * (dim + value_dim)),
         )  # fmt: skip
         return output.to(queries.dtype), probabilities
 
@@ -242,6 +265,39 @@ class CPUKernels(Kernels):
             native(columns), len(columns), capacity, slot, keys, size * keys.stride(0), size * keys.stride(1),
             values, size * values.stride(0), size * values.stride(1), positions, batch, heads,
         )  # fmt: skip
+
+    def append_rows(self, columns: FlatColumns, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        if keys.stride(3) != 1 or values.stride(3) != 1 or needs_gradients(keys, values):
+            super().append_rows(columns, keys, values, positions)
+            return
+        (batch, heads), size = keys.shape[:2], keys.itemsize
+        self._c.append_rows(
+            native(columns), len(columns), columns.starts, columns.lengths, keys, size * keys.stride(0),
+            size * keys.stride(1), values, size * values.stride(0), size * values.stride(1), positions.contiguous(),
+            batch, heads,
+        )  # fmt: skip
+
+    def drop_rows(self, columns: FlatColumns, slots: Tensor, width: int) -> None:
+        slots = slots.contiguous()
+        if self._c.drop_rows(
+            native(columns), len(columns), columns.starts, columns.lengths, slots, width, slots.numel()
+        ):
+            raise PolicyError(f"the policy evicts a slot that holds no row: {slots.flatten().tolist()} of {width}.")
+
+    def spread(self, column: Tensor, starts: Tensor, lengths: Tensor, width: int, filling: float) -> Tensor:
+        if column.ndim > 1 or column.itemsize != 4 or filling not in (0, -1):
+            return super().spread(column, starts, lengths, width, filling)
+        if filling and column.dtype != torch.int32:
+            return super().spread(column, starts, lengths, width, filling)
+        padded = column.new_empty(len(lengths), width)
+        self._c.spread(padded, column, starts, lengths, 0xFFFFFFFF if filling else 0, width, len(lengths))
+        return padded
+
+    def collect(self, column: Tensor, padded: Tensor, starts: Tensor, lengths: Tensor) -> None:
+        if column.ndim > 1 or column.itemsize != 4:
+            super().collect(column, padded, starts, lengths)
+            return
+        self._c.collect(column, padded.contiguous(), starts, lengths, padded.shape[1], len(lengths))
 
     def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
         if not can_encode(codec, keys, values) or not slots.numel():

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-_INTERFACE = 1  # as in rows.c
+_INTERFACE = 2  # as in rows.c
 
 
 class _Pointer:
@@ -34,6 +34,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "add_parts": [_Pointer, _Pointer] + [c_long] * 3,
     "single_query": [_Pointer] * 4 + [c_long, _Pointer, c_long, _Pointer, c_long, _Pointer, _Pointer, c_float, c_int]
     + [c_long] * 5 + [c_int],
+    "flat_query": [_Pointer] * 9 + [c_float, c_int] + [c_long] * 5 + [c_int],
+    "append_rows": [c_void_p, c_long, _Pointer, _Pointer] + [_Pointer, c_long, c_long] * 2 + [_Pointer, c_long, c_long],
+    "drop_rows": [c_void_p, c_long] + [_Pointer] * 3 + [c_long] * 2,
+    "spread": [_Pointer] * 4 + [c_uint32, c_long, c_long],
+    "collect": [_Pointer] * 4 + [c_long] * 2,
     "mean": [_Pointer, _Pointer] + [c_long] * 3 + [c_int],
     "noisy_query": [_Pointer] * 4 + [c_long, c_uint32, c_long, c_float, c_float] + [c_long] * 4 + [c_int],
     "packed_dots": [_Pointer, c_long, c_long, _Pointer, c_void_p, c_float, c_int, c_long, c_long, c_int],

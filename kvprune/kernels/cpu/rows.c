@@ -3,7 +3,7 @@
 #include "loops.h"
 
 /* Counts the changes of what Python may call, and how: it calls no library that was compiled of other files. */
-int kvprune_interface(void) { return 1; }
+int kvprune_interface(void) { return 2; }
 
 /* Scores of the 16 rows from `row` on, infinite where a row may not go; NaN counts as -inf. */
 INLINE floats
@@ -45,6 +45,11 @@ worst_row(const float *scores, long stride, const int32_t *positions, long sinks
                 positions[row + lane] < recent && positions[row + lane] < oldest)
                 slot = row + lane, oldest = positions[row + lane];
     }
+    if (oldest < INT32_MAX)
+        return slot;
+    for (long row = 0; row < rows; row++) /* all are kept anyway: the oldest beyond the sinks */
+        if (positions[row] >= sinks && positions[row] < oldest)
+            slot = row, oldest = positions[row];
     return slot;
 }
 
@@ -98,4 +103,68 @@ void kvprune_append_row(
             else
                 memset(row, 0, columns[c].row_bytes);
         }
+}
+
+/* -- heads one behind another: head `i` has `lengths[i]` rows, from row `starts[i]` on ----------------------------- */
+
+/* A row more for every head, see kvprune_append_row; positions [N]. Lengths grow by one. */
+void kvprune_append_rows(
+    const column *columns, long count, const int64_t *starts, int64_t *lengths, const char *keys, long keys_sequence,
+    long keys_head, const char *values, long values_sequence, long values_head, const int32_t *positions, long B, long H
+) {
+    for (long head = 0; head < B * H; head++) {
+        for (long c = 0; c < count; c++) {
+            char *row = columns[c].first + (starts[head] + lengths[head]) * columns[c].row_bytes;
+            if (c == 0)
+                memcpy(row, keys + head / H * keys_sequence + head % H * keys_head, columns[c].row_bytes);
+            else if (c == 1)
+                memcpy(row, values + head / H * values_sequence + head % H * values_head, columns[c].row_bytes);
+            else if (c == 2)
+                memcpy(row, positions + head, 4);
+            else
+                memset(row, 0, columns[c].row_bytes);
+        }
+        lengths[head]++;
+    }
+}
+
+/* A row less for every head: its last one takes the place of that in slot `slots` [N], of `width` slots of which the
+   head has the last ones. Returns 1, and does nothing, where a slot holds no row. */
+int kvprune_drop_rows(
+    const column *columns, long count, const int64_t *starts, int64_t *lengths, const int64_t *slots, long width, long N
+) {
+    for (long head = 0; head < N; head++)
+        if (slots[head] < width - lengths[head] || slots[head] >= width)
+            return 1;
+    for (long head = 0; head < N; head++) {
+        const long row = slots[head] - (width - lengths[head]), last = lengths[head] - 1;
+        for (const column *c = columns; c < columns + count; c++) {
+            char *rows = c->first + starts[head] * c->row_bytes;
+            if (row != last)
+                memcpy(rows + row * c->row_bytes, rows + last * c->row_bytes, c->row_bytes);
+        }
+        lengths[head]--;
+    }
+    return 0;
+}
+
+/* Rows of 4 bytes as padded [N, width], those of each head at its end and the filling before them. */
+void kvprune_spread(
+    uint32_t *padded, const uint32_t *rows, const int64_t *starts, const int64_t *lengths, uint32_t filling, long width,
+    long N
+) {
+    for (long head = 0; head < N; head++, padded += width) {
+        const long empty = width - lengths[head];
+        for (long slot = 0; slot < empty; slot++)
+            padded[slot] = filling;
+        memcpy(padded + empty, rows + starts[head], 4 * lengths[head]);
+    }
+}
+
+/* And back. */
+void kvprune_collect(
+    uint32_t *rows, const uint32_t *padded, const int64_t *starts, const int64_t *lengths, long width, long N
+) {
+    for (long head = 0; head < N; head++, padded += width)
+        memcpy(rows + starts[head], padded + width - lengths[head], 4 * lengths[head]);
 }

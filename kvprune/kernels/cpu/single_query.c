@@ -176,6 +176,60 @@ void kvprune_single_query(
     kvprune_add_parts(output, scratch, N, parts, G * Dv);
 }
 
+/* Of all parts of PART rows over heads of lengths [N], the head and the part in it that number `item` is. */
+INLINE void part_at(long item, const int64_t *lengths, long *head, long *part) {
+    for (*head = 0; item >= (lengths[*head] + PART - 1) / PART; (*head)++)
+        item -= (lengths[*head] + PART - 1) / PART;
+    *part = item;
+}
+
+/* The same over heads one behind another, of which each has `lengths` [N] rows from row `starts` [N + 1] on.
+   probabilities [N, G, S] of which a head has the last ones; 0 before them. scratch: [parts of all heads, G, Dv]. */
+void kvprune_flat_query(
+    float *output, float *probabilities, const float *queries, const void *keys, const void *values,
+    const int64_t *starts, const int64_t *lengths, const float *sinks, float *scratch, float scale, int kind, long N,
+    long G, long S, long D, long Dv, int threads
+) {
+    const long size = kind == FLOAT32 ? 4 : 2;
+    long parts = 0;
+    for (long head = 0; head < N; head++)
+        parts += (lengths[head] + PART - 1) / PART;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long item = 0; item < parts; item++) {
+            long head, part;
+            part_at(item, lengths, &head, &part);
+            const long first = part * PART, rows = lengths[head], some = rows - first < PART ? rows - first : PART;
+            dots_of(
+                probabilities + head * G * S + S - rows + first, S, queries + head * G * D,
+                (const char *)keys + (starts[head] + first) * D * size, scale, some, G, D, kind
+            );
+        }
+#pragma omp for schedule(static)
+        for (long item = 0; item < N * G; item++) {
+            const long rows = lengths[item / G];
+            memset(probabilities + item * S, 0, 4 * (S - rows));
+            softmax_row(probabilities + item * S + S - rows, rows, 0, sinks ? sinks[item] : -INFINITY);
+        }
+#pragma omp for schedule(static)
+        for (long item = 0; item < parts; item++) {
+            long head, part;
+            part_at(item, lengths, &head, &part);
+            const long first = part * PART, rows = lengths[head], some = rows - first < PART ? rows - first : PART;
+            sums_of(
+                scratch + item * G * Dv, probabilities + head * G * S + S - rows + first, S,
+                (const char *)values + (starts[head] + first) * Dv * size, some, G, Dv, kind
+            );
+        }
+    }
+    for (long head = 0; head < N; head++) {
+        const long own = (lengths[head] + PART - 1) / PART;
+        kvprune_add_parts(output + head * G * Dv, scratch, 1, own, G * Dv);
+        scratch += own * G * Dv;
+    }
+}
+
 VECTORS static void mean_of(float *mass, const float *probabilities, long G, long S) {
     const float part = 1.0f / (float)G;
     for (long key = 0; key < S; key += LANES) {
