@@ -19,8 +19,8 @@ from kvprune.cache.step import LayerStep
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError
 from kvprune.state import Saved, State
-from kvprune.table.tallies import Tallies
 from kvprune.table.ragged import RaggedTable
+from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
 
 

@@ -30,8 +30,8 @@ from kvprune.cache.unread import Unread
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
-from kvprune.table.tallies import Tallies
 from kvprune.table.ragged import keep_rows
+from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
 
 # While the past is recorded, the newest queries of a step are observed only when `crop` has said how many stay.
@@ -336,8 +336,7 @@ class LayerStep(CacheLayerMixin):
     def decide_waiting(self, decision: Decision | None) -> None:
         """Do what the first of the plans that wait has decided together with the other layers, and go on from there."""
         self._settle_mode()
-        plan, *others = self.waiting
-        self._decide(others, prefill=True, evicted=self._apply(plan, decision))
+        self._decide(self.waiting[1:], prefill=True, evicted=self._apply(self.waiting[0], decision))
 
     def _apply(self, plan: Plan, decision: Decision | None) -> bool:
         """Do what a policy has decided; whether rows went away by that."""
