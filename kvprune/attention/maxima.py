@@ -69,6 +69,9 @@ def attention_maxima(
     places = torch.arange(read, device=device)[None, None] if key_positions is None else key_positions[:, :, :read]
     unhidden = in_order and read <= keys_length - length  # then every query sees them all
     running = _Running(batch, kv_heads, query_heads // kv_heads, columns, group, key_weights, device)
+    if unhidden and lse is not None and group == "max" and scoring.softcap is None and queries.dtype == torch.float32:
+        shift = lse.float().unflatten(1, (kv_heads, -1)) - weights.log()[:, None, None]
+        return running.result_of(_shifted_maxima(queries, keys[:, :, :read], scoring.scale, shift, block_bytes))
     for block in row_blocks(queries.shape[2], batch * query_heads * read, device, block_bytes):
         logits = row_logits(queries[:, :, block], keys[:, :, :read], scoring)
         if not unhidden:
@@ -107,6 +110,22 @@ def packed_maxima(
     return found
 
 
+def _shifted_maxima(queries: Tensor, keys: Tensor, scale: float, shift: Tensor, block_bytes: int | None) -> Tensor:
+    """The largest `scale * q . k - shift` of any query, `[B, Hkv, G, S]`: a product of vectors that are one longer.
+
+    queries: `[B, Hq, R, D]`, all of which see all keys `[B, Hkv, S, D]`. shift: `[B, Hkv, G, R]`.
+    """
+    batch, kv_heads, length, _ = keys.shape
+    longer = torch.cat([queries.unflatten(1, (kv_heads, -1)) * scale, -shift.unsqueeze(-1)], dim=-1)
+    rows = longer.transpose(3, 4)
+    columns = torch.cat([keys, keys.new_ones(batch, kv_heads, length, 1)], dim=-1).unsqueeze(2)
+    best = torch.empty((*shift.shape[:3], length), device=keys.device)
+    # Keys by blocks: all queries of one lie side by side, and the maximum is taken along them.
+    for block in row_blocks(length, shift.numel(), keys.device, block_bytes):
+        best[..., block] = torch.matmul(columns[:, :, :, block], rows).amax(-1)
+    return best
+
+
 class _Running:
     """A maximum over blocks of rows, `[B, Hkv, G, columns]`; in logarithms where the group is reduced by a maximum."""
 
@@ -138,6 +157,11 @@ class _Running:
             probabilities *= self.key_weights.unsqueeze(3)
         by_head = probabilities.mean(2, keepdim=True) * weights.unsqueeze(-1)
         self.best = torch.maximum(self.best, by_head.amax(3))
+
+    def result_of(self, best: Tensor) -> Tensor:
+        """The result for a maximum in logarithms that was found in another way, `[B, Hkv, G, columns]`."""
+        self.best = best
+        return self.result()
 
     def result(self) -> Tensor:
         if self.group != "max":

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvprune.attention.backends import Sdpa
 from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.maxima import attention_maxima, maxima_of
 from kvprune.attention.packed import key_blocks
 from kvprune.attention.queries import Queries
+from kvprune.attention.softmax import causal_attention
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.cache.pruned_cache import PrunedCache
@@ -204,7 +206,10 @@ class ReplayPass(ScratchPass):
         queries = Queries.of_step(states, per_sequence(layer.tokens, home), valid, begins=False)
         seen = table.followed_by(keys, values, queries.positions[:, None], dense=valid is None)
         last = layer.index == self._cache.pruned_layers[-1]
-        attended = None if last else queries.attend(seen, scoring, backend=layer.backend)
+        if last and self._replay.softmax == "chunk":
+            attended = None  # nobody needs its output
+        else:
+            attended = queries.attend(seen, scoring, backend=layer.backend)
         rows = RowWeights.uniform(len(queries))
         if self._replay.softmax == "cache":
             best = maxima_of(
@@ -212,15 +217,17 @@ class ReplayPass(ScratchPass):
                 lse=None if attended is None else attended.lse,
             )  # fmt: skip
         else:
-            best = self._of_chunk(table, queries, keys, scoring, rows)
+            best = self._of_chunk(table, queries, keys, scoring, rows, layer.backend)
         best = best.masked_fill(table.positions < 0, 0.0)
         key = layer.index, self._scope
         self._found[key] = torch.maximum(self._found[key], best) if key in self._found else best
-        if attended is None:
+        if last or attended is None:
             raise _Seen
         return attended.output.transpose(1, 2).contiguous().to(device)
 
-    def _of_chunk(self, table: TokenTable, queries: Queries, own: Tensor, scoring: Scoring, rows: RowWeights) -> Tensor:
+    def _of_chunk(
+        self, table: TokenTable, queries: Queries, own: Tensor, scoring: Scoring, rows: RowWeights, backend: Sdpa
+    ) -> Tensor:
         """With the softmax over sinks, the rows of the chunk, and the replay's own keys."""
         positions = table.positions
         begin, end = (bound.to(positions.device) for bound in self._span)
@@ -232,8 +239,11 @@ class ReplayPass(ScratchPass):
         count, own_positions = slots.shape[2], queries.positions[:, None].expand(*slots.shape[:2], -1)
         whole = queries.valid is None and bool((slots >= 0).all())
         places = torch.cat([positions.gather(2, index).masked_fill(slots < 0, EMPTY), own_positions], dim=2)
+        # Of the output of attention over these keys, only the log-sum-exp is of use: any values do.
+        lse = causal_attention(queries.states, keys, keys, scoring, backend)[1] if whole and not table.packed else None
         best = attention_maxima(
             queries.states.to(every.dtype), keys, rows, scoring, group=self._replay.group, columns=count,
+            lse=lse,
             query_positions=None if whole else queries.positions, key_positions=None if whole else places,
         )  # fmt: skip
         found = best.new_zeros(*positions.shape[:2], table.length + 1)
