@@ -12,7 +12,7 @@ from kvprune.policies.keydiff import KeyDiff
 from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
 from kvprune.policies.knorm import Knorm
-from kvprune.policies.kvzip import KVzip
+from kvprune.policies.kvzip import KVzip, KVzipPlus
 from kvprune.policies.leverage import Leverage
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
@@ -31,6 +31,7 @@ __all__ = [
     "Full",
     "GemFilter",
     "KVzip",
+    "KVzipPlus",
     "KeyDiff",
     "Keyformer",
     "Knorm",

@@ -38,7 +38,7 @@ from kvprune import Policy, PolicyError, RowWeights, Scoring, UnsupportedModelEr
 from kvprune.attention.mass import row_probabilities
 from kvprune.attention.maxima import attention_maxima
 from kvprune.cache.models import cache_argument, check_supported
-from kvprune.policies import KIVI, TOVA, GemFilter, KVzip, ZipCache
+from kvprune.policies import KIVI, TOVA, GemFilter, KVzip, KVzipPlus, ZipCache
 
 
 def _supported(family: str) -> bool:
@@ -77,8 +77,20 @@ def telling(family: str):
 
 
 @torch.no_grad()
-def expected(family: str, ids: Tensor, *, chunk: int, softmax: str, sinks: int = 2) -> list[Tensor]:
-    """The score of every token in every layer, `[Hkv, n]`, of one sequence `[1, n]`."""
+def expected(
+    family: str,
+    ids: Tensor,
+    *,
+    chunk: int,
+    softmax: str,
+    sinks: int = 2,
+    said: tuple = ((), (), ()),
+    plus: bool = False,
+) -> list[Tensor]:
+    """The score of every token in every layer, `[Hkv, n]`, of one sequence `[1, n]`.
+
+    said: ids before the first chunk, before others, and then before all. plus: with the norms of KVzip+ (Llama).
+    """
     model = telling(family)
     model.set_attn_implementation("eager")
     read = DynamicCache(config=model.config)
@@ -86,10 +98,22 @@ def expected(family: str, ids: Tensor, *, chunk: int, softmax: str, sinks: int =
     count = ids.shape[1]
     scores = None
     for start in range(0, count, chunk):
-        part = ids[:, start : start + chunk]
+        first, later, answer = said
+        before = [*later, *ids[0, start - 8 : start].tolist()] if start and later else [*(later if start else first)]
+        part = torch.cat([torch.tensor([[*before, *answer]], dtype=torch.int64), ids[:, start : start + chunk]], dim=1)
+        inputs = []
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs, found=inputs: found.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            for layer in (model.model.layers if plus else ())
+        ]
         again = model(part, **cache_argument(copy.deepcopy(read)), output_attentions=True).attentions
+        for hook in hooks:
+            hook.remove()
         found = []
-        for layer in again:
+        for number, layer in enumerate(again):
             if layer.shape[3] != count + part.shape[1]:  # a sliding window has moved on
                 found.append(torch.zeros(1))
                 continue
@@ -100,6 +124,15 @@ def expected(family: str, ids: Tensor, *, chunk: int, softmax: str, sinks: int =
                 over[:sinks] = over[start : start + chunk] = over[count:] = True
                 sunk = 1 - chosen.sum(-1, keepdim=True)  # what attention sinks of the model take
                 chosen = chosen * over / ((chosen * over).sum(-1, keepdim=True) + sunk.clamp(min=0))
+            if plus:
+                values = read.layers[number].values[0].double().repeat_interleave(len(chosen) // kv_heads, 0)
+                weight = model.model.layers[number].self_attn.o_proj.weight.double()
+                added = [
+                    (value @ part.T).norm(dim=-1)
+                    for value, part in zip(values, weight.split(values.shape[2], 1), strict=True)
+                ]
+                sizes = inputs[number][0].double().norm(dim=-1)
+                chosen = chosen[..., :count] * torch.stack(added)[:, None] / sizes[None, :, None]
             found.append(chosen.unflatten(0, (kv_heads, -1))[..., :count].amax((1, 2)))
         scores = found if scores is None else [torch.maximum(a, b) for a, b in zip(scores, found, strict=True)]
     return scores
@@ -124,6 +157,18 @@ def test_scores_are_what_a_second_reading_attends_to(family, softmax):
         score = scores_of(pruned, layer).double()
         torch.testing.assert_close(score, reference[layer], atol=2e-5, rtol=2e-3)
         assert score.max() > 0.05
+
+
+@pytest.mark.parametrize("softmax", SOFTMAX)
+@pytest.mark.parametrize(("kind", "plus"), [(KVzip, False), (KVzipPlus, True)])
+def test_instructions_and_the_weight_of_values(kind, plus, softmax):
+    ids = token_ids(1, 21, seed=3)
+    said = (5, 6, 7), (8, 9), (10,)
+    told = dict(zip(("first_ids", "later_ids", "answer_ids"), said, strict=True))
+    pruned = PrunedCache(shared(), kind(1.0, sinks=2, recent=3, chunk=8, softmax=softmax, **told))
+    feed(shared(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, pruned, [21])
+    for layer, reference in enumerate(expected("llama", ids, chunk=8, softmax=softmax, said=said, plus=plus)):
+        torch.testing.assert_close(scores_of(pruned, layer).double(), reference, atol=2e-5, rtol=2e-3)
 
 
 @pytest.mark.parametrize("softmax", SOFTMAX)

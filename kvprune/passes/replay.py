@@ -28,6 +28,7 @@ from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, UnsupportedModelError
+from kvprune.passes.outputs import output_norms, output_projection
 from kvprune.passes.scratch import ScratchPass
 from kvprune.policy.base import per_sequence
 from kvprune.policy.replaying import Replay
@@ -51,6 +52,13 @@ def attach(cache: PrunedCache, model: Any) -> None:
             decoder.register_forward_pre_hook(_note, with_kwargs=True)
     if cache.pruned_layers:
         cache.replay = run
+    if any(part.replay is not None and part.replay.values for part in cache.policy.parts()):
+        for module in decoder.modules():
+            if isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "is_causal", False):
+                output_projection(module)
+                with _installing:
+                    if _measure not in module._forward_pre_hooks.values():
+                        module.register_forward_pre_hook(_measure, with_kwargs=True)
 
 
 def _replaying(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PrunedCache | None:
@@ -84,6 +92,14 @@ def _note(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             valid = None if bool(new.all()) else new
     ends = None if positions is None else positions.amax(-1)
     cache.note(length, Unread(inputs.detach(), valid, ends, columns))
+
+
+def _measure(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module in a replay: how large the hidden states are that it makes queries of."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, ReplayPass):
+            states = args[0] if args else kwargs["hidden_states"]
+            each.norms = states.norm(dim=-1)
 
 
 # -- one replay --------------------------------------------------------------------------------------------------------
@@ -195,6 +211,8 @@ class ReplayPass(ScratchPass):
                  found: dict[tuple[int, str], Tensor], scope: str) -> None:  # fmt: skip
         super().__init__(cache, valid)
         self._replay, self._span, self._found, self._scope = replay, span, found, scope
+        self.norms: Tensor | None = None
+        """Of the hidden states that the layer at hand makes queries of, `[B, L]`, where somebody asks for them."""
 
     def look(self, module: torch.nn.Module, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor,
              scoring: Scoring) -> Tensor:  # fmt: skip
@@ -210,14 +228,14 @@ class ReplayPass(ScratchPass):
             attended = None  # nobody needs its output
         else:
             attended = queries.attend(seen, scoring, backend=layer.backend)
-        rows = RowWeights.uniform(len(queries))
+        rows, sizes = self._weights(module, queries, table)
         if self._replay.softmax == "cache":
             best = maxima_of(
                 queries, seen, scoring, rows, group=self._replay.group, columns=table.length,
-                lse=None if attended is None else attended.lse,
+                lse=None if attended is None else attended.lse, key_weights=sizes,
             )  # fmt: skip
         else:
-            best = self._of_chunk(table, queries, keys, scoring, rows, layer.backend)
+            best = self._of_chunk(table, queries, keys, scoring, rows, sizes, layer.backend)
         best = best.masked_fill(table.positions < 0, 0.0)
         key = layer.index, self._scope
         self._found[key] = torch.maximum(self._found[key], best) if key in self._found else best
@@ -225,8 +243,30 @@ class ReplayPass(ScratchPass):
             raise _Seen
         return attended.output.transpose(1, 2).contiguous().to(device)
 
+    def _weights(
+        self, module: torch.nn.Module, queries: Queries, table: TokenTable
+    ) -> tuple[RowWeights, Tensor | None]:
+        """What to multiply probabilities by, for every query, and for every key and query head, `[B, Hkv, G, rows]`."""
+        if not self._replay.values:
+            return RowWeights.uniform(len(queries)), None
+        if self.norms is None:  # a hook of the attention module notes them, but some are not called as others are
+            raise self.misused("its attention modules are not given the cache by name or place")
+        norms = self.norms.to(queries.states.device).float().clamp(min=torch.finfo(torch.float32).tiny)
+        batch, length = norms.shape
+        every = torch.arange(length, device=norms.device).expand(batch, -1)
+        values = torch.cat([block.values() for block in key_blocks(table)], dim=2) if table.packed else table.values
+        sizes = output_norms(module, values, queries.states.shape[1])
+        return RowWeights.explicit(every, norms.reciprocal()), sizes
+
     def _of_chunk(
-        self, table: TokenTable, queries: Queries, own: Tensor, scoring: Scoring, rows: RowWeights, backend: Sdpa
+        self,
+        table: TokenTable,
+        queries: Queries,
+        own: Tensor,
+        scoring: Scoring,
+        rows: RowWeights,
+        sizes: Tensor | None,
+        backend: Sdpa,
     ) -> Tensor:
         """With the softmax over sinks, the rows of the chunk, and the replay's own keys."""
         positions = table.positions
@@ -239,11 +279,14 @@ class ReplayPass(ScratchPass):
         count, own_positions = slots.shape[2], queries.positions[:, None].expand(*slots.shape[:2], -1)
         whole = queries.valid is None and bool((slots >= 0).all())
         places = torch.cat([positions.gather(2, index).masked_fill(slots < 0, EMPTY), own_positions], dim=2)
+        if sizes is not None:
+            sizes = sizes.gather(3, index.unsqueeze(2).expand(-1, -1, sizes.shape[2], -1))
         # Of the output of attention over these keys, only the log-sum-exp is of use: any values do.
         lse = causal_attention(queries.states, keys, keys, scoring, backend)[1] if whole and not table.packed else None
         best = attention_maxima(
             queries.states.to(every.dtype), keys, rows, scoring, group=self._replay.group, columns=count,
             lse=lse,
+            key_weights=sizes,
             query_positions=None if whole else queries.positions, key_positions=None if whole else places,
         )  # fmt: skip
         found = best.new_zeros(*positions.shape[:2], table.length + 1)
