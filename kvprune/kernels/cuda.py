@@ -10,6 +10,7 @@ from torch import Tensor
 from kvprune.attention.mass import RowWeights, Scoring, lse_of_weighed
 from kvprune.kernels import gpu
 from kvprune.kernels.reference import Kernels
+from kvprune.table.ragged import RaggedTable
 from kvprune.table.token_table import TokenTable
 
 
@@ -31,6 +32,17 @@ class TritonKernels(Kernels):
             return super().single_query(queries, keys, values, scoring, empty, with_probabilities)
         scores = "probabilities" if with_probabilities else None
         return gpu.decode_attention(queries, keys, values, scoring, empty=empty, scores=scores)
+
+    def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        flat = table.flat
+        if flat is None or not _fits(queries, flat.tensors["keys"], flat.tensors["values"]):
+            return super().flat_single_query(queries, table, scoring)
+        output, probabilities = gpu.varlen_decode_attention(
+            queries, flat.tensors["keys"], flat.tensors["values"], scoring, flat.starts,
+            max(head.capacity for head in table.heads), lengths=flat.lengths, scores="probabilities",
+        )  # fmt: skip
+        by_head = [self.spread(of_query, flat.starts, flat.lengths, table.length, 0) for of_query in probabilities]  # type: ignore[union-attr]
+        return output, torch.stack(by_head, dim=1).unflatten(0, (-1, table.kv_heads))
 
     def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
         if not _fits(queries, table.keys, table.values):

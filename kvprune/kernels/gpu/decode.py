@@ -175,6 +175,7 @@ def varlen_decode_attention(
     starts: Tensor,
     longest: int,
     *,
+    lengths: Tensor | None = None,
     scores: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same over heads whose rows lie one head after another, so that heads of any length need no padding.
@@ -183,6 +184,8 @@ def varlen_decode_attention(
         queries: `[B, Hq, 1, D]`. keys: `[total, D]`. values: `[total, Dv]`.
         starts: int32 or int64 `[B * Hkv + 1]`; rows `starts[i] .. starts[i + 1] - 1` are those of sequence `i // Hkv`
             and KV head `i % Hkv`.
+        lengths: int32 or int64 `[B * Hkv]`: rows of each head, where there is room for more; scores of the others mean
+            nothing.
         longest: no head has more rows; a number, as the launch must not wait for the device.
         scores: None; "probabilities" for `[G, total]` float32; "mean" or "max" for `[total]` float32.
 
@@ -194,5 +197,5 @@ def varlen_decode_attention(
     queries, keys, values = with_dense_rows(queries), with_dense_rows(keys), with_dense_rows(values)
     segment = Segment.of(longest, pairs, block_rows(keys, values))
     partials = Partials.empty(pairs, group, segment.splits, value_dim, keys.shape[0], keys.device, scores, flat=True)
-    attend_segment(queries, keys, values, scoring, partials, segment, starts=starts)
+    attend_segment(queries, keys, values, scoring, partials, segment, starts=starts, lengths=lengths)
     return combine(partials, kv_heads, queries.dtype, scoring.sinks, scores, starts=starts, longest=longest)
