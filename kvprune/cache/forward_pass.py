@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.attention.mass import Scoring
+from kvprune.cache.adapters import check_adapters
 from kvprune.cache.columns import Columns, Past
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.masks import Masks
-from kvprune.cache.models import text_config
+from kvprune.cache.models import CACHE_ARGUMENT, text_config
 from kvprune.cache.modes import cast, no_autocast, untrainable, without_gradients
 from kvprune.cache.progress import Progress
 from kvprune.cache.registration import PREFIX, PendingKeys
@@ -249,7 +250,10 @@ class ForwardPass(Masks):
         layers = enumerate(self.layers)
         first = next((index for index, layer in layers if isinstance(layer, CacheLayerMixin)), 0)
         asked = self.layers[max(layer_idx, first)] if layer_idx < len(self.layers) else None
-        return super().get_seq_length(layer_idx) + (0 if isinstance(asked, PrunedLayer) else self._skipped)
+        length = super().get_seq_length(layer_idx) + (0 if isinstance(asked, PrunedLayer) else self._skipped)
+        if not torch.compiler.is_dynamo_compiling() and length == 0:  # asked by generate() before it begins
+            check_adapters(self._model(), CACHE_ARGUMENT)
+        return length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where a layer's queries begin in the mask of that layer: in columns that it has seen."""

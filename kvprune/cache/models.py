@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed
 from transformers.masking_utils import create_causal_mask
 
+from kvprune.cache.adapters import check_adapters
 from kvprune.cache.registration import PREFIX, base_name, register
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.heads import ALL_HEADS, Heads
@@ -71,6 +72,7 @@ def check_supported(model: Any) -> None:
             f"{name} is an encoder-decoder model, and its two caches are not made of one growing sequence: "
             "use a decoder-only model (AutoModelForCausalLM)."
         )
+    check_adapters(model, CACHE_ARGUMENT)
     if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' attention registry, so kvprune cannot reach "
