@@ -78,7 +78,7 @@ def generate(
         typer.Option(
             help='"a2sf", "snapkv:window=64", "a2sf:budget=0.5 | tova", or "package.module:Class" of your own.'
         ),
-    ] = "a2sf",
+    ] = "a2sf:kernel_size=21",
     budget: Annotated[
         str | None,
         typer.Option(help="Fraction of the prompt, tokens per KV head (1024), or bytes (512MiB).", show_default="0.25"),
