@@ -37,10 +37,11 @@ class ZipCache(Policy):
     and are packed when it is full. What is packed is never quantized again: the published code decodes and quantizes
     the whole cache anew every 100 tokens, and its error grows with every time.
 
-    The paper finds answers of models of 7B and more unharmed at these settings. At the sizes measured here they are not:
-    SmolLM2-135M wrote 2 of 6 numbers of 3 to 20 digits in full, where the full cache wrote all, and the embedded model 78 %
-    of its words. What is lost is the range of a key channel over a whole prompt: with `group_size=32` they wrote 5 of 6 and
-    99 %, for 15 to 20 % more bytes. That is what to take for a small model, or `KIVI(bits=4)`.
+    The paper finds answers of models of 7B and more unharmed at these settings. At the sizes measured here they are
+    not: SmolLM2-135M wrote 2 of 6 numbers of 3 to 20 digits in full, where the full cache wrote all, and the embedded
+    model 78 % of its words. What is lost is the range of a key channel over a whole prompt: with `group_size=32` they
+    wrote 5 of 6 and 99 %, for 15 to 20 % more bytes. That is what to take for a small model while the question is
+    known; where it comes later that wrote 1 of 5 numbers, and `KIVI(bits=4)` all.
 
     Settings:
         salient: share of tokens, per KV head, that get `high_bits`; rounded up.
