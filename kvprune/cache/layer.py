@@ -92,6 +92,7 @@ class PrunedLayer(LayerStep):
     def accept(self) -> None:
         """The model goes on without a crop: all was accepted, and several tokens were a prompt, not a draft."""
         if self.undecided is not None:
+            self._settle_mode()
             self.undecided.prefill |= len(self.undecided.queries) > 1
             self._commit()
 
