@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvprune import Chain, Policy
+from kvprune import Adaptive, Chain, Everywhere, Policy, Uniform
 from kvprune.policies import (
     A2SF,
     H2O,
@@ -38,6 +38,9 @@ bits = st.sampled_from([2, 3, 4, 8])
 temperatures = st.sampled_from([0.5, 1.0, 2.5])
 
 
+between_heads = st.sampled_from([Uniform(), Uniform(), Adaptive(0), Adaptive(0.4), Everywhere(0.2)])
+
+
 def budgets(least: int, *, in_bytes: bool) -> st.SearchStrategy[Any]:
     """A fraction; a number of tokens, near to what is always kept or above any length; or bytes."""
     tokens = st.one_of(st.integers(least, least + 15), st.just(ROOM))
@@ -54,7 +57,9 @@ def retention(
     window = draw(st.one_of(st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.25, 0.5])) if recent is None else recent)
     least = sinks + (window if isinstance(window, int) else 5)  # so many as half of the budget, and the sinks, take
     budget = draw(budgets(max(1, least), in_bytes=in_bytes))
-    settings = st.fixed_dictionaries({"interval": intervals, "group": groups, "kernel_size": kernels, **others})
+    settings = st.fixed_dictionaries(
+        {"share": between_heads, "interval": intervals, "group": groups, "kernel_size": kernels, **others}
+    )
     return {"budget": budget, "sinks": sinks, "recent": window, **draw(settings)}
 
 

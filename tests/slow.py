@@ -295,7 +295,8 @@ class SlowCache:
         assert kept == sorted(set(kept))
         assert set(kept) <= set(before), "a row came back, or is of no token"
         limits = [capacity_of(link, each.prompt_tokens) for link in due]
-        if None not in limits:
+        # Where heads compete, how many rows one keeps is for `test_shares` to say: here, which ones, and how they fare.
+        if None not in limits and all(link.share.scope == "head" for link in due):
             assert len(kept) == min([len(before), *limits])
         always = set(before)
         for link, limit in zip(due, limits, strict=True):
