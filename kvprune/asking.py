@@ -42,8 +42,9 @@ def ask(
     tokenizer: Any,
     document: str,
     questions: Sequence[str],
-    policy: Policy | str,
+    policy: Policy | str | None = None,
     *,
+    cache: PrunedCache | None = None,
     max_new_tokens: int = 64,
     chat: bool = False,
     **settings: Any,
@@ -55,6 +56,8 @@ def ask(
 
     Args:
         model, policy: as of `PrunedCache`; the model can `generate`.
+        cache: in place of a policy, the document as it was compressed before: `Answers.cache`, or what it was saved as
+            and loaded from. The document is then not read again, but has to be the same, and `chat` as it was.
         tokenizer: of the model. document, questions: text.
         max_new_tokens: of each answer; it ends before where the model ends it.
         chat: put document, an empty line and question into the tokenizer's chat template, as one message of the user.
@@ -68,18 +71,38 @@ def ask(
     """
     questions = _checked(document, questions)
     prompts = [_in_chat(tokenizer, document, question) if chat else (document, question) for question in questions]
-    cache = PrunedCache(model, policy, **settings)
+    if (cache is None) == (policy is None):
+        raise KVPruneError("give a policy to compress the document by, or the cache that holds it: one of them.")
+    if cache is not None and settings:
+        raise KVPruneError(f"{', '.join(settings)}: settings of a cache that is made, and this one is there already.")
+    read = _ids(model, tokenizer, prompts[0][0], special=not chat)
+    if cache is not None:
+        if cache.seen_tokens != read.shape[1]:
+            raise KVPruneError(
+                f"the document has {read.shape[1]} tokens, and the cache has seen {cache.seen_tokens}: give the "
+                "document that it holds, with chat= as it was, and a cache that no question has been added to."
+            )
+        return Answers(
+            questions, _answers(model, tokenizer, cache, read, prompts, max_new_tokens), read.shape[1], cache
+        )
+    cache = PrunedCache(model, policy, **settings)  # type: ignore[arg-type]
     if cache.policy.needs_question:
         warnings.warn(
             f"{cache.policy} keeps what the last queries look at, and the document is compressed before there is any "
-            "question: answers may be gone. Take a policy that does not look there, such as ZipCache() or KIVI(), "
-            "which keep every token at fewer bits, or end the document with a question like those to come.",
+            "question: answers may be gone. Take a policy that does not look there, such as KVzip(0.25), which reads "
+            "the document a second time, or ZipCache() or KIVI(), which keep every token at fewer bits; or end the "
+            "document with a question like those to come.",
             QuestionWarning,
             stacklevel=3,  # past the decorator
         )
-    read = _ids(model, tokenizer, prompts[0][0], special=not chat)
     known = inspect.signature(model.forward).parameters
     model(read, **cache_argument(cache), **({"logits_to_keep": 1} if "logits_to_keep" in known else {}))
+    return Answers(questions, _answers(model, tokenizer, cache, read, prompts, max_new_tokens), read.shape[1], cache)
+
+
+def _answers(
+    model: Any, tokenizer: Any, cache: PrunedCache, read: Tensor, prompts: list[tuple[str, str]], max_new_tokens: int
+) -> tuple[str, ...]:
     texts = []
     for _, rest in prompts:
         ids = torch.cat([read, _ids(model, tokenizer, rest, special=False)], dim=1)
@@ -92,7 +115,7 @@ def ask(
             num_beams=1,
         )
         texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return Answers(questions, tuple(texts), read.shape[1], cache)
+    return tuple(texts)
 
 
 def _checked(document: str, questions: Sequence[str]) -> tuple[str, ...]:

@@ -85,6 +85,23 @@ def test_a_saved_document_answers_like_the_one_that_was_read(tmp_path):
     with torch.no_grad():
         logits = [embedded().model(ids, **cache_argument(each)).logits for each in (loaded, found.cache)]
     assert torch.equal(*logits)
+    loaded = PrunedCache.load(tmp_path / "document", embedded().model)
+    again = ask(
+        embedded().model,
+        embedded().tokenizer,
+        embedded().document,
+        embedded().questions,
+        cache=loaded,
+        max_new_tokens=6,
+    )
+    assert again.texts == found.texts
+    assert again.cache is loaded
+    assert loaded.seen_tokens == found.document_tokens
+    for wrong in ({"cache": loaded, "policy": Full()}, {}, {"cache": loaded, "kernels": "torch"}):
+        with pytest.raises(KVPruneError, match=r"one of them|settings of a cache"):
+            ask(embedded().model, embedded().tokenizer, embedded().document, embedded().questions, **wrong)
+    with pytest.raises(KVPruneError, match="the cache has seen 400"):
+        ask(embedded().model, embedded().tokenizer, "slowly", embedded().questions, cache=loaded)
 
 
 def test_answers_end_where_they_are_told():
