@@ -42,6 +42,9 @@ from transformers import (
     BartConfig,
     BartForCausalLM,
     DynamicCache,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     Qwen3NextConfig,
 )
 from transformers.masking_utils import eager_mask
@@ -720,6 +723,82 @@ def test_another_batch_is_refused_as_ever():
     shared()(token_ids(2, 20), **cache_argument(pruned))
     with pytest.raises(CacheError, match="holds a batch of 2"):
         shared()(token_ids(3, 20), **cache_argument(pruned))
+
+
+# -- what a prompt filter cannot choose from ---------------------------------------------------------------------------
+
+
+class Deep(torch.nn.Module):
+    """A decoder that takes more than a stock one does, as those of multimodal models do; it counts its calls."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.inner, self.config, self.calls = model.model, model.config, 0
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, extra=None, **given):
+        self.calls += 1
+        return self.inner(input_ids, attention_mask, position_ids, use_cache=use_cache, **given)
+
+
+UNKNOWN = {
+    "a mask": lambda: torch.ones(2, 30, dtype=torch.bool),
+    "of all sequences": lambda: torch.ones(30),
+    "states": lambda: torch.zeros(1, 30, 32),
+    "of all heads": lambda: torch.zeros(2, 1, 30, 30),
+    "nested": lambda: {"each": [torch.zeros(3, 2, 30)]},
+}
+
+
+def deep():
+    model = build("llama")
+    model.model = Deep(model)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_unknown_arguments_of_every_token_are_refused(kind):
+    model, ids = deep(), token_ids(2, 30)
+    cache = PrunedCache(model, GemFilter(10))
+    with pytest.raises(UnsupportedModelError, match="extra, which holds something for every token"):
+        model(ids, extra=UNKNOWN[kind](), **cache_argument(cache))
+    assert (model.model.calls, cache.lengths) == (0, {0})
+    model(ids, extra=UNKNOWN[kind](), **cache_argument(PrunedCache(model, GemFilter(64))))  # which filters nothing
+    unrelated = torch.zeros(4, 17)
+    found = model(ids, extra=unrelated, **cache_argument(cache)).logits
+    expected = shared()(ids, **cache_argument(PrunedCache(shared(), GemFilter(10)))).logits
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(3, 2, 30), (4, 2, 30)])
+def test_positions_of_several_dimensions_are_refused_before_anything_runs(shape):
+    model = deep()
+    cache = PrunedCache(model, GemFilter(10))
+    with pytest.raises(UnsupportedModelError, match="position_ids have the shape"):
+        model(token_ids(2, 30), position_ids=torch.zeros(shape, dtype=torch.int64), **cache_argument(cache))
+    assert (model.model.calls, cache.lengths) == (0, {0})
+
+
+@torch.no_grad()
+def test_what_a_head_makes_of_every_token_is_refused():
+    model, ids = build("llama"), token_ids(2, 30)
+    for asked in ({"labels": ids}, {"logits_to_keep": torch.tensor([3, 29])}):
+        cache = PrunedCache(model, GemFilter(10))
+        with pytest.raises(CacheError, match=f"{next(iter(asked))}= refers to every token"):
+            model(ids, **asked, **cache_argument(cache))
+        assert cache.lengths == {0}
+    short = model(ids, labels=ids, **cache_argument(PrunedCache(model, GemFilter(64))))
+    torch.testing.assert_close(short.loss, stock()(ids, labels=ids).loss)
+    assert model(ids, logits_to_keep=1, **cache_argument(PrunedCache(model, GemFilter(10)))).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [LlamaForSequenceClassification, LlamaForTokenClassification, LlamaForQuestionAnswering]
+)
+def test_heads_that_read_every_token_are_refused(kind):
+    with pytest.raises(UnsupportedModelError, match="reads every token"):
+        PrunedCache(kind(build("llama").config), GemFilter(10))
 
 
 # -- report and command line -------------------------------------------------------------------------------------------

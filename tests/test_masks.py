@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import assert_same_rows, build, generate, kept, left_padded, shared, token_ids
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from kvprune import CacheError, PrunedCache
 from kvprune.cache.models import cache_argument
@@ -199,3 +199,25 @@ def test_a_prompt_filter_refuses_what_it_cannot_follow():
         hidden[0, 5] = 0
         with pytest.raises(CacheError, match="prompt was filtered"):
             model(ids[:, 31:32], attention_mask=hidden, **fed_after)
+
+
+def test_a_model_that_does_not_say_use_cache_to_its_layers():
+    """Layers of Qwen3-VL have use_cache=False always (transformers 5.24), though their cache is used."""
+    text = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "eos_token_id": None}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32}
+    vision |= {"intermediate_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=95, video_token_id=94)
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    turns = [left_padded([12, 9])]
+    stock, pruned = DynamicCache(config=model.config), PrunedCache(model, Full())
+    for _ in range(2):
+        expected = generate(model, turns[-1], 4, **cache_argument(stock))
+        assert torch.equal(generate(model, turns[-1], 4, **cache_argument(pruned)), expected)
+        ids = torch.cat([turns[-1]["input_ids"], expected[:, -4:], token_ids(2, 5)], dim=1)
+        mask = torch.cat([turns[-1]["attention_mask"], ones(2, 9)], dim=1)
+        turns.append({"input_ids": ids, "attention_mask": mask})
+    with pytest.raises(CacheError, match="use_cache=False"):
+        generate(model, turns[0], 3, use_cache=False, **cache_argument(PrunedCache(model, Full())))

@@ -31,8 +31,8 @@ def check_adapters(model: Any, cache_argument: str) -> None:
             f"this PEFT looks for the cache under a name that generate() has given up for {cache_argument}=, so it "
             f"puts the virtual tokens of {kind} into every step, which makes wrong tokens with any cache. Give them "
             "once, to the model below: base = model.get_base_model(); virtual = model.get_prompt(batch_size); "
-            "base.generate(inputs_embeds=torch.cat([virtual, base.get_input_embeddings()(input_ids)], 1), attention_mask=..., "
-            f"{cache_argument}=PrunedCache(base, policy))."
+            "base.generate(inputs_embeds=torch.cat([virtual, base.get_input_embeddings()(input_ids)], 1), "
+            f"attention_mask=..., {cache_argument}=PrunedCache(base, policy))."
         )
 
 

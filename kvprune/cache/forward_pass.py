@@ -130,9 +130,11 @@ class ForwardPass(Masks):
         scoring = self.scoring_of(module, query, layer, **settings)
         if torch.compiler.is_dynamo_compiling() and mask is not None:  # what is in it decides what to do
             return self._attend_uncompiled(module, query, mask, settings)
+        first = self._open == self.pruned_layers[0]
+        if first:
+            self.check_kept(layer, query.shape[2], **settings)
         looked = self.look(mask, query.shape[2], query.device)
         valid, past = (None, None) if looked is None else (looked.valid, looked.past)
-        first = self._open == self.pruned_layers[0]
         if first:
             self.check_goes_on(layer, query.shape[2], past, **settings)
             self._begin(query.shape[2], past)

@@ -90,30 +90,55 @@ class Masks(Cache):
                 )
         return reading.looked
 
+    def check_kept(
+        self,
+        layer: PrunedLayer,
+        length: int,
+        *,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise CacheError where generate() brings all tokens again, which it does if it is told to use no cache."""
+        if use_cache is not False or length == 1 or not layer.tokens:
+            return
+        # Some models never hand use_cache on to their layers, which then have it False (Qwen3-VL, transformers 5.24).
+        last = None if self.prompt_filter is not None else _last(position_ids, length)
+        if last is None:
+            again = length > max(layer.tokens)
+        else:
+            again = all(at <= count for at, count in zip(last, layer.tokens, strict=True))
+        if again:
+            raise self.misused(
+                "it was called with use_cache=False, under which generate() brings all tokens again at every step: "
+                "leave that out, or give no cache"
+            )
+
     def check_goes_on(
         self,
         layer: PrunedLayer,
         length: int,
         past: Past | None,
         *,
-        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         **_: Any,
     ) -> None:
         """Raise CacheError for new tokens that do not come behind what the cache has seen, as far as one can tell."""
-        if use_cache is False:
-            raise self.misused(
-                "it was called with use_cache=False, under which generate() brings all tokens again at every step: "
-                "leave that out, or give no cache"
-            )
         if length == 1 or not layer.tokens or self.prompt_filter is not None:
             return
-        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == length:
-            before, last = (past.left(layer.tokens) if past else layer.tokens), position_ids[:, -1].tolist()
-            if max(last) < min(before):
-                raise self.misused(
-                    f"the new tokens have positions up to {max(last)}, and the cache has seen {min(before)} tokens: "
-                    "they are of a prompt that does not begin with what the cache has seen, and goes on from there (as "
-                    "where a chat template leaves out earlier thinking). Give generate() the whole conversation, or "
-                    "take a fork() from before"
-                )
+        last, before = _last(position_ids, length), past.left(layer.tokens) if past else layer.tokens
+        if last is not None and max(last) < min(before):
+            raise self.misused(
+                f"the new tokens have positions up to {max(last)}, and the cache has seen {min(before)} tokens: "
+                "they are of a prompt that does not begin with what the cache has seen, and goes on from there (as "
+                "where a chat template leaves out earlier thinking). Give generate() the whole conversation, or "
+                "take a fork() from before"
+            )
+
+
+def _last(position_ids: Tensor | None, length: int) -> list[int] | None:
+    """The position of each sequence's last new token; None if positions of another shape, or none, were given."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    last: list[int] = position_ids[:, -1].tolist()
+    return last

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,26 @@ from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.registration import PendingMask
 from kvprune.cache.selection import FilteredStep, Selection
-from kvprune.errors import CacheError, UnsupportedModelError
+from kvprune.errors import CacheError, KVPruneError, UnsupportedModelError
 from kvprune.passes.choosing import Chooser
 from kvprune.passes.filter_pass import FilterPass
 from kvprune.table.rows import EMPTY
 
 # Arguments of decoders that hold something for every column, [B, L, ...].
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
+# What is made anew for the chosen tokens.
+_REPLACED = ("attention_mask", "position_ids", "cache_position")
 _installing = threading.Lock()
 
 
 def install(model: Any) -> None:
     """Register the hook on the model's decoder, once. Raises UnsupportedModelError where it could not work."""
     decoder = model.get_decoder()
+    if decoder is not model and not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a head that reads every token of a prompt, and a prompt filter leaves it the "
+            "chosen ones. Use a policy that evicts after the prompt instead, such as SnapKV."
+        )
     known = inspect.signature(decoder.forward).parameters
     if "position_ids" not in known or CACHE_ARGUMENT not in known:
         raise UnsupportedModelError(
@@ -45,12 +53,40 @@ def install(model: Any) -> None:
         if shorten not in decoder._forward_pre_hooks.values():
             # First, so that a replay notes what is left of a prompt.
             decoder.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True)
+        if decoder is not model and check_head not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(check_head, with_kwargs=True)
+
+
+def check_head(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook on the whole model: raise for what its head would make of every token of a prompt that is shortened."""
+    cache = _filtering(args, kwargs)
+    if cache is None:
+        return
+    for name, value in kwargs.items():
+        every = isinstance(value, Tensor) and ("label" in name or name == "logits_to_keep")
+        # Indices of logits say nothing of how long the prompt is.
+        if every and (name == "logits_to_keep" or _exceeds(cache.prompt_filter, value.shape[-1])):
+            raise cache.misused(
+                f"{name}= refers to every token of a prompt, and a prompt filter leaves the chosen ones: leave it out, "
+                "or use a policy that evicts after the prompt, such as SnapKV"
+            )
+
+
+def _filtering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among arguments whose policy filters prompts, or None."""
+    caches = (each for each in (*args, *kwargs.values()) if isinstance(each, Cache))
+    return next((each for each in caches if getattr(each, "prompt_filter", None) is not None), None)
+
+
+def _exceeds(policy: Chooser, count: int) -> bool:
+    """Whether so many tokens of a prompt are too many, as far as one can tell."""
+    most = policy.capacity(count)
+    return most is None or count > most
 
 
 def shorten(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hook: new arguments for the decoder, or None to leave them as they are."""
-    caches = (each for each in (*args, *kwargs.values()) if isinstance(each, Cache))
-    cache: Any = next((each for each in caches if getattr(each, "prompt_filter", None) is not None), None)
+    cache = _filtering(args, kwargs)
     if cache is None:
         return None
     given = dict(kwargs)
@@ -124,8 +160,7 @@ class _Step:
         """Whether it is a prompt that does not fit into the budget, as far as one can tell."""
         if self.length == 1 or self.layer.record_past:  # a draft needs the logits of all its tokens
             return False
-        limits = ((count, self.policy.capacity(count)) for count in self._tokens())
-        return any(most is None or count > most for count, most in limits)
+        return any(_exceeds(self.policy, count) for count in self._tokens())
 
     def _tokens(self) -> tuple[int, ...]:
         return (self.length,) * self.batch if self.valid is None else tuple(self.valid.sum(1).tolist())
@@ -140,11 +175,40 @@ class _Step:
 
     def filtered(self) -> dict[str, Any] | None:
         """The arguments for the chosen tokens alone; None if all are chosen."""
+        self._check_known()
         arguments = {name: value for name, value in self.continued().items() if value is not self.cache}
         arguments |= {"use_cache": True, "output_attentions": False, "output_hidden_states": False}
         scratch = FilterPass(self.cache, self.policy, self.filter_layer, self.valid)
         columns = scratch.run(self.decoder.forward, arguments)
         return None if columns is None else self._chosen([each.to(self.device) for each in columns])
+
+    def _check_known(self) -> None:
+        """Raise for arguments that hold something for every token in a way that nothing is known of."""
+        positions = self.given.get("position_ids")
+        if positions is not None and positions.ndim != 2:
+            raise self._positions_of_another_kind(positions)
+        for name, value in self.given.items():
+            if name in _REPLACED or (name in _PER_TOKEN and _is_per_token(value, self.batch, self.length)):
+                continue
+            if any(self._has_tokens(each) for each in _tensors(value)):
+                raise self.cache.misused(
+                    f"its decoder was given {name}, which holds something for every token of the prompt, and a prompt "
+                    "filter does not know how to choose from it: use a policy that evicts after the prompt, such as "
+                    "SnapKV",
+                    UnsupportedModelError,
+                )
+
+    def _has_tokens(self, value: Tensor) -> bool:
+        size = getattr(getattr(self.decoder, "config", None), "hidden_size", None)
+        is_states = value.is_floating_point() and value.shape[-1:] == (size,)
+        return self.length in (value.shape[:-1] if is_states else value.shape)
+
+    def _positions_of_another_kind(self, positions: Tensor) -> KVPruneError:
+        return self.cache.misused(
+            f"its position_ids have the shape {tuple(positions.shape)}; a prompt filter takes [batch, tokens]: use a "
+            "policy that evicts after the prompt, such as SnapKV",
+            UnsupportedModelError,
+        )
 
     def _chosen(self, columns: list[Tensor]) -> dict[str, Any]:
         index, real = _left_padded(columns)
@@ -152,7 +216,7 @@ class _Step:
         arguments = {name: value for name, value in self.given.items() if name != "cache_position"}
         for name in _PER_TOKEN:
             value = arguments.get(name)
-            if isinstance(value, Tensor) and value.shape[:2] == (self.batch, self.length):
+            if _is_per_token(value, self.batch, self.length):
                 arguments[name] = value[sequences.to(value.device), index.to(value.device)]
 
         first = self._each(self.before)
@@ -188,10 +252,7 @@ class _Step:
         if positions is None:
             positions = self._each(self.before) + self._ranks()
         elif positions.ndim != 2:
-            raise self.cache.misused(
-                f"its position_ids have the shape {tuple(positions.shape)}; a prompt filter takes [batch, tokens]",
-                UnsupportedModelError,
-            )
+            raise self._positions_of_another_kind(positions)
         arguments["position_ids"] = (positions - dropped).clamp(min=0)
         self._expect(arguments, None, self.past, self.valid, self.length)
         return arguments
@@ -206,6 +267,21 @@ class _Step:
         elif step is not None:
             arguments["attention_mask"] = None if valid is None else valid.long()
         self.cache.expect(step, after, self.columns)
+
+
+def _is_per_token(value: Any, batch: int, length: int) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.shape[:2] == (batch, length)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in an argument, however it is nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _inputs(given: dict[str, Any]) -> Tensor | None:
