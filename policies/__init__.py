@@ -4,6 +4,7 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 """
 
 from kvprune.policies.a2sf import A2SF
+from kvprune.policies.adakv import AdaKV
 from kvprune.policies.expected_attention import ExpectedAttention
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
@@ -14,6 +15,7 @@ from kvprune.policies.kivi import KIVI
 from kvprune.policies.knorm import Knorm
 from kvprune.policies.kvzip import KVzip, KVzipPlus
 from kvprune.policies.leverage import Leverage
+from kvprune.policies.pyramidkv import PyramidKV
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.streaming_llm import StreamingLLM
@@ -27,6 +29,7 @@ __all__ = [
     "H2O",
     "KIVI",
     "TOVA",
+    "AdaKV",
     "ExpectedAttention",
     "Full",
     "GemFilter",
@@ -36,6 +39,7 @@ __all__ = [
     "Keyformer",
     "Knorm",
     "Leverage",
+    "PyramidKV",
     "Random",
     "SnapKV",
     "StreamingLLM",
