@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policy.shares import Adaptive, Share
 
+COMPETING = Adaptive(floor=0.2)
+
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
@@ -22,4 +24,4 @@ class AdaKV(SnapKV):
     """
 
     _: KW_ONLY
-    share: Share | str = Adaptive(floor=0.2)
+    share: Share | str = COMPETING

@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policy.shares import Pyramid, Share
 
+FALLING = Pyramid(beta=20)
+
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
@@ -21,4 +23,4 @@ class PyramidKV(SnapKV):
 
     _: KW_ONLY
     window: int = 8
-    share: Share | str = Pyramid(beta=20)
+    share: Share | str = FALLING

@@ -21,6 +21,7 @@ from kvprune.policies import (
     H2O,
     KIVI,
     TOVA,
+    AdaKV,
     ExpectedAttention,
     Full,
     KeyDiff,
@@ -29,6 +30,7 @@ from kvprune.policies import (
     KVzip,
     KVzipPlus,
     Leverage,
+    PyramidKV,
     Random,
     SnapKV,
     StreamingLLM,
@@ -39,6 +41,7 @@ from kvprune.policy import registry
 
 BUILT_IN = {
     "a2sf": A2SF,
+    "adakv": AdaKV,
     "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,
@@ -49,6 +52,7 @@ BUILT_IN = {
     "kvzip": KVzip,
     "leverage": Leverage,
     "kvzip_plus": KVzipPlus,
+    "pyramidkv": PyramidKV,
     "random": Random,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from kvprune import Adaptive, Everywhere, PolicyError, PrunedCache, Pyramid, Share, Uniform
-from kvprune.policies import A2SF, H2O, SnapKV, parse
+from kvprune.policies import A2SF, H2O, AdaKV, PyramidKV, SnapKV, parse
 from kvprune.policy.registry import described, from_description
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT
 from kvprune.table.rows import ranked
@@ -267,3 +267,34 @@ def test_a_share_is_written_and_read(share):
 def test_what_is_no_share_is_refused(make):
     with pytest.raises(PolicyError):
         make()
+
+
+# -- policies that are named after a share -----------------------------------------------------------------------------
+
+
+def kept_by(policy) -> list[list[list[int]]]:
+    """Positions that every layer and head keeps of one prompt."""
+    pruned = PrunedCache(model(), policy)
+    feed(model(), left_padded([60]), pruned, [60])
+    return [
+        [[at for at in head if at >= 0] for head in pruned.kept_positions(layer)[0].tolist()]
+        for layer in pruned.pruned_layers
+    ]
+
+
+def test_adakv_is_snapkv_whose_heads_compete():
+    kept = kept_by(AdaKV(20, sinks=1, window=4))
+    assert kept == kept_by(SnapKV(20, sinks=1, window=4, share=Adaptive(floor=0.2)))
+    assert all(sum(map(len, heads)) == 20 * len(heads) for heads in kept)
+    assert any(len({*map(len, heads)}) > 1 for heads in kept)
+    assert kept_by(AdaKV(20, sinks=1, window=4, share=Adaptive(floor=1))) == kept_by(SnapKV(20, sinks=1, window=4))
+
+
+def test_pyramidkv_is_snapkv_whose_layers_fall():
+    kept = kept_by(PyramidKV(20, sinks=1))
+    rows = [len(heads[0]) for heads in kept]
+    assert all(len(head) == count for heads, count in zip(kept, rows, strict=True) for head in heads)
+    assert rows == sorted(rows, reverse=True)
+    assert sum(rows) == 20 * len(rows)
+    assert rows[0] > rows[-1]
+    assert kept_by(PyramidKV(20, sinks=1, share=Pyramid(beta=1))) == kept_by(SnapKV(20, sinks=1, window=8))
