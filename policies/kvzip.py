@@ -9,7 +9,9 @@ from kvprune.errors import PolicyError
 from kvprune.passes.replays import ReplayedEviction
 from kvprune.policy.eviction import check_count
 from kvprune.policy.replaying import Replay
+from kvprune.policy.shares import Everywhere, Share
 
+EVERYWHERE = Everywhere(floor=0.0)
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 _REPEATED = 8  # tokens of the chunk before that a later chunk's instruction ends with
@@ -25,12 +27,13 @@ class KVzip(ReplayedEviction):
     scores; all of it is scored, a chat template and a system prompt too. A later prompt replays what came since, the
     answers among it. Generated tokens are not evicted before.
 
-    As published, the heads of all layers compete (`share=Everywhere(floor=0)`), `softmax="chunk"`, `chunk=2048`, and
-    every chunk comes behind an instruction (`with_instruction`). On the embedded model, the softmax over the whole
-    cache and no instruction choose as well, and short chunks better: a replay stands behind the context, and the
-    farther it reaches, the less it is like what the model has been trained on.
+    The heads of all layers compete for rows. As published, `softmax="chunk"`, `chunk=2048`, and every chunk comes
+    behind an instruction (`with_instruction`). On the embedded model, the softmax over the whole cache and no
+    instruction choose as well, and short chunks better: a replay stands behind the context, and the farther it reaches,
+    the less it is like what the model has been trained on.
 
     Settings (beside those of `Eviction`):
+        share: who gets rows; `Everywhere`, unless said otherwise.
         chunk: tokens that are replayed at a time; memory for one chunk's activations is needed beside the cache.
         softmax: of a replayed query, over "cache", all rows of the cache and the replay itself, or over "chunk": the
             sinks, the rows of its chunk, and the replay itself.
@@ -41,6 +44,7 @@ class KVzip(ReplayedEviction):
     _: KW_ONLY
     group: str = "max"
     interval: int | None = None
+    share: Share | str = EVERYWHERE
     chunk: int = 512
     softmax: str = "cache"
     first_ids: tuple[int, ...] = ()

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvprune import Policy, PolicyError, RowWeights, Scoring, UnsupportedModelError
+from kvprune import Policy, PolicyError, RowWeights, Scoring, Uniform, UnsupportedModelError
 from kvprune.attention.mass import row_probabilities
 from kvprune.attention.maxima import attention_maxima
 from kvprune.cache.models import cache_argument, check_supported
@@ -64,7 +64,7 @@ class Columned(Policy):
 
 
 def policy(budget=14, **settings):
-    return KVzip(budget, **{"sinks": 2, "recent": 3, "chunk": 8, **settings})
+    return KVzip(budget, **{"sinks": 2, "recent": 3, "chunk": 8, "share": Uniform(), **settings})
 
 
 # -- the reference -----------------------------------------------------------------------------------------------------
