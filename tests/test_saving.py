@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, STOCK_ONLY, build, feed, generate, left_padded, linear_hybrid, shared, token_ids
@@ -74,6 +75,8 @@ def contents(thing: Any) -> Any:
     """Everything that an object holds, to compare: tensors by their bits, spare slots of tables left out."""
     if isinstance(thing, Tensor):
         return str(thing.dtype), tuple(thing.shape), bytes(as_bytes(thing.detach()))
+    if isinstance(thing, np.ndarray):
+        return thing.tolist()
     if isinstance(thing, dict):
         return {name: contents(each) for name, each in thing.items()}
     if isinstance(thing, list | tuple):

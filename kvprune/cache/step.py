@@ -88,9 +88,8 @@ class LayerStep(CacheLayerMixin):
     def reset(self) -> None:
         self.table: TokenTable | None = None
         self.tallies = Tallies()
-        self.query_heads = 0
         self.steady: Steady | None = None  # from when on a decode step changes no shape
-        self.seen = self.generated = self.last_eviction = 0
+        self.seen = self.generated = self.last_eviction = self.query_heads = 0
         self.tokens = ()
         self.prompt_tokens: tuple[int, ...] = ()
         self.incoming: tuple[Tensor, Tensor] | None = None
@@ -251,6 +250,7 @@ class LayerStep(CacheLayerMixin):
             self.table = self.new_table(keys, values, queries.positions[:, None], dense=valid is None)
             self.query_heads = states.shape[1]
             self.tallies = Tallies.zeros(self._tally_shapes(self.table), len(keys), keys.device)
+            self.query_heads *= bool(self.tallies)  # which alone are of queries
             self.is_initialized = True
         elif len(queries) == 1 and valid is None and placed is None:
             self.table.append(keys, values, queries.first, room=self.planner.room(self.table))
