@@ -24,4 +24,4 @@ class AdaKV(SnapKV):
     """
 
     _: KW_ONLY
-    share: Share | str = COMPETING
+    share: Share = COMPETING

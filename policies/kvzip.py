@@ -44,7 +44,7 @@ class KVzip(ReplayedEviction):
     _: KW_ONLY
     group: str = "max"
     interval: int | None = None
-    share: Share | str = EVERYWHERE
+    share: Share = EVERYWHERE
     chunk: int = 512
     softmax: str = "cache"
     first_ids: tuple[int, ...] = ()

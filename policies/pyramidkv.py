@@ -23,4 +23,4 @@ class PyramidKV(SnapKV):
 
     _: KW_ONLY
     window: int = 8
-    share: Share | str = FALLING
+    share: Share = FALLING
