@@ -67,3 +67,27 @@ def test_scores_of_a_wrong_shape_are_named():
     told = r"scores\(\) of Wrong must be .*\[1, 2, 30\].* is \[1, 2, 29\]"
     with pytest.raises(PolicyError, match=told), torch.no_grad():
         model(token_ids(1, 30), **cache_argument(PrunedCache(model, Wrong(16, sinks=2, recent=4))))
+
+
+def test_continuous_batching_runs_after_restore():
+    """It refuses names of attention that it does not know, and a switched model has one."""
+    model = build("llama")
+    prompts = [token_ids(1, length, seed=length)[0].tolist() for length in (12, 7)]
+
+    def batched() -> list[list[int]]:
+        settings = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+        found = model.generate_batch(
+            inputs=prompts, generation_config=settings, continuous_batching_config=small, progress_bar=False
+        )
+        return [found[request].generated_tokens for request in sorted(found)]
+
+    before = batched()
+    assert all(len(each) == 4 for each in before)
+    cache = PrunedCache(model, A2SF(8, sinks=2, recent=4))
+    model.generate(torch.tensor(prompts[:1]), max_new_tokens=3, **cache_argument(cache))
+    kvprune.restore(model)
+    assert batched() == before
+    with kvprune.attention(model):  # and the cache goes on
+        model.generate(torch.tensor([prompts[0] + [5] * 4]), max_new_tokens=2, **cache_argument(cache))
+    assert cache.seen_tokens == 12 + 4 + 1
