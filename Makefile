@@ -7,13 +7,25 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test test-real lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-oldest test-real lint bench quality quality-real smollm2 peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
 
 test: $(TESTED)
 	$(BIN)/python -m pytest
+
+# The oldest transformers, in an environment of its own, on the torch of constraints.txt: older ones were not run.
+OLDEST := .venv-oldest
+OLDEST_TESTS ?= tests/test_switching.py tests/test_adapters.py tests/test_masks.py tests/test_gemfilter.py
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt $(wildcard kvprune/kernels/cpu/*.[ch])
+	$(PYTHON) -m venv $(OLDEST)
+	grep -Ev '^(transformers|huggingface-hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[test]' transformers==5.17.0
+	touch $@
 
 # Tests on a real model; without it they skip.
 test-real: $(TESTED)

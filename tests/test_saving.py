@@ -433,7 +433,7 @@ def test_the_file_is_plain_safetensors(kept_file):
     assert header["seen"] == 40
     assert header["policy"] == {"policy": "a2sf", "settings": {
         "budget": 16, "sinks": 2, "recent": 3, "interval": 1, "group": "mean", "kernel_size": 1, "seed": 0,
-        "forgetting_factor": 0.95, "epsilon": 1e-4,
+        "positions": "original", "share": "Uniform()", "forgetting_factor": 0.95, "epsilon": 1e-4,
     }}  # fmt: skip
 
 

@@ -69,6 +69,7 @@ def test_scores_of_a_wrong_shape_are_named():
         model(token_ids(1, 30), **cache_argument(PrunedCache(model, Wrong(16, sinks=2, recent=4))))
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="transformers has no such batching")
 def test_continuous_batching_runs_after_restore():
     """It refuses names of attention that it does not know, and a switched model has one."""
     model = build("llama")
