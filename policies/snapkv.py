@@ -67,4 +67,7 @@ class SnapKV(Eviction):
         if self.pooling == "max":
             return super().pool(scores, positions)
         lent = scores.masked_fill(scores == -math.inf, 0.0)
-        return over_neighbours(lent, positions, self.kernel_size, lambda lent: lent.sum(-1) / self.kernel_size, 0.0)
+        # In float64, where the same rows add up to the same whatever their order: neighbours that share all theirs tie.
+        return over_neighbours(
+            lent, positions, self.kernel_size, lambda near: (near.double().sum(-1) / self.kernel_size).float(), 0.0
+        )
