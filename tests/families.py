@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -102,18 +103,85 @@ if hasattr(transformers, "Gemma4TextConfig"):  # not in transformers 5.17; its l
 if transformers.GPTJForCausalLM._can_set_attn_implementation():  # not before transformers 5.24
     CONFIGS["gpt-j"] = lambda: transformers.GPTJConfig(**_SHAPE, rotary_dim=4)
 FAMILIES = tuple(CONFIGS)
+
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 8,
+}
+_EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_ROTATED_IN_THREE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+
+
+def _seeing(name: str, **vision: Any) -> PreTrainedConfig:
+    """A model that sees, for prompts of text alone: its positions have three dimensions nevertheless."""
+    text = {**_GROUPED, "rope_parameters": _ROTATED_IN_THREE}
+    return getattr(transformers, f"{name}Config")(
+        text_config=text,
+        vision_config={"depth": 1, "num_heads": 2, **vision},
+        **{f"{kind}_token_id": VOCAB - 1 - index for index, kind in enumerate(("image", "video", "vision_start"))},
+        **{name: _SHAPE[name] for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")},
+    )
+
+
+UNUSUAL: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**_GROUPED, **_EXPERTS),  # builds a sliding mask for no layer
+    "lfm2": lambda: transformers.Lfm2Config(**_GROUPED, layer_types=["full_attention", "conv"]),
+    "jamba": lambda: transformers.JambaConfig(
+        **_GROUPED,
+        attn_layer_period=2,
+        attn_layer_offset=0,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    ),
+    "bamba": lambda: transformers.BambaConfig(**_GROUPED, **_MAMBA, attn_layer_indices=[0]),
+    "granite-hybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **_GROUPED,
+        **_MAMBA,
+        layer_types=["attention", "mamba"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=32,
+    ),
+    "qwen3-next": lambda: Qwen3NextConfig(
+        **_HEAD_DIM,
+        **_EXPERTS,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        layer_types=["full_attention", "linear_attention"],
+    ),
+    "qwen2-vl": lambda: _seeing("Qwen2VL", embed_dim=16, hidden_size=32),
+    "qwen2.5-vl": lambda: _seeing("Qwen2_5_VL", hidden_size=16, intermediate_size=16, out_hidden_size=32),
+}
+"""Families whose masks, states or positions are their own; only tests/test_families.py runs all of them."""
+
 STOCK_ONLY = ("mistral-sliding",)
 """Families without a layer that can be pruned."""
 
 
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A new model of a family. The same arguments give the same weights."""
-    config = CONFIGS[family]()
+    config = (CONFIGS | UNUSUAL)[family]()
     for name, value in overrides.items():
         setattr(config, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = auto.from_config(config, dtype=dtype)
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):  # attention sinks of GPT-OSS
                 torch.nn.init.normal_(parameter)

@@ -1,15 +1,17 @@
 """Every model family: with room for all tokens a pruned cache changes nothing, with less it stays exact about sizes."""
 
+import functools
 from dataclasses import dataclass
 
 import families
 import pytest
 import torch
-from families import FAMILIES, STOCK_ONLY, build, generate, left_padded
+from families import FAMILIES, STOCK_ONLY, UNUSUAL, build, generate, left_padded
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from kvprune import PrunedCache
+from kvprune import Policy, PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache
 
@@ -35,6 +37,8 @@ PACKING = {
     "kivi": KIVI(group_size=4, residual=8),
     "a2sf-zipcache": A2SF(24, sinks=2, recent=8) | ZipCache(buffer=5),
 }
+OF_UNUSUAL = ("a2sf", "a2sf-zipcache")
+"""The policies that meet the families of `UNUSUAL`: what these have of their own is no matter of the policy."""
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing to prune")
 
 
@@ -57,9 +61,10 @@ class Family:
     logits: Tensor
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request) -> Family:
-    model = build(request.param)
+@functools.cache
+def touched(name: str) -> Family:
+    """The family that all tests use together."""
+    model = build(name)
     single, padded = left_padded([40]), left_padded([20, 50, 37], seed=1)
     asked = {
         "greedy": (single, {}),
@@ -74,10 +79,26 @@ def family(request) -> Family:
     with torch.no_grad():
         logits = model(**padded, **cache_argument(DynamicCache(config=model.config))).logits
     PrunedCache(model, Full())  # only now
-    return Family(request.param, model, cases, logits)
+    return Family(name, model, cases, logits)
 
 
-@pytest.mark.parametrize("policy", FULL_BUDGET.values(), ids=FULL_BUDGET)
+@pytest.fixture(params=(*FAMILIES, *UNUSUAL))
+def family(request) -> Family:
+    return touched(request.param)
+
+
+def with_each(policies: dict[str, Policy]) -> pytest.MarkDecorator:
+    """Every family with every one of these policies, the unusual families with few."""
+    pairs = [(family, name) for family in FAMILIES for name in policies]
+    pairs += [(family, name) for family in UNUSUAL for name in policies if name in OF_UNUSUAL]
+    return pytest.mark.parametrize(
+        ("family", "policy"),
+        [pytest.param(family, policies[name], id=f"{family}-{name}") for family, name in pairs],
+        indirect=["family"],
+    )
+
+
+@with_each(FULL_BUDGET)
 @pytest.mark.parametrize("case", ["greedy", "padded", "beams", "padded-beams"])
 def test_full_budget_generates_the_ids_of_the_stock_cache(family, policy, case):
     """With a budget larger than the sequence, generate() gives the token ids of the stock cache."""
@@ -87,7 +108,7 @@ def test_full_budget_generates_the_ids_of_the_stock_cache(family, policy, case):
     assert torch.equal(ids, case.expected)
 
 
-@pytest.mark.parametrize("policy", FULL_BUDGET.values(), ids=FULL_BUDGET)
+@with_each(FULL_BUDGET)
 def test_full_budget_gives_the_logits_of_the_stock_cache(family, policy):
     """With a budget larger than the sequence, a direct call gives the stock logits at every real token."""
     batch = family.cases["padded"].batch
@@ -117,7 +138,7 @@ def test_model_logits_without_a_cache_are_those_of_before(family):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING)
+@with_each(EVICTING)
 def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy, num_beams):
     """From a padded batch, 20 tokens come with finite logits and every pruned layer holds the budget of each one."""
     batch = left_padded([10, 50, 37], seed=2)
@@ -137,11 +158,11 @@ def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy,
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("name", PACKING)
-def test_packed_rows_run_with_exact_sizes_and_finite_logits(family, name, num_beams):
+@with_each(PACKING)
+def test_packed_rows_run_with_exact_sizes_and_finite_logits(family, policy, num_beams):
     """The same with rows that are packed; those of the newest tokens wait in full precision."""
     batch = left_padded([10, 50, 37], seed=2)
-    cache = PrunedCache(family.model, PACKING[name])
+    cache = PrunedCache(family.model, policy)
     out = generate(
         family.model, batch, 20, **cache_argument(cache), num_beams=num_beams, output_logits=True,
         return_dict_in_generate=True,
@@ -151,9 +172,9 @@ def test_packed_rows_run_with_exact_sizes_and_finite_logits(family, name, num_be
     for layer in cache.pruned_layers:
         table = cache.layers[layer].table
         kept = (cache.kept_positions(layer) >= 0).sum(-1)
-        sizes = [24] * 3 if name == "a2sf-zipcache" else [29, 69, 56]
+        sizes = [24] * 3 if policy is PACKING["a2sf-zipcache"] else [29, 69, 56]
         assert kept.tolist() == [[size] * kept.shape[1] for size in sizes for _ in range(num_beams)]
-        assert 0 < table.length - table.packed_length <= PACKING[name].buffer
+        assert 0 < table.length - table.packed_length <= policy.buffer
         assert table.kv_nbytes < table.length * table.kv_token_bytes
 
 
@@ -161,7 +182,7 @@ def test_hybrid_models_are_pruned_where_attention_is_full(family):
     """Layers with full attention are pruned, all others keep the layer that transformers gives them."""
     stock = DynamicCache(config=family.model.config).layers
     cache = PrunedCache(family.model, A2SF(24, sinks=2, recent=8))
-    assert cache.pruned_layers == tuple(index for index, layer in enumerate(stock) if not layer.is_sliding)
+    assert cache.pruned_layers == tuple(index for index, layer in enumerate(stock) if type(layer) is DynamicLayer)
     assert all(
         type(mine) is type(theirs)
         for index, (mine, theirs) in enumerate(zip(cache.layers, stock, strict=True))
