@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from output import save, table
 from rich.console import Console
 
 from kvprune import Scoring
 from kvprune.cache.layer import PrunedLayer
 from kvprune.policy.registry import parse
+from printing.output import save, table
 
 HEADS = 8
 POLICIES = ("zipcache", "zipcache:group_size=128", "zipcache:high_bits=4,low_bits=4", "kivi:bits=2", "kivi:bits=4")

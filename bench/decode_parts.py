@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
-from workload import build_model
 
 from kvprune import PrunedCache, Scoring
 from kvprune.attention.queries import Queries
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, SnapKV
+from measuring.workload import build_model
 
 ROWS, HEADS, QUERY_HEADS, HEAD_DIM = 1024, 4, 8, 32
 

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from output import Log, save, save_markdown, table
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,6 +42,7 @@ from kvprune.integrations.longbench import LongBench
 from kvprune.integrations.longbench_tasks import TASKS
 from kvprune.policy import registry
 from kvprune.saving import files as saving
+from printing.output import Log, save, save_markdown, table
 
 # -- odd things --------------------------------------------------------------------------------------------------------
 

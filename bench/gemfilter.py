@@ -14,12 +14,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from contenders import STOCK
 from memory import peaks_of, with_ratios
-from output import Log, save, save_markdown, table
-from rounds import Row, interleave, summarise
-from worker import Here
-from workload import Job
+
+from measuring.workload import Job
+from printing.output import Log, save, save_markdown, table
+from subjects.contenders import STOCK
+from subjects.rounds import Row, interleave, summarise
+from subjects.worker import Here
 
 
 def main() -> None:

@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from contenders import PEERS_STOCK, STOCK
-from output import Log, save, save_markdown, table
 from rich.table import Table
-from rounds import Row, Runner, interleave, label, summarise
-from worker import Here, Worker, incomparable, versions
-from workload import MODELS, Job, build_model
+
+from measuring.workload import MODELS, Job, build_model
+from printing.output import Log, save, save_markdown, table
+from subjects.contenders import PEERS_STOCK, STOCK
+from subjects.rounds import Row, Runner, interleave, label, summarise
+from subjects.worker import Here, Worker, incomparable, versions
 
 Run = tuple[str, float | int | None]
 # The first of each is what the others are compared with: a contender and its budget.

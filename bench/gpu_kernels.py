@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from output import save, table
 from rich.console import Console
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from kvprune.attention.noise import Gumbel
 from kvprune.kernels import gpu as kernels
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from printing.output import save, table
 
 KV_HEADS, GROUP, DIM = 8, 4, 128
 WINDOW = 32  # of SnapKV

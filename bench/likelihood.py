@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from output import save, table
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -29,6 +28,7 @@ from kvprune.evaluation.contenders import Contender, Held
 from kvprune.evaluation.likelihood import SEPARATOR, Predictions, compare, cut, logits
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
+from printing.output import save, table
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LENGTH = 512  # tokens of a sequence: the context of the model

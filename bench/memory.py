@@ -14,12 +14,13 @@ import statistics
 import sys
 from pathlib import Path
 
-from contenders import CONTENDERS, KVPRESS, STOCK
-from output import Log, save, save_markdown, table
 from rich.table import Table
-from rounds import Cell, Row, add_arguments, cells_of, described, jobs_of
-from worker import STEADY_HEAP, Worker
-from workload import Job
+
+from measuring.workload import Job
+from printing.output import Log, save, save_markdown, table
+from subjects.contenders import CONTENDERS, KVPRESS, STOCK
+from subjects.rounds import Cell, Row, add_arguments, cells_of, described, jobs_of
+from subjects.worker import STEADY_HEAP, Worker
 
 PEAKS = ("prefill_peak_bytes", "decode_peak_bytes")
 

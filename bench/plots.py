@@ -18,10 +18,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from contenders import KVPRESS, KVPRUNE, STOCK, TRANSFORMERS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from subjects.contenders import KVPRESS, KVPRUNE, STOCK, TRANSFORMERS
 
 COLORS = {TRANSFORMERS: "#7a7a7a", KVPRUNE: "#1f6fb4", KVPRESS: "#5a9e2f"}
 # There is room for some lines only: stock, one of each kind, and the closest methods of other libraries.

@@ -19,17 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import likelihood
-import quality_tables as tables
-from asking import Answered, Asked, Subject, answer, merge
-from output import Log, markdown, provenance, save
-from press_worker import Presses, PressJob
-from quality_tables import FULL, Row, Rows
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
-from worker import PEERS, Worker
-from workload import Session
 
 from kvprune import Policy, PrunedCache, Step, TokenTable
 from kvprune.demo import MODEL_PATH, load
@@ -37,6 +30,13 @@ from kvprune.demo.measure import Questions
 from kvprune.demo.task import QUESTION_LENGTH
 from kvprune.policies import H2O
 from kvprune.policy.registry import parse
+from measuring.asking import Answered, Asked, Subject, answer, merge
+from measuring.workload import Session
+from printing import quality_tables as tables
+from printing.output import Log, markdown, provenance, save
+from printing.quality_tables import FULL, Row, Rows
+from subjects.press_worker import Presses, PressJob
+from subjects.worker import PEERS, Worker
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 EVICTING = (
@@ -46,7 +46,7 @@ EVICTING = (
 PACKING = (
     "zipcache", "zipcache:group_size=32", "kivi:bits=2", "a2sf:budget=0.5,kernel_size=7 | zipcache:kernel_size=7",
 )  # fmt: skip
-PRESS_WORKER = Path(__file__).with_name("press_worker.py")
+PRESS_WORKER = Path(__file__).parent / "subjects" / "press_worker.py"
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-import real_prompts as prompts
-import real_tables
 import torch
-from output import Log, markdown, save
-from press_together import WriteJob
-from quality_tables import fill
-from real_prompts import Prompt
-from worker import PEERS, Worker
 
 from kvprune import PrunedCache
 from kvprune.cache.models import cache_argument
@@ -40,6 +33,13 @@ from kvprune.evaluation.results import Results, Row
 from kvprune.evaluation.together import shareable
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import names, parse
+from measuring import real_prompts as prompts
+from measuring.real_prompts import Prompt
+from printing import real_tables
+from printing.output import Log, markdown, save
+from printing.quality_tables import fill
+from subjects.press_together import WriteJob
+from subjects.worker import PEERS, Worker
 
 QUESTIONS = ("known", "unknown")
 BUDGETS = ("0.25", "0.1", "0.5")
@@ -90,7 +90,7 @@ PRESSES = (
     "SnapKV", "SnapKV, window 32, kernel 7", "TOVA", "StreamingLLM", "KeyDiff", "Knorm", "AdaKV(SnapKV)",
     "CriticalAdaKV(SnapKV)", "ExpectedAttention", "AdaKV(ExpectedAttention)", "PyramidKV", "KVzip",
 )  # fmt: skip
-PRESS_WORKER = Path(__file__).with_name("press_together.py")
+PRESS_WORKER = Path(__file__).parent / "subjects" / "press_together.py"
 
 
 class Presses:

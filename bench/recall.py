@@ -12,7 +12,6 @@ import argparse
 import math
 from pathlib import Path
 
-from output import save, table
 from rich.console import Console
 from rich.progress import Progress
 
@@ -20,6 +19,7 @@ from kvprune.demo import load
 from kvprune.demo.measure import Questions, Result, measure, reference
 from kvprune.demo.show import FULL
 from kvprune.policy.registry import parse
+from printing.output import save, table
 
 BUDGETS = (0.25, 0.1, 0.05)
 # Keyformer, and H2O with the sinks and the window of Keyformer as well as with its own.

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from output import Log, save, save_markdown, table
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -31,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvprune import Eviction, Policy, PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Keyformer, SnapKV, StreamingLLM, ZipCache
+from printing.output import Log, save, save_markdown, table
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "A2SF": A2SF,

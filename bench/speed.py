@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from contenders import CONTENDERS, KVPRESS, PEERS_STOCK
-from output import Log, save, save_markdown, table
 from rich.table import Table
-from rounds import TIMES, Cell, Row, Runner, add_arguments, cells_of, interleave, jobs_of, summarise
-from worker import Here, Worker, incomparable
-from workload import Job
+
+from measuring.workload import Job
+from printing.output import Log, save, save_markdown, table
+from subjects.contenders import CONTENDERS, KVPRESS, PEERS_STOCK
+from subjects.rounds import TIMES, Cell, Row, Runner, add_arguments, cells_of, interleave, jobs_of, summarise
+from subjects.worker import Here, Worker, incomparable
 
 
 def peers_stand(arguments: argparse.Namespace, here: Runner, peers: Runner, say: Callable[[str], None]) -> Row | None:

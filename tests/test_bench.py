@@ -6,20 +6,20 @@ import sys
 import families
 import gpu
 import memory
-import output
 import plots
 import pytest
-import rounds
 import torch
-from contenders import CONTENDERS, EAGER, KVPRESS, STOCK
 from torch import nn
 from transformers import DynamicCache
-from worker import Here, Worker, incomparable
-from workload import Contender, Job, Stopwatch, build_model, fingerprint, held_bytes, measure, resident
 
 from kvprune import PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, Full, ZipCache
+from measuring.workload import Contender, Job, Stopwatch, build_model, fingerprint, held_bytes, measure, resident
+from printing import output
+from subjects import rounds
+from subjects.contenders import CONTENDERS, EAGER, KVPRESS, STOCK
+from subjects.worker import Here, Worker, incomparable
 
 
 def tiny(name, budget=None, **settings):

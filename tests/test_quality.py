@@ -9,12 +9,7 @@ import families
 import likelihood
 import pytest
 import quality
-import quality_tables as tables
 import torch
-from asking import Answered, Asked, merge
-from press_worker import Presses, PressJob
-from quality_tables import FULL, Row, Rows
-from worker import PEERS, Worker
 
 from kvprune import KVPruneError, PrunedCache
 from kvprune.cache.models import cache_argument
@@ -22,6 +17,11 @@ from kvprune.demo import load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.policies import Full, SnapKV, StreamingLLM, find
 from kvprune.policy.registry import parse
+from measuring.asking import Answered, Asked, merge
+from printing import quality_tables as tables
+from printing.quality_tables import FULL, Row, Rows
+from subjects.press_worker import Presses, PressJob
+from subjects.worker import PEERS, Worker
 
 REPORT = Path(__file__).parents[1] / "bench" / "quality.md"
 

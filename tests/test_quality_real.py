@@ -1,11 +1,11 @@
 """The bench on the real model: who takes part, what counts as right, and tables of rows."""
 
 import quality_real
-import real_prompts
-import real_tables
-from output import markdown
 
 from kvprune.policy.registry import names
+from measuring import real_prompts
+from printing import real_tables
+from printing.output import markdown
 
 
 def row(policy, budget, question, index, score, **more):

@@ -11,7 +11,8 @@ import math
 from functools import partial
 
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache
-from workload import Contender, Job, Session
+
+from measuring.workload import Contender, Job, Session
 
 STOCK, EAGER, PEERS_STOCK = "stock sdpa", "stock eager", "stock beside kvpress"
 TRANSFORMERS, KVPRUNE, KVPRESS = "transformers", "kvprune", "kvpress"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from workload import Session, cache_argument, held_bytes
+
+from measuring.workload import Session, cache_argument, held_bytes
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from asking import Answered
 from likelihood import Result, standard_error
-from output import table
 from rich.table import Table
 
 from kvprune.errors import KVPruneError
+from measuring.asking import Answered
+from printing.output import table
 
 FULL = "full cache"
 KNOWN = {True: "known", False: "unknown"}

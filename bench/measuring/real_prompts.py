@@ -17,7 +17,7 @@ from kvprune.evaluation.prompts import PromptMaker
 from kvprune.evaluation.results import Row
 from kvprune.evaluation.synthetic.suite import Synthetic
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 # Tokens of an answer of needles, and what it is made of: a token is a digit for this tokenizer.
 ANSWERS: Mapping[int, Mapping[str, Any]] = {
     7: {"digits": 7}, 20: {"digits": 20}, 3: {"digits": 3}, 1: {"values": "word"},

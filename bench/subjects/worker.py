@@ -1,6 +1,6 @@
 """Contenders in a process of their own, and the pipe to it.
 
-    python bench/worker.py      # reads a request a line, writes an answer a line
+    PYTHONPATH=bench python bench/subjects/worker.py      # reads a request a line, writes an answer a line
 
 A request is JSON, `{"measure": "time" | "peak" | "warm_up", "job": {...}}` with the fields of `workload.Job`, or
 `{"measure": "versions", "job": ...}`. An answer is what was measured, or `{"error": why not}`. Between requests the
@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
-import workload
-from contenders import CONTENDERS, missing_package
-from workload import Job, fingerprint, forget_models, model_for, warm_up
+
+from measuring import workload
+from measuring.workload import Job, fingerprint, forget_models, model_for, warm_up
+from subjects.contenders import CONTENDERS, missing_package
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-PEERS = Path(__file__).parent / "peers" / ".venv" / "bin" / "python"
+BENCH = Path(__file__).resolve().parents[1]
+PEERS = BENCH / "peers" / ".venv" / "bin" / "python"
 PACKAGES = ("torch", "transformers", "kvprune", "kvpress", "optimum-quanto", "hqq")
 # glibc keeps what is freed below a threshold that grows with use: fixed, resident memory is what is alive.
 STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -109,6 +111,9 @@ class Worker:
     ) -> None:
         self._command = [str(python), str(script)]
         self._environment = {**os.environ, **(environment or {})}
+        # A script in a folder of its own finds the other folders, as one that stands beside them does.
+        folders = [str(BENCH), self._environment.get("PYTHONPATH")]
+        self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, measure: str, job: DataclassInstance) -> dict[str, Any]:

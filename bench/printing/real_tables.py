@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from likelihood import standard_error
-from output import table
 from rich.table import Table
 
 from kvprune.evaluation.results import Row
+from printing.output import table
 
 FULL = "full"
 ANSWERS = (1, 3, 7, 20)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from contenders import CONTENDERS, KVPRESS, STOCK, missing_package
-from worker import PEERS
-from workload import MODELS, Contender, Job
+from measuring.workload import MODELS, Contender, Job
+from subjects.contenders import CONTENDERS, KVPRESS, STOCK, missing_package
+from subjects.worker import PEERS
 
 Row = dict[str, Any]
 TIMES = ("prefill_s", "decode_ms")

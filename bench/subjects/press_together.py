@@ -1,6 +1,6 @@
 """Presses of kvpress that read a prompt together, in a process of their own; see `quality_real.py`.
 
-    bench/peers/.venv/bin/python bench/press_together.py      # reads a request a line, writes an answer a line
+    PYTHONPATH=bench bench/peers/.venv/bin/python bench/subjects/press_together.py  # a request a line
 
 A request is `{"measure": "write", "job": {...}}` with the fields of `WriteJob`, and an answer has what each press wrote
 and kept; or `{"measure": "versions", "job": ...}`. Or `{"error": why not}`.
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
-from worker import reasoned, serve, versions
 
 from kvprune.cache.models import cache_argument
+from subjects.worker import reasoned, serve, versions
 
 EPSILON = 1e-2  # of ExpectedAttentionPress, as its authors evaluate it
 

@@ -1,6 +1,6 @@
 """The presses of kvpress answer questions, in a process of their own: kvpress needs another version of transformers.
 
-    bench/peers/.venv/bin/python bench/press_worker.py      # reads a request a line, writes an answer a line
+    PYTHONPATH=bench bench/peers/.venv/bin/python bench/subjects/press_worker.py  # a request a line
 
 A request is `{"measure": "answer", "job": {...}}` with the fields of `PressJob`, and an answer has those of
 `asking.Answered`; or `{"measure": "versions", "job": {...}}` with the fields of `Presses`, answered by the versions of
@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
-from asking import Asked, Subject, answer, merge
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
-from worker import reasoned, serve, versions
-from workload import Session
+
+from measuring.asking import Asked, Subject, answer, merge
+from measuring.workload import Session
+from subjects.worker import reasoned, serve, versions
 
 EAGER = ("ObservedAttentionPress",)  # they read the matrix of probabilities, which no other attention returns
 EAGER_BATCH = 1  # prompts at a time: those matrices are what fills memory

@@ -1,0 +1,1 @@
+"""What is printed: tables, reports, and JSON with its provenance."""
