@@ -379,7 +379,8 @@ class Statistics(Ranking):
     def observe(self, layer: Layer, new: range) -> None:
         self.grow(layer)
         if layer.prefill:
-            self.asked += [position for position in new if position >= self.sinks]
+            # A new list: the links of several sequences are shallow copies of one.
+            self.asked = self.asked + [position for position in new if position >= self.sinks]
         if not self.due(layer):
             return
         group = len(layer.queries) // len(layer.kept)
