@@ -108,8 +108,8 @@ def test_settings_beyond_any_sequence_cost_no_memory(policy):
 
 def test_a_wide_kernel_pools_like_one_that_reaches_everything():
     """Nothing is left to tell one token from another by, however much wider it is than the sequence."""
-    scores = torch.randn(20)
-    averaged = SnapKV(8, window=4, pooling="avg", kernel_size=999).pool(scores[None, None], torch.arange(20)[None, None])
+    scores, positions = torch.randn(20), torch.arange(20)
+    averaged = SnapKV(8, window=4, pooling="avg", kernel_size=999).pool(scores[None, None], positions[None, None])
     smoothed = GemFilter(8, kernel_size=999)._smooth(scores)
     for pooled in (averaged, smoothed):  # every token has the same neighbours: all of them
         torch.testing.assert_close(pooled, pooled.mean().expand_as(pooled))
