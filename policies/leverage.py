@@ -23,7 +23,8 @@ class Leverage(Eviction):
     another draw each time, which saves little where a head has 64 or 128. Scores of every head add up to at most D.
     All keys are read at every decision: after every prompt, or piece of one, and every `interval` generated tokens.
 
-    Settings (beside those of `Eviction`): ridge, as a share of the mean of the diagonal of X^T X.
+    Settings (beside those of `Eviction`):
+        ridge: as a share of the mean of the diagonal of X^T X.
     """
 
     _: KW_ONLY

@@ -28,7 +28,8 @@ class TriAttention(Eviction):
     prompt is evicted too: the published code keeps the first tokens of a prompt that exceeds the budget and drops all
     that is generated. All keys are read at every decision: after every prompt, and every `interval` generated tokens.
 
-    Settings (beside those of `Eviction`): distances, of which 17 reach to 65,536 tokens.
+    Settings (beside those of `Eviction`):
+        distances: how many powers of two, from 1 on; 17 reach to 65,536 tokens.
     """
 
     _: KW_ONLY

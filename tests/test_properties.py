@@ -117,7 +117,9 @@ SCORES = {
         interval=3,
     ),
     "tri": Setup(lambda b: TriAttention(b, sinks=2, recent=3, interval=3), 2, lambda capacity: 3, interval=3),
-    "leverage": Setup(lambda b: Leverage(b, sinks=2, recent=3, interval=3), 2, lambda capacity: 3, interval=3),
+    "leverage": Setup(
+        lambda b: Leverage(b, sinks=2, recent=3, interval=3, ridge=1.0), 2, lambda capacity: 3, interval=3
+    ),
 }
 # These change what rows hold, so what is said about exact keys, values and logits is not said of them.
 PACKING = {
