@@ -282,4 +282,6 @@ class PrunedLayer(LayerStep):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
+        if self.table is not None:
+            self.table.settle()  # copies of columns that somebody has looked at are not held
         return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())

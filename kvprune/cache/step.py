@@ -324,10 +324,10 @@ class LayerStep(CacheLayerMixin):
             plan.table = self.table.scoped(plan.scope)  # type: ignore[union-attr]  # an earlier link may have replaced it
             evicted |= self._apply(plan, plan.policy.decide(plan.table, plan.step))
         table: TokenTable = self.table  # type: ignore[assignment]
-        table.settle()
         if prefill:
             table.drop_empty()
             table.own()
+        table.settle()
         if self.steady is not None:
             self.steady.advance()
         elif evicted and self.planner.static_decode and not self.record_past:
