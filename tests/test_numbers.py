@@ -15,7 +15,7 @@ from families import PAD, build, feed, generate, kept, left_padded, sequence, st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprune import Policy, PrunedCache, RowWeights, Scoring, Step, TokenTable, attention_mass
+from kvprune import CacheError, Policy, PrunedCache, RowWeights, Scoring, Step, TokenTable, attention_mass
 from kvprune.attention.mass import row_logits
 from kvprune.cache.models import cache_argument
 from kvprune.kernels import choose
@@ -235,27 +235,31 @@ def test_a_sequence_without_any_token(policy, budget):
 
 @policies
 def test_a_turn_that_brings_nothing_new(policy, budget):
-    """generate() with a cache that has seen all of its input reads it once more, as on a stock cache; sizes hold."""
+    """generate() with a cache that has seen all of its input would read it once more: refused, and nothing changes."""
     model, batch = build("llama"), left_padded([30])
     pruned = PrunedCache(model, policy)
     feed(model, batch, pruned, [30])
+    if pruned.prompt_filter is None:
+        with pytest.raises(CacheError, match="does not begin with what the cache has seen"):
+            generate(model, batch, 5, **cache_argument(pruned))
+        assert pruned.seen_tokens == 30
+        return
     ids = generate(model, batch, 5, **cache_argument(pruned))
     assert ids.shape == (1, 35)
     assert pruned.seen_tokens == 64
-    generated = 4 if pruned.prompt_filter else 34  # a filter has chosen from the second reading as well
-    assert_kept(pruned, [30], generated, budget)
+    assert_kept(pruned, [30], 4, budget)  # a filter has chosen from the second reading as well
 
 
 @policies
 def test_steps_of_no_tokens_change_nothing(policy, budget):
-    """transformers refuses no new tokens, in generate() and in a forward pass; the cache goes on as if nobody asked."""
+    """No new tokens are refused, in generate() and in a forward pass; the cache goes on as if nobody asked."""
     model, batch = build("llama"), left_padded([36, 26])
     caches = [PrunedCache(model, policy) for _ in range(2)]
     for pruned in caches:
         feed(model, batch, pruned, [30])
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate(model, {"input_ids": batch["input_ids"][:, :30]}, 0, **cache_argument(caches[0]))
-    with pytest.raises(RuntimeError, match="0 elements"):
+    with pytest.raises(CacheError, match="no new tokens"):
         model(token_ids(2, 0), **cache_argument(caches[0]))
     logits, expected = (feed(model, batch, pruned, [1] * 6, begin=30) for pruned in caches)
     assert torch.equal(logits, expected)
