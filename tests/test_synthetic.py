@@ -449,7 +449,7 @@ def test_a_filler_file_without_text_is_refused(tokenizer, tmp_path, content):
         ({"depths": []}, "one depth"),
         ({"style": "verse"}, "no style 'verse'"),
         ({"values": "letters"}, "choose from words, word, numbers, uuids"),
-        ({"keys": "letters"}, "choose from words, word, numbers, uuids"),
+        ({"keys": "letters"}, "choose from words, numbers, uuids"),
         ({"distractors": -1}, "distractors is -1"),
         ({"distractors": "many"}, "distractors is 'many'"),
         ({"needles": 0}, "needles is 0"),
