@@ -12,14 +12,17 @@ PEERS := bench/peers/.venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
 
+# So many processes share the tests; auto is one for every core, see tests/conftest.py. 0 is none but the first.
+JOBS ?= auto
+SHARED := -n $(JOBS) --dist worksteal
 test: $(TESTED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 # The oldest transformers, in an environment of its own, on the torch of constraints.txt: older ones were not run.
 OLDEST := .venv-oldest
 OLDEST_TESTS ?= tests/test_switching.py tests/test_adapters.py tests/test_masks.py tests/test_gemfilter.py
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest $(SHARED) $(OLDEST_TESTS)
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt $(wildcard kvprune/kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(OLDEST)

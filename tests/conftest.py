@@ -23,6 +23,17 @@ settings.register_profile("long", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "dev")
 
 
+MOST_PROCESSES = 8
+"""Of a test run that takes as many as it likes: each has torch, transformers, and models of its own in memory."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` is: one process for every core that this one may use, hyperthreads among them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -280,7 +280,7 @@ def test_mass_that_was_not_asked_for():
 # -- what is no policy -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [None, 0.25, A2SF, ["a2sf"], {"budget": 0.5}, object()], ids=repr)
+@pytest.mark.parametrize("policy", [None, 0.25, A2SF, ["a2sf"], {"budget": 0.5}, ...], ids=repr)
 def test_what_is_no_policy(policy):
     """A cache takes a policy, a chain or a name, and leaves a model alone that it was made for in vain."""
     model = build("llama")
@@ -353,7 +353,7 @@ def test_names_that_are_almost_right(name, meant):
 
 
 @pytest.mark.parametrize(
-    "model", [None, "gpt2", object(), transformers.LlamaConfig(), torch.nn.Linear(2, 2), PrunedCache], ids=repr
+    "model", [None, "gpt2", ..., transformers.LlamaConfig(), torch.nn.Linear(2, 2), PrunedCache], ids=repr
 )
 def test_what_is_no_model(model):
     """A cache is made for a transformers language model."""
