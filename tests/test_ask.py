@@ -13,7 +13,7 @@ from kvprune import CacheError, Chain, KVPruneError, PolicyError, PrunedCache, Q
 from kvprune.cache.models import cache_argument
 from kvprune.demo import load
 from kvprune.demo.task import RecallGenerator, decode
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, KVzip, SnapKV, StreamingLLM, ZipCache
 
 NEEDING = [A2SF(0.5), SnapKV(0.5), TOVA(0.5), GemFilter(256), H2O(0.5) | TOVA(0.5), GemFilter(256) | KIVI()]
 BLIND = [Full(), H2O(0.5), Keyformer(0.5), StreamingLLM(0.5), KIVI(), ZipCache(), A2SF(0.5, forgetting_factor=1.0)]
@@ -86,14 +86,7 @@ def test_a_saved_document_answers_like_the_one_that_was_read(tmp_path):
         logits = [embedded().model(ids, **cache_argument(each)).logits for each in (loaded, found.cache)]
     assert torch.equal(*logits)
     loaded = PrunedCache.load(tmp_path / "document", embedded().model)
-    again = ask(
-        embedded().model,
-        embedded().tokenizer,
-        embedded().document,
-        embedded().questions,
-        cache=loaded,
-        max_new_tokens=6,
-    )
+    again = ask(cache=loaded, questions=embedded().questions, max_new_tokens=6)  # of the file alone
     assert again.texts == found.texts
     assert again.cache is loaded
     assert loaded.seen_tokens == found.document_tokens
@@ -102,6 +95,59 @@ def test_a_saved_document_answers_like_the_one_that_was_read(tmp_path):
             ask(embedded().model, embedded().tokenizer, embedded().document, embedded().questions, **wrong)
     with pytest.raises(KVPruneError, match="the cache has seen 400"):
         ask(embedded().model, embedded().tokenizer, "slowly", embedded().questions, cache=loaded)
+
+
+def test_a_cache_knows_what_it_has_read_until_more_comes():
+    """A fork does too; where somebody else filled it, the document is given, and has to be of as many tokens."""
+    found, one = asked("full", questions=["question"], max_new_tokens=1), {"questions": ["question"]}
+    cache = found.cache.fork()
+    assert ask(cache=cache, **one, max_new_tokens=1).texts == found.texts
+    assert torch.equal(
+        cache.transcript.ids[None], embedded().tokenizer(embedded().document, return_tensors="pt").input_ids
+    )
+    with pytest.raises(KVPruneError, match="other tokens of the document"):
+        ask(tokenizer=lambda *_, **__: {"input_ids": torch.zeros(1, 3)}, cache=cache, **one)
+    with torch.no_grad():
+        embedded().model(torch.tensor([[7]]), **cache_argument(cache))
+    assert cache.transcript is None
+    with pytest.raises(KVPruneError, match="or has read more since"):
+        ask(cache=cache, **one)
+    cache.crop(-1)
+    assert cache.transcript is not None
+    cache.crop(-1)
+    with torch.no_grad():
+        embedded().model(torch.tensor([[7]]), **cache_argument(cache))
+    assert cache.transcript is None  # as many tokens, but another one
+    with pytest.raises(KVPruneError, match="or has read more since"):
+        ask(cache=cache, **one)
+    by_hand = PrunedCache(embedded().model, Full())
+    with torch.no_grad():
+        embedded().model(found.cache.transcript.ids[None], **cache_argument(by_hand))
+    assert ask(document=embedded().document, cache=by_hand, **one, max_new_tokens=1).texts == found.texts
+    with pytest.raises(KVPruneError, match="give the model and its tokenizer"):
+        ask(document="text", policy=Full(), **one)
+
+
+@pytest.mark.parametrize(
+    "policy", [Full(), KIVI(), KVzip(0.5), A2SF(0.5), GemFilter(256), H2O(0.5) | TOVA(0.5), H2O("64KiB")], ids=str
+)
+def test_questions_of_a_batch_are_answered_as_each_alone(policy):
+    """Padding stands between the document and what is shorter; where that could not be, they go one by one."""
+    longer = [f"{'the old baker slept ' * number}{text}" for number, text in enumerate(embedded().questions)]
+    pieces = {}
+    alone = asked(policy, questions=longer)
+    together = asked(
+        policy, questions=longer, batch_size=3, write=lambda number, piece: pieces.setdefault(number, []).append(piece)
+    )
+    assert together.texts == alone.texts
+    assert tuple("".join(pieces[number]).strip() for number in range(4)) == alone.texts
+    assert len(pieces[0]) > 1
+    assert together.cache.seen_tokens == 400
+
+
+def test_numbers_of_questions_that_are_none():
+    with pytest.raises(KVPruneError, match="batch_size is a number of questions"):
+        asked(Full(), batch_size=0)
 
 
 def test_answers_end_where_they_are_told():
@@ -158,6 +204,10 @@ def test_a_chat_template_goes_around_document_and_question(chatting):
     written = f"note {embedded().document}"
     plain = ask(embedded().model, chatting, written, [f"{q} the question" for q in questions], Full(), max_new_tokens=4)
     assert found.texts == plain.texts
+    chatting.chat_template = "another"  # the cache knows that of then
+    assert (
+        ask(embedded().model, chatting, cache=found.cache, questions=questions, max_new_tokens=4).texts == found.texts
+    )
 
 
 def test_templates_that_are_missing_or_change_the_document(chatting):

@@ -29,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvprune import CacheError, Chain, Eviction, KVPruneError, Policy, PolicyError, PrunedCache
 from kvprune.cache.models import cache_argument
+from kvprune.cache.transcript import Transcript
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 from kvprune.policy import registry
 from kvprune.saving import files as saving
@@ -698,6 +699,51 @@ def test_facts_that_cannot_be(path, place, value, reason):
     sealed(path, changed(header, place, value), tensors)
     with pytest.raises(CacheError, match=reason):
         PrunedCache.load(path, shared("qwen3-hybrid"))
+
+
+def with_transcript() -> PrunedCache:
+    """A cache of one sequence that knows what it has read."""
+    cache, batch = PrunedCache(shared(), A), left_padded([30])
+    feed(shared(), batch, cache, [30])
+    said = ({"role": "user", "content": "read this"}, {"role": "assistant", "content": "done"})
+    cache.transcript = Transcript(batch["input_ids"][0], "a text", "{{ a template }}", said, "a document")
+    return cache
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file."""
+    with safe_open(path, "pt") as opened:
+        return json.loads(opened.metadata()["header"]), load_file(path)
+
+
+def test_a_transcript_comes_back(path):
+    cache = with_transcript()
+    loaded = again(cache, path)
+    assert contents(loaded.transcript) == contents(cache.transcript)
+    assert loaded.fork().transcript is loaded.transcript
+    loaded.reset()
+    assert loaded.transcript is None
+    header, tensors = read(path)
+    del header["transcript"]  # as it was before there were any
+    sealed(path, header, {name: each for name, each in tensors.items() if name != "transcript.ids"})
+    assert PrunedCache.load(path, shared()).transcript is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("text", 3), ("template", []), ("document", 1), ("messages", ["hello"]), ("messages", {}),
+     ("messages", [{"role": "user"}]), ("messages", [{"role": "someone", "content": "a"}]),
+     ("messages", [{"role": "user", "content": 1}])],
+)  # fmt: skip
+def test_transcripts_that_cannot_be(path, place, value):
+    with_transcript().save(path)
+    header, tensors = read(path)
+    sealed(path, changed(header, ("transcript", place), value), tensors)
+    with pytest.raises(CacheError, match=f"transcript .*{place}"):
+        PrunedCache.load(path, shared())
+    sealed(path, header, {**tensors, "transcript.ids": torch.zeros(29, dtype=torch.int64)})
+    with pytest.raises(CacheError, match="transcript has ids of shape"):
+        PrunedCache.load(path, shared())
 
 
 def test_numbers_that_point_elsewhere_are_refused(path):

@@ -312,6 +312,11 @@ class ForwardPass(Masks):
             if isinstance(layer, CacheLayerMixin)
         }
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a forward pass has not come to its end: nothing but `reset` helps then."""
+        return self._open is not None or not self._progress.is_complete or len(self.lengths) > 1
+
     def _check_complete(self) -> None:
         if not self._progress.is_complete or len(self.lengths) > 1:
             raise CacheError(

@@ -33,6 +33,7 @@ from kvprune.cache.modes import without_gradients
 from kvprune.cache.progress import Progress, watch
 from kvprune.cache.rolling_back import RollingBack
 from kvprune.cache.rotary import rotations
+from kvprune.cache.transcript import Transcript
 from kvprune.cache.turning import rotary_of
 from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
@@ -150,10 +151,21 @@ class PrunedCache(Contents, RollingBack):
         self._selection = None  # that holds once the first pruned layer has seen it
         self.replay = None  # before a prompt is decided; see passes/replay.py
         self._unread = None  # that holds once the first pruned layer has seen it
+        self._transcript = None
         policy.attach(self, model)
         switch_attention(model)
         if watched and decoder is not None:
             watch(decoder)
+
+    @property
+    def transcript(self) -> Transcript | None:
+        """The text that the cache has read, if whoever read it said so and nothing has come since; None otherwise."""
+        known = self._transcript
+        return known if known and len(known.ids) == self.seen_tokens and self._batch_size == 1 else None
+
+    @transcript.setter
+    def transcript(self, transcript: Transcript | None) -> None:
+        self._transcript = transcript
 
     # -- saved and loaded ------------------------------------------------------------------------------------------
 
@@ -161,9 +173,10 @@ class PrunedCache(Contents, RollingBack):
         """Write the whole cache to a file, for `load` to go on with exactly where this one stands.
 
         One safetensors file: rows, codes, scores, counts, the policy, and a fingerprint of the model, with checksums of
-        all of it. It is written beside the path and then takes its place, so that a file which was there stays whole
-        until the new one is. On the way, a copy of the cache is made in the CPU's memory. Of a model that tensor
-        parallelism splits, every process saves its own heads: give each a path of its own, and load them likewise.
+        all of it; the transcript too, where there is one. It is written beside the path and then takes its place, so
+        that a file which was there stays whole until the new one is. On the way, a copy of the cache is made in the
+        CPU's memory. Of a model that tensor parallelism splits, every process saves its own heads: give each a path of
+        its own, and load them likewise.
 
         trust_model: save although it cannot be told which weights the model computes with, as of some quantized ones;
         such a file can be loaded with `trust_model=True` alone.

@@ -14,6 +14,7 @@ from kvprune.cache import stock
 from kvprune.cache.forward_pass import ForwardPass
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.modes import without_gradients
+from kvprune.cache.transcript import Transcript
 from kvprune.errors import CacheError
 
 
@@ -21,6 +22,7 @@ class RollingBack(ForwardPass):
     """The part of a `PrunedCache` that `generate()` calls between forward passes. All of it changes the cache."""
 
     _empty: dict[int, Any]
+    _transcript: Transcript | None
 
     @without_gradients
     def crop(self, tokens_to_remove: int) -> None:
@@ -46,6 +48,8 @@ class RollingBack(ForwardPass):
                     "activate_past_recording() before steps that you may want to take back, or keep a fork()."
                 )
         super().crop(tokens_to_remove)
+        if self._transcript and self.get_seq_length() < len(self._transcript.ids):
+            self._transcript = None  # others may come in their place
 
     def activate_past_recording(self) -> None:
         """From now on nothing is evicted in a step before `crop` has said how many of its tokens were accepted."""
@@ -57,6 +61,7 @@ class RollingBack(ForwardPass):
         self._open = None
         self._forget_step()
         self._progress.forget()
+        self._transcript = None
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer):
                 layer.reset()

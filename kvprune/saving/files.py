@@ -1,7 +1,7 @@
 """Caches in files: one safetensors file each. Everything that is read from it is validated before it is used.
 
     {"format": "kvprune.cache", "version": "1", "header": JSON, "sha256": of the header}      the file's metadata
-    header: kvprune, policy, model (its fingerprint), seen, layers, tensors (sha256 of each)
+    header: kvprune, policy, model (its fingerprint), seen, transcript, layers, tensors (sha256 of each)
     layers.<index>.table.keys, ...                                                            the tensors
 
 A file that is damaged, malformed, or made for another model raises CacheError and nothing else. Nothing is unpickled,
@@ -30,6 +30,7 @@ from kvprune.cache import stock
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import layer_config, text_config
 from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.transcript import Transcript
 from kvprune.errors import CacheError, PolicyError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import described, from_description
@@ -58,6 +59,7 @@ def save(cache: PrunedCache, model: Any, path: str | os.PathLike[str], *, trust_
         )
     state = State({"kvprune": version("kvprune"), "policy": described(cache.policy), "model": facts})
     state.facts["seen"] = cache.seen_tokens
+    state.add("transcript", None if (known := cache.transcript) is None else known.state())
     state.add_all("layers", (_layer_state(layer) for layer in cache.layers))
     tensors = {name: owned(tensor.detach().cpu()) for name, tensor in sorted(state.tensors.items())}
     for name, tensor in tensors.items():
@@ -215,6 +217,8 @@ def _restore(cache: PrunedCache, header: Saved, model: Any) -> None:
     seen = header.count("seen")
     if cache.lengths - {seen}:
         raise header.refused(f"says that {seen} tokens were seen, and its layers that {sorted(cache.lengths)} were")
+    if "transcript" in header.facts and (part := header.part("transcript", torch.device("cpu"))) is not None:
+        cache.transcript = Transcript.restored(part, seen)
 
 
 def _check_layer(cache: PrunedCache, layer: PrunedLayer, state: Saved, model: Any) -> None:

@@ -1,0 +1,5 @@
+"""Conversations on one cache.
+
+templates      what is said, as the text that a model reads
+streaming      what a model says, as text that comes
+"""
