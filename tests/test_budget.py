@@ -14,9 +14,9 @@ from families import build, feed, generate, left_padded, shared, stepwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune import Budget, BudgetError, KVPruneError, PrunedCache
+from kvprune import Budget, BudgetError, Chain, Everywhere, KVPruneError, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, TOVA, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, TOVA, Random, SnapKV, StreamingLLM
 
 # -- what may be written -----------------------------------------------------------------------------------------------
 
@@ -286,3 +286,17 @@ def test_too_few_bytes_are_told_the_least_that_work(make, family, lengths):
     run(least)
     with pytest.raises(BudgetError):
         run(least - 1)
+
+
+def test_bytes_of_a_later_link_are_checked_before_a_decision_waits():
+    """Where the first link waits for all layers, too few bytes for the second are told by the step itself."""
+    cache = PrunedCache(
+        shared("llama"), Chain((H2O(30, sinks=0, recent=4, share=Everywhere()), Random("100B", sinks=0, recent=0)))
+    )
+    with pytest.raises(BudgetError) as error:
+        feed(shared("llama"), left_padded([40]), cache, [40])
+    assert cache.seen_tokens == 0
+    chain = Chain((H2O(30, sinks=0, recent=4, share=Everywhere()), Random(f"{least_bytes(error)}B", sinks=0, recent=0)))
+    cache = PrunedCache(shared("llama"), chain)
+    feed(shared("llama"), left_padded([40]), cache, [40])
+    assert {len(kept) for kept in cache.kept_positions(0)[0]} == {1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,14 @@ class Plan:
         """Whether the decision is one for all layers, and waits for them."""
         alone = self.step.layers == 1 and self.policy.replay is None
         return self.step.prefill and not alone and self.policy.decides_together
+
+    def put_off(self) -> Plan:
+        """The same for later, without what lives in this step alone.
+
+        Raises BudgetError where its policy could not decide then, while the step can still be refused.
+        """
+        self.policy.check(self.step)
+        return replace(self, step=replace(self.step, source=None))
 
     def weighs_like(self, other: Plan) -> bool:
         """Whether the attention mass of one serves the other."""

@@ -10,7 +10,6 @@ So the step that brings a token always attends over everything, and the table sh
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -318,8 +317,7 @@ class LayerStep(CacheLayerMixin):
         self.waiting = []
         for number, plan in enumerate(plans):
             if plan.waits:
-                plan.policy.check(plan.step)
-                self.waiting = [replace(each, step=replace(each.step, source=None)) for each in plans[number:]]
+                self.waiting = [each.put_off() for each in plans[number:]]
                 break
             plan.table = self.table.scoped(plan.scope)  # type: ignore[union-attr]  # an earlier link may have replaced it
             evicted |= self._apply(plan, plan.policy.decide(plan.table, plan.step))
