@@ -5,6 +5,7 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 
 from kvprune.policies.a2sf import A2SF
 from kvprune.policies.adakv import AdaKV
+from kvprune.policies.criticalkv import CriticalAdaKV, CriticalKV
 from kvprune.policies.expected_attention import ExpectedAttention
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
@@ -30,6 +31,8 @@ __all__ = [
     "KIVI",
     "TOVA",
     "AdaKV",
+    "CriticalAdaKV",
+    "CriticalKV",
     "ExpectedAttention",
     "Full",
     "GemFilter",

@@ -53,6 +53,10 @@ class ExpectedAttention(Eviction):
     def turns_back(self) -> bool:
         return True
 
+    @property
+    def scores_attention(self) -> bool:
+        return True
+
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}
 

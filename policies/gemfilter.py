@@ -14,8 +14,8 @@ from torch import Tensor
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.passes.filters import PromptFilter
 from kvprune.policy.budget import Budget
-from kvprune.policy.eviction import reach
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.policy.pooling import reach
 from kvprune.policy.settings import check_count, check_kernel
 
 # Zero-based, as in the paper: of Llama-3.1-8B, Mistral-Nemo-12B and Phi-3.5-mini, by (type, layers, hidden size).

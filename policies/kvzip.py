@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from kvprune.errors import PolicyError
 from kvprune.passes.replays import ReplayedEviction
-from kvprune.policy.eviction import check_count
 from kvprune.policy.replaying import Replay
+from kvprune.policy.settings import check_count
 from kvprune.policy.shares import Everywhere, Share
 
 EVERYWHERE = Everywhere(floor=0.0)

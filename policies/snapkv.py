@@ -11,7 +11,8 @@ from torch import Tensor
 from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Step
-from kvprune.policy.eviction import Eviction, over_neighbours
+from kvprune.policy.eviction import Eviction
+from kvprune.policy.pooling import over_neighbours
 from kvprune.policy.settings import check_count
 from kvprune.table.token_table import TokenTable
 

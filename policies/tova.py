@@ -8,7 +8,8 @@ import torch
 
 from kvprune.attention.mass import RowWeights
 from kvprune.policy.base import Step
-from kvprune.policy.eviction import Eviction, along_positions
+from kvprune.policy.eviction import Eviction
+from kvprune.policy.pooling import along_positions
 from kvprune.table.token_table import TokenTable
 
 
@@ -31,7 +32,7 @@ class TOVA(Eviction):
         return RowWeights.last_window(1)
 
     def observe(self, table: TokenTable, step: Step) -> None:
-        if table.one_policy:  # then all heads hold the same tokens in the same slots
+        if table.one_policy and not self.value_aware:  # then all heads hold the same tokens in the same slots
             score = step.heads.mean(step.mass)
         else:  # in every process the last position is that of this step's newest row, so all of them add up as many
             score = along_positions(step.mass, table.positions, lambda mass: step.heads.mean(mass).expand_as(mass), 0)

@@ -12,7 +12,7 @@ from kvprune.attention.noise import hash_word, hashed
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Decision, Policy, Step, in_order
 from kvprune.policy.budget import share
-from kvprune.policy.eviction import along_positions, max_pool
+from kvprune.policy.pooling import along_positions, max_pool
 from kvprune.policy.settings import check_count, check_kernel, check_number, check_seed
 from kvprune.table.quantize import Codec, is_width
 from kvprune.table.rows import EMPTY, ranked, top_rows, true_rows

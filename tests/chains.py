@@ -12,6 +12,7 @@ from kvprune.policies import (
     H2O,
     KIVI,
     TOVA,
+    CriticalKV,
     ExpectedAttention,
     Full,
     GemFilter,
@@ -91,7 +92,7 @@ keyformer = retention(
 snapkv = st.integers(1, 6).flatmap(
     lambda window: retention(
         recent=st.integers(0, window), window=st.just(window), pooling=st.sampled_from(["max", "avg"])
-    ).map(lambda drawn: SnapKV(**drawn))
+    ).flatmap(lambda drawn: st.sampled_from([SnapKV, CriticalKV]).map(lambda kind: kind(**drawn)))
 )
 
 zipcache = st.builds(
@@ -130,7 +131,10 @@ by_keys = st.one_of(
     retention(distances=st.integers(1, 17)).map(lambda drawn: TriAttention(**drawn)),
     retention().map(lambda drawn: Leverage(**drawn)),
 )
-evicting = st.one_of(a2sf(), h2o(), tova(), streaming_llm(), keyformer, snapkv, by_keys)
+valued = st.booleans()
+evicting = st.one_of(
+    a2sf(value_aware=valued), h2o(), tova(value_aware=valued), streaming_llm(), keyformer, snapkv, by_keys
+)
 
 
 @st.composite

@@ -107,9 +107,11 @@ def gumbel(seed, layer, heads, queries, keys):
 class Layer:
     """One layer with one sequence: all it ever saw, the positions that each KV head keeps, and the policies."""
 
-    def __init__(self, *links: Ranking, scale: float, softcap=None, sinks=None) -> None:
+    def __init__(self, *links: Ranking, scale: float, softcap=None, sinks=None, projection=None) -> None:
         self.links = links
         self.scale, self.softcap, self.sinks = scale, softcap, sinks
+        self.projection = projection
+        """What the output projection makes of unit vectors of each query head, `[Hq, D, hidden]`."""
         self.tokens = 0
         self.prompt_tokens = 0
         self.generated = 0  # since the last prefill step
@@ -165,6 +167,12 @@ class Layer:
             self.queries[:, positions], self.keys, visible, self.scale, self.softcap, self.sinks, noise, temperatures
         )
 
+    def value_size(self, head: int, position: int) -> float:
+        """|v W_o|_1, mean over the query heads of a KV head."""
+        value, group = self.values[head, position].astype(np.float64), len(self.queries) // len(self.keys)
+        mine = self.projection[head * group : (head + 1) * group]
+        return float(np.mean([np.abs(value @ each).sum() for each in mine]))
+
 
 class Ranking:
     """Keeps the sinks, the recent window, and the rows of highest score; a tie goes to the more recent token.
@@ -172,9 +180,12 @@ class Ranking:
     `score`, `[Hkv, T]`, is what a policy's score column holds; subclasses update it in `observe`.
     """
 
-    def __init__(self, budget, *, sinks=4, recent=32, interval=1, group="mean", kernel_size=1) -> None:
+    def __init__(
+        self, budget, *, sinks=4, recent=32, interval=1, group="mean", kernel_size=1, value_aware=False
+    ) -> None:
         self.budget, self.sinks, self.recent = budget, sinks, recent
         self.interval, self.group, self.kernel_size = interval, group, kernel_size
+        self.value_aware = value_aware
         self.score = np.zeros((0, 0))
 
     def observe(self, layer: Layer, new: range) -> None:
@@ -216,13 +227,23 @@ class Ranking:
                 lending = {position: self.score[head, position] for position in kept if position < window}
                 lending = {position: score for position, score in lending.items() if score > -math.inf}
                 value = {each: self.pooled(lending, each) if each in lending else -math.inf for each in others}
-            best_first = sorted(others, key=lambda position: (value[position], position), reverse=True)
             room = max(0, capacity - len(always))
-            layer.kept[head] = sorted(always + best_first[:room])
-            if 0 < room < len(best_first):
-                last, first_out = value[best_first[room - 1]], value[best_first[room]]
-                if last != first_out:
-                    layer.smallest_gap = min(layer.smallest_gap, (last - first_out) / abs(last))
+            layer.kept[head] = sorted(always + self.chosen(layer, head, value, room))
+
+    def chosen(self, layer: Layer, head: int, value: dict[int, float], room: int) -> list[int]:
+        """Of positions and what they are worth, `room` that stay."""
+        if self.value_aware:
+            value = {position: score * layer.value_size(head, position) for position, score in value.items()}
+        return self.best(layer, value, room)
+
+    def best(self, layer: Layer, value: dict[int, float], room: int) -> list[int]:
+        """The positions of highest value; of equal ones the more recent."""
+        best_first = sorted(value, key=lambda position: (value[position], position), reverse=True)
+        if 0 < room < len(best_first):
+            last, first_out = value[best_first[room - 1]], value[best_first[room]]
+            if last != first_out:
+                layer.smallest_gap = min(layer.smallest_gap, (last - first_out) / abs(last))
+        return best_first[:room]
 
     def pooled(self, lending: dict[int, float], position: int) -> float:
         """The highest score of a neighbour that lends."""
@@ -311,6 +332,23 @@ class SnapKV(Ranking):
             return super().pooled(lending, position)
         # Divided by the whole kernel: what is missing counts as zero, as in the paper's code.
         return sum(lending.get(neighbour, 0.0) for neighbour in self.neighbours(position)) / self.kernel_size
+
+
+class CriticalKV(SnapKV):
+    """A part of the room by attention, rounded down, and the rest by (attention + epsilon) * |W_o v|."""
+
+    def __init__(self, budget, *, first_stage=0.5, value_epsilon=32e-4, **settings) -> None:
+        super().__init__(budget, **settings)
+        self.first_stage, self.value_epsilon = first_stage, value_epsilon
+
+    def chosen(self, layer: Layer, head: int, value: dict[int, float], room: int) -> list[int]:
+        first = self.best(layer, value, math.floor(Fraction(str(self.first_stage)) * room))
+        rest = {
+            position: (score + self.value_epsilon) * layer.value_size(head, position)
+            for position, score in value.items()
+            if position not in first
+        }
+        return first + self.best(layer, rest, room - len(first))
 
 
 class TOVA(Ranking):

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvprune import Policy, Scoring
+from kvprune.attention.outputs import Outputs
 from kvprune.attention.rotary import Rotary
 from kvprune.cache.layer import PrunedLayer
 from kvprune.policies import (
     A2SF,
     H2O,
     TOVA,
+    CriticalKV,
     ExpectedAttention,
     KeyDiff,
     Keyformer,
@@ -241,11 +243,21 @@ class Comparison:
     random: torch.Generator
 
     def __post_init__(self) -> None:
-        self.layer = PrunedLayer(self.pair.policy, 0, rotary=rotary(self.shape.head_dim))
+        attention = torch.nn.Module()  # whose output projection is all that is asked for
+        width, rows = 5, self.shape.kv_heads * self.shape.group * self.shape.head_dim
+        attention.o_proj = torch.nn.Linear(rows, width, bias=False)
+        torch.nn.init.normal_(attention.o_proj.weight, generator=self.random)
+        self.attention = attention  # which nothing else keeps alive
+        self.layer = PrunedLayer(self.pair.policy, 0, rotary=rotary(self.shape.head_dim), outputs=Outputs(attention))
+        self.projection = attention.o_proj.weight.detach().double().T.reshape(-1, self.shape.head_dim, width).numpy()
         sinks = None if self.scoring.sinks is None else self.scoring.sinks.tolist()
         self.alone = [
             reference.Layer(
-                *map(copy, self.pair.links), scale=self.scoring.scale, softcap=self.scoring.softcap, sinks=sinks
+                *map(copy, self.pair.links),
+                scale=self.scoring.scale,
+                softcap=self.scoring.softcap,
+                sinks=sinks,
+                projection=self.projection,
             )
             for _ in range(self.sequences)
         ]
@@ -360,6 +372,24 @@ def test_a_window_of_queries_reaches_back_over_padding(prompts, interval, window
     """A window counts a sequence's own queries, not the columns that padding has put between them."""
     pair = TWINS["snapkv"].make({"budget": 20, "sinks": 0, "window": window, "kernel_size": 1, "interval": interval})
     compare(pair, Shape(), Steps(prompts, (0,) * (len(prompts) - 1) + (generated,), seed))
+
+
+VALUE_AWARE = {
+    "critical": snapkv().flatmap(
+        lambda drawn: st.sampled_from([0.0, 0.3, 0.5, 1.0]).map(
+            lambda first: Twins(CriticalKV, reference.CriticalKV).make({**drawn, "first_stage": first})
+        )
+    ),
+    "snapkv": snapkv().map(lambda drawn: TWINS["snapkv"].make({**drawn, "value_aware": True})),
+    "tova": SETTINGS["tova"].map(lambda drawn: TWINS["tova"].make({**drawn, "value_aware": True})),
+}
+
+
+@pytest.mark.parametrize("name", VALUE_AWARE)
+@given(data=st.data(), shape=shapes, steps=steps())
+def test_what_values_add_to_the_output(name, data, shape, steps):
+    """Scores weighed by |W_o v|_1, alone or in the second of two stages, keep what the formula says, in any batch."""
+    compare(data.draw(VALUE_AWARE[name]), shape, steps)
 
 
 # -- how a prompt comes ------------------------------------------------------------------------------------------------

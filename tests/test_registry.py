@@ -22,6 +22,8 @@ from kvprune.policies import (
     KIVI,
     TOVA,
     AdaKV,
+    CriticalAdaKV,
+    CriticalKV,
     ExpectedAttention,
     Full,
     KeyDiff,
@@ -42,6 +44,8 @@ from kvprune.policy import registry
 BUILT_IN = {
     "a2sf": A2SF,
     "adakv": AdaKV,
+    "critical_adakv": CriticalAdaKV,
+    "criticalkv": CriticalKV,
     "expected_attention": ExpectedAttention,
     "full": Full,
     "h2o": H2O,

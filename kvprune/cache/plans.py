@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights, Scoring
+from kvprune.attention.outputs import Outputs
 from kvprune.attention.queries import Attended, Queries, Remembered
 from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.cache.steady import Steady
@@ -75,12 +76,13 @@ class Planner:
         stock_tokens: int = 0,
         heads: Heads = ALL_HEADS,
         rotary: Rotary = NO_ROTARY,
+        outputs: Outputs | None = None,
     ) -> None:
         """Args:
         layer: its index in the model. pruned_layers: how many layers share a budget. depth: its number among those.
         stock_tokens: tokens that layers with a sliding window can hold in all, to be paid from a budget in bytes.
         heads: the share of the layer's heads that is here, if the model's plan splits attention.
-        rotary: how the layer turns queries and keys.
+        rotary: how the layer turns queries and keys. outputs: what its values become, if a policy asks for that.
         """
         self.policies = policy.parts()
         # Columns of the links of a chain get a prefix each; a policy of its own sees plain names.
@@ -99,6 +101,7 @@ class Planner:
         self.stock_tokens = stock_tokens
         self.heads = heads
         self.rotary = rotary
+        self.outputs = outputs
         self._evicts, self._buffer = policy.evicts, policy.buffer
 
     # -- the table that they need ----------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class Planner:
         return {
             scope + name: dtype
             for scope, part in zip(self._scopes, self.policies, strict=True)
-            for name, dtype in part.columns().items()
+            for name, dtype in part.all_columns().items()
         }
 
     def buffer_columns(self) -> dict[str, torch.dtype]:
@@ -180,6 +183,7 @@ class Planner:
                 layers=self.pruned_layers,
                 tallies=tallies.scoped(scope),
                 rotary=self.rotary,
+                outputs=self.outputs,
                 heads=heads,
             )
             step.weights = part.row_weights(step)
@@ -226,6 +230,7 @@ class Planner:
                         earlier=earlier if plan.policy.query_window > 1 else None,
                     )
                 )
+            plan.policy.prepare(plan.table, plan.step)
             plan.policy.observe(plan.table, plan.step)
 
     def query_window(self, prefill: bool) -> int:

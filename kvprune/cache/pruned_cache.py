@@ -34,7 +34,7 @@ from kvprune.cache.progress import Progress, watch
 from kvprune.cache.rolling_back import RollingBack
 from kvprune.cache.rotary import rotations
 from kvprune.cache.transcript import Transcript
-from kvprune.cache.turning import rotary_of
+from kvprune.cache.turning import outputs_of, rotary_of
 from kvprune.errors import CacheError, PolicyError, UnsupportedModelError
 from kvprune.kernels import check_name
 from kvprune.policy.base import Policy
@@ -128,6 +128,7 @@ class PrunedCache(Contents, RollingBack):
                 stock_tokens=_stock_tokens(layers, configs, configs[index]),
                 heads=heads_of(model, index),
                 rotary=rotary_of(model, index) if any(part.turns_back for part in policy.parts()) else NO_ROTARY,
+                outputs=outputs_of(model, index) if any(part.weighs_outputs for part in policy.parts()) else None,
             )
         super().__init__(layers=layers)
         self.policy = policy

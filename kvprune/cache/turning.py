@@ -1,4 +1,4 @@
-"""The rotary positions of a transformers model, layer by layer."""
+"""What policies may ask of the layers of a transformers model: their rotary positions, and their output projections."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.attention.outputs import Outputs
 from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.cache.models import text_config
 from kvprune.errors import UnsupportedModelError
@@ -61,6 +62,17 @@ def rotary_of(model: Any, layer: int) -> Rotary:
 
     slices = _slices(angles, apply_to=function, single=single, attention=attention)
     return Rotary(angles, apply)
+
+
+def outputs_of(model: Any, layer: int) -> Outputs:
+    """What the values of a layer become in its output. Raises UnsupportedModelError where that cannot be told."""
+    attention = attention_of(model, layer)
+    if attention is None:
+        raise UnsupportedModelError(
+            f"the attention module of layer {layer} of {type(model).__name__} cannot be told, by whose output "
+            "projection values could be weighed: choose a policy that weighs attention alone."
+        )
+    return Outputs(attention)
 
 
 def attention_of(model: Any, layer: int) -> Any:

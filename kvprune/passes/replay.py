@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from kvprune.attention.backends import Sdpa
 from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.maxima import attention_maxima, maxima_of
+from kvprune.attention.outputs import output_norms, output_projection
 from kvprune.attention.packed import key_blocks
 from kvprune.attention.queries import Queries
 from kvprune.attention.softmax import causal_attention
@@ -28,7 +29,6 @@ from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, UnsupportedModelError
-from kvprune.passes.outputs import output_norms, output_projection
 from kvprune.passes.scratch import ScratchPass
 from kvprune.policy.base import per_sequence
 from kvprune.policy.replaying import Replay

@@ -157,6 +157,11 @@ class Policy(metaclass=SettingsType):
         return False
 
     @property
+    def weighs_outputs(self) -> bool:
+        """Whether it asks `step.outputs` what values become in the output of the layer."""
+        return False
+
+    @property
     def filters_prompt(self) -> bool:
         """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
         return False
@@ -177,6 +182,10 @@ class Policy(metaclass=SettingsType):
         """Extra columns of the table, zero for new rows."""
         return {}
 
+    def all_columns(self) -> dict[str, torch.dtype]:
+        """`columns`, and those that its base class keeps for it."""
+        return self.columns()
+
     def buffer_columns(self) -> dict[str, torch.dtype]:
         """Extra columns of the rows in full precision, zero for new rows, gone when a row is packed."""
         return {}
@@ -191,6 +200,9 @@ class Policy(metaclass=SettingsType):
     def row_weights(self, step: Step) -> RowWeights | None:
         """Which attention rows to weigh into `step.mass`; None if the policy needs no attention."""
         return None
+
+    def prepare(self, table: TokenTable, step: Step) -> None:
+        """Update what its base class keeps; called before `observe`."""
 
     def observe(self, table: TokenTable, step: Step) -> None:
         """Update the columns."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights, Scoring, row_blocks
+from kvprune.attention.outputs import Outputs
 from kvprune.attention.queries import Queries
 from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.errors import PolicyError
@@ -63,6 +64,8 @@ class Step:
     """What the policy remembers beside rows, see `Policy.tallies`; update them in place."""
     rotary: Rotary = NO_ROTARY
     """How the layer turns queries and keys by their positions, for a policy that `turns_back`."""
+    outputs: Outputs | None = None
+    """What values become in the output of the layer, for a policy that `weighs_outputs`."""
     heads: Heads = ALL_HEADS
     """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
 

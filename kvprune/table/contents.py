@@ -81,6 +81,11 @@ class Contents:
         keys = self.keys
         return keys[:, :, keys.shape[2] - count :]
 
+    def newest_values(self, count: int) -> Tensor:
+        """Of the rows that were appended last, `[B, Hkv, count, Dv]`, as `newest_keys`."""
+        values = self.values
+        return values[:, :, values.shape[2] - count :]
+
     def all_keys(self) -> Tensor:
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
         return self._with_packed(self.keys, 0)

@@ -80,8 +80,14 @@ class RaggedContents(TokenTable):
     def newest_keys(self, count: int) -> Tensor:
         return self._stacked([head.newest_keys(count) for head in self.heads])
 
+    def newest_values(self, count: int) -> Tensor:
+        return self._stacked([head.newest_values(count) for head in self.heads])
+
     def all_keys(self) -> Tensor:
         return self._padded([head.all_keys() for head in self.heads])
+
+    def all_values(self) -> Tensor:
+        return self._padded([head.all_values() for head in self.heads])
 
     @property
     def positions(self) -> Tensor:

@@ -1,0 +1,139 @@
+"""Rows weighed by what their values add to the output of the layer: the norms of a model, and what they decide."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import build, feed, kept, left_padded, shared
+from torch import Tensor
+
+from kvprune import Adaptive, PolicyError, PrunedCache, UnsupportedModelError
+from kvprune.attention.outputs import Outputs
+from kvprune.cache.turning import attention_of
+from kvprune.policies import A2SF, AdaKV, CriticalAdaKV, CriticalKV, KeyDiff, Knorm, KVzip, SnapKV, ZipCache, parse
+from kvprune.policy.ranking import VALUE_SIZE
+from kvprune.policy.registry import described, from_description
+
+
+def sizes_by_hand(projection: torch.nn.Module, values: Tensor, query_heads: int) -> Tensor:
+    """|what one head's value alone adds to the output|_1, mean over the query heads of a KV head."""
+    batch, heads, rows, dim = values.shape
+    group = query_heads // heads
+    found = torch.zeros(batch, heads, rows)
+    nothing = projection(values.new_zeros(1, query_heads * dim))
+    for sequence, head, row in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
+        for query_head in range(head * group, (head + 1) * group):
+            alone = values.new_zeros(1, query_heads * dim)
+            alone[0, query_head * dim : (query_head + 1) * dim] = values[sequence, head, row]
+            found[sequence, head, row] += (projection(alone) - nothing).abs().sum() / group
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_sizes_are_those_of_the_output_projection(family):
+    """Of plain linear layers and of others, whatever their bias, for each query head by itself."""
+    model = shared(family)
+    attention = attention_of(model, 0)
+    projection = attention.o_proj if family == "llama" else attention.c_proj
+    heads = 2 if family == "llama" else 4
+    values = torch.randn(2, heads, 3, 8, generator=torch.Generator().manual_seed(0))
+    found = Outputs(attention).sizes(values, 4)
+    torch.testing.assert_close(found, sizes_by_hand(projection, values, 4))
+
+
+@pytest.mark.parametrize("policy", [
+    A2SF(9, sinks=1, recent=2, value_aware=True), SnapKV(0.5, window=3, sinks=1, value_aware=True, share=Adaptive(0)),
+], ids=["a2sf", "ragged"])  # fmt: skip
+def test_every_row_has_the_size_of_its_own_value(policy):
+    """After a padded prompt in pieces, and generated tokens that took the slots of others."""
+    model = shared("llama")
+    pruned = PrunedCache(model, policy)
+    batch = left_padded([22, 17])
+    feed(model, batch, pruned, [9, 7, 1, 1, 1, 1, 1, 1])
+    for layer in pruned.pruned_layers:
+        table = pruned.layers[layer].table
+        expected = sizes_by_hand(attention_of(model, layer).o_proj, table.values, 4)
+        there = table.positions >= 0
+        torch.testing.assert_close(table[VALUE_SIZE][there], expected[there])
+
+
+def test_heads_compete_by_attention_and_then_choose_in_two_stages():
+    """CriticalAdaKV gives heads the rows that AdaKV gives them, and keeps the half of AdaKV's best."""
+    model = build("llama", dtype=torch.float64)
+    settings = {"sinks": 1, "window": 4, "recent": 4, "kernel_size": 3}
+    found = {}
+    full = PrunedCache(model, SnapKV(1.0, **settings, value_aware=True))
+    for name, cache in {
+        "ada": PrunedCache(model, AdaKV(20, **settings)),
+        "critical": PrunedCache(model, CriticalAdaKV(20, **settings)),
+        "uniform": PrunedCache(model, CriticalKV(20, **settings)),
+        "full": full,
+    }.items():
+        feed(model, left_padded([60]), cache, [60])
+        found[name] = kept(cache, 0)
+    assert list(map(len, found["critical"])) == list(map(len, found["ada"]))
+    assert len({*map(len, found["ada"])}) > 1
+    assert found["critical"] != found["ada"]
+    table = full.layers[0].table
+    policy = SnapKV(1.0, **settings)
+    recent = table.positions >= 56  # which lend nothing to their neighbours
+    pooled = policy.pool(table["score"].masked_fill(recent, -math.inf), table.positions)
+    for head, mine in enumerate(found["critical"]):
+        always = {0, 56, 57, 58, 59}
+        score = {at: float(pooled[0, head, at]) for at in range(60) if at not in always}
+        room = len(mine) - len(always)
+        first = sorted(score, key=lambda at: (score[at], at))[::-1][: math.floor(0.5 * room)]
+        size = table[VALUE_SIZE][0, head]
+        rest = {at: (score[at] + 32e-4) * float(size[at]) for at in score if at not in first}
+        then = sorted(rest, key=lambda at: (rest[at], at))[::-1][: room - len(first)]
+        assert mine == sorted(always | set(first) | set(then))
+
+
+def test_packed_rows_keep_their_sizes():
+    """A chain that packs what is left ranks by the values that were, for the next turn."""
+    model = shared("llama")
+    pruned = PrunedCache(model, A2SF(12, sinks=1, recent=2, value_aware=True) | ZipCache(buffer=4))
+    batch = left_padded([40])
+    feed(model, batch, pruned, [20, 1, 1, 1, 1, 1, 12])
+    table = pruned.layers[0].table
+    assert table.packed
+    sizes = table["0." + VALUE_SIZE]
+    assert (sizes[table.positions >= 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "policy", [CriticalKV(0.3), CriticalAdaKV(128, first_stage=0.2), A2SF(9, recent=2, value_aware=True)]
+)
+def test_settings_are_written_and_read(policy):
+    assert from_description(described(policy)) == policy
+    assert parse("a2sf:budget=0.5,value_aware=true") == A2SF(0.5, value_aware=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Knorm(0.5, value_aware=True),
+        lambda: KeyDiff(0.5, value_aware=True),
+        lambda: A2SF(0.5, value_aware=1),
+        lambda: CriticalKV(0.5, value_aware=False),
+        lambda: CriticalKV(0.5, first_stage=1.5),
+        lambda: CriticalKV(0.5, value_epsilon=-1),
+    ],
+)
+def test_what_cannot_be_weighed_is_refused(make):
+    with pytest.raises(PolicyError):
+        make()
+    assert KVzip(0.5, value_aware=True).value_aware
+
+
+def test_a_model_without_a_known_output_projection_is_refused():
+    """When the cache is made, and before the model is switched to another attention."""
+    model = build("llama")
+    attention = attention_of(model, 1)
+    attention.mixed = attention.o_proj
+    del attention.o_proj
+    with pytest.raises(UnsupportedModelError, match="no output projection"):
+        PrunedCache(model, SnapKV(0.5, value_aware=True))
