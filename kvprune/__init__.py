@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from kvprune.attention.mass import RowWeights, Scoring, attention_mass
     from kvprune.cache.models import restore
     from kvprune.cache.report import CacheReport
+    from kvprune.chat.conversation import Chat, Turn
     from kvprune.errors import (
         BudgetError,
         CacheError,
         EvaluationError,
+        HistoryWarning,
         KVPruneError,
         PolicyError,
         QuestionWarning,
@@ -41,11 +43,12 @@ _HOMES = {
     "kvprune.cache.models": ("restore",),
     "kvprune.asking": ("Answers", "ask"),
     "kvprune.attention.mass": ("RowWeights", "Scoring", "attention_mass"),
+    "kvprune.chat.conversation": ("Chat", "Turn"),
     "kvprune.saving": ("PrunedCache",),
     "kvprune.cache.report": ("CacheReport",),
     "kvprune.errors": (
-        *("BudgetError", "CacheError", "EvaluationError", "KVPruneError", "PolicyError", "QuestionWarning"),
-        "UnsupportedModelError",
+        *("BudgetError", "CacheError", "EvaluationError", "HistoryWarning", "KVPruneError", "PolicyError"),
+        *("QuestionWarning", "UnsupportedModelError"),
     ),
     "kvprune.policy.base": ("Chain", "Decision", "Policy", "Step"),
     "kvprune.policy.budget": ("Budget",),
@@ -66,11 +69,13 @@ __all__ = [
     "CacheError",
     "CacheReport",
     "Chain",
+    "Chat",
     "Codec",
     "Decision",
     "EvaluationError",
     "Everywhere",
     "Eviction",
+    "HistoryWarning",
     "KVPruneError",
     "Policy",
     "PolicyError",
@@ -83,6 +88,7 @@ __all__ = [
     "Share",
     "Step",
     "TokenTable",
+    "Turn",
     "Uniform",
     "UnsupportedModelError",
     "ask",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +12,10 @@ from torch import Tensor
 from kvprune.cache.models import cache_argument
 from kvprune.cache.report import CacheReport
 from kvprune.cache.transcript import Transcript
+from kvprune.chat.reading import read, warn_of
 from kvprune.chat.streaming import Pieces, encode, ends_of, shown
 from kvprune.chat.templates import around, template_of
-from kvprune.errors import KVPruneError, QuestionWarning
+from kvprune.errors import KVPruneError
 from kvprune.policy.base import Policy
 from kvprune.policy.budget import Budget
 from kvprune.saving import PrunedCache
@@ -107,26 +106,11 @@ def ask(
         )
     known = _to_read(tokenizer, document, questions[0], chat)
     cache = PrunedCache(model, policy, **settings)  # type: ignore[arg-type]
-    if cache.policy.needs_question:
-        warnings.warn(
-            f"{cache.policy} keeps what the last queries look at, and the document is compressed before there is any "
-            "question: answers may be gone. Take a policy that does not look there, such as KVzip(0.25), which reads "
-            "the document a second time, or ZipCache() or KIVI(), which keep every token at fewer bits; or end the "
-            "document with a question like those to come.",
-            QuestionWarning,
-            stacklevel=3,  # past the decorator
-        )
+    warn_of(cache.policy, stacklevel=3)  # past the decorator
     read(model, cache, known.ids)
     cache.transcript = known
     texts = _answers(model, tokenizer, cache, known, questions, max_new_tokens, batch_size, write)
     return Answers(questions, texts, len(known.ids), cache)
-
-
-def read(model: Any, cache: PrunedCache, ids: Tensor) -> None:
-    """Let a model read ids `[n]` into a cache."""
-    named = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
-    model(ids[None].to(model.device), **cache_argument(cache), **last)
 
 
 def _answers(

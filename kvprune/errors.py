@@ -29,3 +29,7 @@ class EvaluationError(KVPruneError):
 
 class QuestionWarning(UserWarning):
     """A policy that keeps what a question looks at was given a document without one."""
+
+
+class HistoryWarning(UserWarning):
+    """A conversation is not what its cache has read any more, so that all of it is read again."""

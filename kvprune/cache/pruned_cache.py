@@ -162,7 +162,8 @@ class PrunedCache(Contents, RollingBack):
     def transcript(self) -> Transcript | None:
         """The text that the cache has read, if whoever read it said so and nothing has come since; None otherwise."""
         known = self._transcript
-        return known if known and len(known.ids) == self.seen_tokens and self._batch_size == 1 else None
+        told = known is not None and not self.interrupted and len(known.ids) == self.seen_tokens
+        return known if told and self._batch_size in (None, 1) else None
 
     @transcript.setter
     def transcript(self, transcript: Transcript | None) -> None:

@@ -97,6 +97,12 @@ class CacheReport:
         return self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
 
     @property
+    def kept_tokens(self) -> float | None:
+        """Tokens that a KV head keeps, on average over heads, sequences and pruned layers; None if none is pruned."""
+        kept = [(layer.positions >= 0).sum(-1).flatten() for layer in self.layers if layer.positions is not None]
+        return float(torch.cat(kept).double().mean()) if kept else None
+
+    @property
     def compression(self) -> tuple[float, float] | None:
         """How many times smaller than a dense cache of 16 bits a number: all included, and in codes alone.
 

@@ -34,16 +34,16 @@ class Pieces(BaseStreamer):
         if not self._prompt_is_past:
             self._prompt_is_past = True
             return
-        new = value.flatten().tolist()  # [B]
+        new = (value[:, None] if value.ndim == 1 else value).tolist()  # several of a sequence where they were drafted
         if self.tokens is None:
             if self._began is not None:
                 self._began()
             self.tokens, self._written = [[] for _ in new], [""] * len(new)
-        for number, token in enumerate(new):
+        for number, row in enumerate(new):
             own = self.tokens[number]
             if own and own[-1] in self._ends:
                 continue  # the others of the batch go on
-            own.append(token)
+            own += row
             if self._write is not None:
                 self._hand_on(number, whole=False)
 

@@ -60,3 +60,18 @@ def around(tokenizer: Any, messages: Sequence[Message], document: str, said: str
     if not found:
         raise KVPruneError("the chat template changes the document: write the prompt out yourself, and leave chat out.")
     return before + document, rest
+
+
+def rewrites_history(tokenizer: Any, template: str | None) -> bool:
+    """Whether a template shows an answer otherwise than it was given once something is said after it: without what
+    the model thought.
+    """
+    if template is None:
+        return False
+    said, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"}
+    try:
+        before = written(tokenizer, [said], template, answering=True)
+        after = written(tokenizer, [said, answer, said], template, answering=True)
+    except KVPruneError:
+        return False
+    return not after.startswith(before + answer["content"])
