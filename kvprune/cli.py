@@ -1,4 +1,4 @@
-"""The command line: `kvprune demo`, `generate`, `policies`, `eval`, `compare`."""
+"""The command line: `kvprune demo`, `generate`, `chat`, `policies`, `eval`, `compare`."""
 
 from __future__ import annotations
 
@@ -103,12 +103,9 @@ def generate(
 ) -> None:
     """Answer a prompt with a pruned cache as you watch, and say what it cost."""
     from kvprune.cache.report import check_picture
-    from kvprune.policy.registry import parse
 
     # Before the model loads: a mistake should not cost minutes.
-    chosen = parse(policy, budget="0.25" if budget is None else budget)
-    if budget is not None and all(getattr(link, "budget", budget) is budget for link in chosen.parts()):
-        raise PolicyError(f"{chosen} takes no budget: leave --budget out, or put a policy before it that evicts.")
+    chosen = _chosen(policy, budget)
     if show_selected and not chosen.filters_prompt:
         raise PolicyError(
             f"{chosen} filters no prompt, so --show-selected has nothing to show: --policy gemfilter does."
@@ -169,6 +166,68 @@ def generate(
             console.print(chosen_text, markup=False, highlight=False, soft_wrap=True)
         else:
             console.print("Nothing was left out: the prompt fits into the budget.")
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Option(help='A model folder or hub name; "demo" is the embedded model, "smollm2" a real one.')
+    ],
+    policy: Annotated[
+        str, typer.Option(help='"kvzip", "a2sf:kernel_size=21", or "package.module:Class" of your own.')
+    ] = "kvzip",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Fraction of what is read, tokens per KV head (1024), or bytes (512MiB).", show_default="0.25"
+        ),
+    ] = None,
+    read: Annotated[Path | None, typer.Option(help="Text file to read first, as /read does.")] = None,
+    load: Annotated[
+        Path | None, typer.Option(help="Conversation to go on with, as /load does; its policy comes with it.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What a message of the system says, before all others.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest so much.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the likeliest so many.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')] = "auto",
+    device_map: Annotated[str | None, typer.Option(help='Where to load the model, e.g. "auto" or "cuda".')] = None,
+) -> None:
+    """Talk on one compressed cache, and see after each answer what it holds. /help lists what else can be written."""
+    chosen = _chosen(policy, budget)
+    for path in (read, load):
+        if path is not None and not path.is_file():
+            raise KVPruneError(f"there is no file {path}.")
+    if load is not None and (read is not None or system is not None):
+        raise KVPruneError("--load goes on with a conversation: leave --read and --system out, and write /read FILE.")
+
+    import torch
+
+    from kvprune import generation
+    from kvprune.chat.conversation import Chat
+    from kvprune.chat.terminal import Terminal
+    from kvprune.evaluation import models
+
+    settings = generation.sampling(temperature, top_p, top_k) | {"max_new_tokens": max_new_tokens}
+    loaded = models.load(model, dtype=dtype, device_map=device_map)
+    terminal = Terminal(
+        Chat(loaded.model, loaded.tokenizer, chosen, system=system), _console(as_json=False), **settings
+    )
+    torch.manual_seed(seed)
+    terminal.begin(load, read)
+    terminal.run()
+
+
+def _chosen(policy: str, budget: str | None) -> Any:
+    """The policy that is named, with the budget that is given, or a quarter."""
+    from kvprune.policy.registry import parse
+
+    chosen = parse(policy, budget="0.25" if budget is None else budget)
+    if budget is not None and all(getattr(link, "budget", budget) is budget for link in chosen.parts()):
+        raise PolicyError(f"{chosen} takes no budget: leave --budget out, or put a policy before it that evicts.")
+    return chosen
 
 
 def _selected_text(tokenizer: Any, ids: list[int], selected: list[Any] | None) -> str | None:

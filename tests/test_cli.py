@@ -106,6 +106,60 @@ def test_a_policy_of_ones_own(prompt, tmp_path, monkeypatch):
     assert not stop.value.code
 
 
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def talked(lines: list[str], *options: str) -> str:
+    """What is written when these lines come in."""
+    arguments = ["chat", "--model", "demo", "--max-new-tokens", "4", *options]
+    result = CliRunner().invoke(app, arguments, input="\n".join(lines), catch_exceptions=False)
+    assert result.exit_code == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+
+
+def test_a_conversation_by_lines(tmp_path):
+    """Documents, questions, what is held after each, another policy, a file, and mistakes on the way."""
+    recall = RecallGenerator(3).document(600, 8)
+    document, saved = tmp_path / "a document.txt", tmp_path / "talk.safetensors"
+    document.write_text(decode(recall.document[1:]))
+    questions = [decode(recall.question(note)) for note in range(3)]
+    output = talked(
+        [f"/read {document}", questions[0], "", "/policy", "/polish", "/read", "/read none.txt", f"/save {saved}",
+         "/policy kivi:bits=4", questions[1], "/report", "/help", "/quit", "unsaid"]
+    )  # fmt: skip
+    assert re.search(r"600 tokens read in [\d.]+ s; holds \d+ of 600 tokens, .* instead of .* \((2|3)\d%\)", output)
+    for note in range(2):
+        assert decode(recall.values[note]) in output
+    assert re.search(r"\d tokens read in [\d.]+ s, 4 new at [\d.]+ tokens/s; holds \d+ of 6\d\d tokens", output)
+    assert "KVzip(budget=0.25)" in output
+    assert "KIVI(bits=4); the next turn reads the conversation for it" in output
+    for mistake in ("there is no command /polish", "/read takes a path", "cannot read none.txt"):
+        assert f"error: {mistake}" in output
+    assert "saved to" in output
+    assert "rows/head" in output
+    assert "/quit          leave" in output
+    assert "unsaid" not in output
+    again = talked([questions[2]], "--load", str(saved))
+    assert "1 turn, KVzip(budget=0.25)" in again
+    assert decode(recall.values[2]) in again
+    assert "keeps what the last queries look at, and the document" in talked(
+        [f"/read '{document}'"], "--policy", "snapkv", "--budget", "64"
+    )
+
+
+def test_conversations_that_cannot_begin(tmp_path):
+    for options, message in (
+        (("--read", "none.txt"), "there is no file none.txt"),
+        (("--load", "none.txt"), "there is no file none.txt"),
+        (("--load", __file__, "--system", "a"), "leave --read and --system out"),
+        (("--load", __file__), "cannot be loaded"),
+        (("--policy", "full", "--budget", "0.5"), "takes no budget"),
+        (("--top-p", "0.5"), "give a --temperature"),
+    ):
+        with pytest.raises(KVPruneError, match=message):
+            talked([], *options)
+
+
 def test_version():
     assert run("--version").output.split() == ["kvprune", kvprune.__version__]
 
