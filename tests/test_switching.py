@@ -1,5 +1,8 @@
 """A model is switched to the kvprune attention, and back; what a pruned cache cannot show is refused."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -70,8 +73,8 @@ def test_scores_of_a_wrong_shape_are_named():
 
 
 @pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="transformers has no such batching")
-def test_continuous_batching_runs_after_restore():
-    """It refuses names of attention that it does not know, and a switched model has one."""
+def test_continuous_batching_takes_the_attention_of_the_model():
+    """It takes attentions by name, and a switched model has one that it does not know."""
     model = build("llama")
     prompts = [token_ids(1, length, seed=length)[0].tolist() for length in (12, 7)]
 
@@ -87,8 +90,11 @@ def test_continuous_batching_runs_after_restore():
     assert all(len(each) == 4 for each in before)
     cache = PrunedCache(model, A2SF(8, sinks=2, recent=4))
     model.generate(torch.tensor(prompts[:1]), max_new_tokens=3, **cache_argument(cache))
-    kvprune.restore(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.init_continuous_batching.args == (copied,)
     assert batched() == before
+    assert attention_of(model) == "sdpa"
+    assert "init_continuous_batching" not in vars(model)
     with kvprune.attention(model):  # and the cache goes on
         model.generate(torch.tensor([prompts[0] + [5] * 4]), max_new_tokens=2, **cache_argument(cache))
     assert cache.seen_tokens == 12 + 4 + 1

@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -18,6 +19,8 @@ from kvprune.policy.heads import ALL_HEADS, Heads
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """Under which name models and `generate()` take a cache: transformers 5.24 renamed it, and warns of the old name."""
+_BATCHES = "init_continuous_batching"
+"""The method of a model that every way into continuous batching goes through."""
 _switching = threading.Lock()
 
 
@@ -97,10 +100,12 @@ def switch_attention(model: Any) -> None:
         base = text_config(model)._attn_implementation or "eager"
         if not base.startswith(PREFIX):
             _decoder(model).set_attn_implementation(register(base))
+        if hasattr(type(model), _BATCHES):
+            setattr(model, _BATCHES, partial(_init_continuous_batching, model))
 
 
 def restore(model: Any) -> None:
-    """Give a model back the attention it was loaded with, as continuous batching (`generate_batch`) wants it.
+    """Give a model back the attention it was loaded with.
 
     A PrunedCache made before says so when it is used again; a new one switches the model again. `attention(model)` is
     both ways.
@@ -110,6 +115,13 @@ def restore(model: Any) -> None:
         name = decoder.config._attn_implementation or ""
         if name.startswith(PREFIX):
             decoder.set_attn_implementation(base_name(name))
+        vars(model).pop(_BATCHES, None)
+
+
+def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own, of a switched model: it takes attentions by name, and has the model's own ones alone."""
+    restore(model)
+    return getattr(model, _BATCHES)(*args, **kwargs)
 
 
 @contextmanager
