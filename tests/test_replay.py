@@ -86,12 +86,14 @@ def expected(
     sinks: int = 2,
     said: tuple = ((), (), ()),
     plus: bool = False,
+    most: int | None = None,
 ) -> list[Tensor]:
     """The score of every token in every layer, `[Hkv, n]`, of one sequence `[1, n]`.
 
     said: ids before the first chunk, before others, and then before all. plus: with the norms of KVzip+ (Llama).
+    most: positions that the model has: a chunk stands at the last of them, where there is no room behind the context.
     """
-    model = telling(family)
+    model = telling(family) if most is None else with_positions(family, most)
     model.set_attn_implementation("eager")
     read = DynamicCache(config=model.config)
     model(ids, **cache_argument(read))
@@ -109,7 +111,9 @@ def expected(
             )
             for layer in (model.model.layers if plus else ())
         ]
-        again = model(part, **cache_argument(copy.deepcopy(read)), output_attentions=True).attentions
+        last = count + part.shape[1] - 1 if most is None else min(count + part.shape[1] - 1, most - 1)
+        places = {} if most is None else {"position_ids": torch.arange(last - part.shape[1] + 1, last + 1)[None]}
+        again = model(part, **cache_argument(copy.deepcopy(read)), output_attentions=True, **places).attentions
         for hook in hooks:
             hook.remove()
         found = []
@@ -138,6 +142,11 @@ def expected(
     return scores
 
 
+@cache
+def with_positions(family: str, most: int):
+    return build(family, max_position_embeddings=most, _attn_implementation="eager")
+
+
 def scores_of(cache: PrunedCache, layer: int, row: int = 0) -> Tensor:
     """`[Hkv, n]` in the order of positions, when the prompt has ended."""
     cache.kept_positions(layer)
@@ -157,6 +166,24 @@ def test_scores_are_what_a_second_reading_attends_to(family, softmax):
         score = scores_of(pruned, layer).double()
         torch.testing.assert_close(score, reference[layer], atol=2e-5, rtol=2e-3)
         assert score.max() > 0.05
+
+
+@pytest.mark.parametrize(("most", "chunk"), [(40, 8), (24, 8), (21, 8), (21, 16), (21, 40)])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_tables_of_positions_are_not_overrun(family, most, chunk):
+    """Where a model has no positions behind the context, or fewer than a chunk."""
+    ids, model = token_ids(1, 21, seed=3), build(family, max_position_embeddings=most)
+    pruned = PrunedCache(model, policy(1.0, chunk=chunk))
+    feed(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, pruned, [21])
+    reference = expected(family, ids, chunk=chunk, softmax="cache", most=most)
+    for layer in pruned.pruned_layers:
+        torch.testing.assert_close(scores_of(pruned, layer).double(), reference[layer], atol=2e-5, rtol=2e-3)
+
+
+def test_instructions_that_fill_all_positions_are_refused():
+    with pytest.raises(UnsupportedModelError, match="has 24 positions, and the instruction of the replay takes 24"):
+        PrunedCache(with_positions("gpt2", 24), policy(0.5, first_ids=(1,) * 20, answer_ids=(2,) * 4))
+    PrunedCache(shared("llama"), policy(0.5, first_ids=(1,) * 9999))
 
 
 @pytest.mark.parametrize("softmax", SOFTMAX)

@@ -6,6 +6,7 @@ prompt_filter   a hook on the decoder that changes what it is given
 filter_pass     the pass in which the first layers look at a prompt, and of which nothing is kept
 replays         `ReplayedEviction`: the policies that rank rows by what a second reading of a prompt gives to them
 replay          a hook on the decoder that notes what comes in, and the second reading
+positions       how many positions a model can be given
 scratch         caches of passes that read another cache and leave nothing in it
 """
 

@@ -29,8 +29,8 @@ from kvprune.cache.models import CACHE_ARGUMENT
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, UnsupportedModelError
+from kvprune.passes.positions import most_positions
 from kvprune.passes.scratch import ScratchPass
-from kvprune.policy.base import per_sequence
 from kvprune.policy.replaying import Replay
 from kvprune.table.rows import EMPTY, take_rows, true_rows
 from kvprune.table.token_table import TokenTable
@@ -47,6 +47,13 @@ def attach(cache: PrunedCache, model: Any) -> None:
             f"the decoder of {type(model).__name__}, {type(decoder).__name__}, takes no position_ids, so tokens could "
             "not be run again behind a prompt. Use a policy that needs no replay, such as SnapKV."
         )
+    most = most_positions(model)
+    for part in cache.policy.parts():
+        if most is not None and part.replay is not None and (said := _said(part.replay)) >= most:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has {most} positions, and the instruction of the replay takes {said} of them: "
+                "give a shorter one, or none."
+            )
     with _installing:
         if _note not in decoder._forward_pre_hooks.values():
             decoder.register_forward_pre_hook(_note, with_kwargs=True)
@@ -59,6 +66,11 @@ def attach(cache: PrunedCache, model: Any) -> None:
                 with _installing:
                     if _measure not in module._forward_pre_hooks.values():
                         module.register_forward_pre_hook(_measure, with_kwargs=True)
+
+
+def _said(replay: Replay) -> int:
+    """Tokens of a chunk that are not the chunk's own."""
+    return max(len(replay.first), len(replay.later) + replay.repeated) + len(replay.before)
 
 
 def _replaying(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PrunedCache | None:
@@ -168,12 +180,14 @@ def _chunks(cache: PrunedCache, unread: Unread, replay: Replay, model: Any) -> I
     begin = torch.tensor([count - len(own) for count, own in zip(tokens, places, strict=True)], device=device)
     ends = torch.tensor([cache.get_seq_length() - 1], device=device) if unread.ends is None else unread.ends.to(device)
     embed = model.get_input_embeddings()
-    for start in range(0, max(map(len, places)), replay.chunk):
+    most = most_positions(model)
+    size = replay.chunk if most is None else min(replay.chunk, most - _said(replay))
+    for start in range(0, max(map(len, places)), size):
         said = torch.tensor(replay.later if start else replay.first, dtype=torch.int64, device=device)
         before = torch.tensor(replay.before, dtype=torch.int64, device=device)
         rows = []
         for row, own in enumerate(places):
-            some = own[start : start + replay.chunk]
+            some = own[start : start + size]
             if not len(some):
                 rows.append(unread.inputs[row, :0])
                 continue
@@ -186,8 +200,11 @@ def _chunks(cache: PrunedCache, unread: Unread, replay: Replay, model: Any) -> I
             all_valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=device) if valid is None else valid
             mask = torch.cat([unread.columns.to(device), all_valid.long()], dim=1)
         ranks = torch.arange(inputs.shape[1], device=device)[None] if valid is None else valid.cumsum(1) - 1
-        positions = (ends[:, None] + 1 + ranks.clamp(min=0)).expand(batch, -1)
-        span = (begin + start).view(-1, 1, 1), (begin + start + replay.chunk).view(-1, 1, 1)
+        first = ends + 1
+        if most is not None:  # not behind the context, where there is no room, but over the end of it
+            first = torch.minimum(first, most - 1 - ranks.amax(1))
+        positions = (first[:, None] + ranks.clamp(min=0)).expand(batch, -1)
+        span = (begin + start).view(-1, 1, 1), (begin + start + size).view(-1, 1, 1)
         yield _Chunk(cache, replay, model, inputs, valid, None if mask is None else mask.long(), positions, span)
 
 
@@ -216,13 +233,9 @@ class ReplayPass(ScratchPass):
 
     def look(self, module: torch.nn.Module, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor,
              scoring: Scoring) -> Tensor:  # fmt: skip
-        device, table = query.device, layer.table
+        table = layer.table
         assert table is not None  # a replay comes after a forward pass
-        home = device if layer.home is None else layer.home
-        states, keys, values, scoring = query.to(home), keys.to(home), values.to(home), scoring.to(home)
-        valid = None if self._valid is None else self._valid.to(home)
-        queries = Queries.of_step(states, per_sequence(layer.tokens, home), valid, begins=False)
-        seen = table.followed_by(keys, values, queries.positions[:, None], dense=valid is None)
+        queries, seen, keys, scoring = self.over(layer, query, keys, values, scoring)
         last = layer.index == self._cache.pruned_layers[-1]
         if last and self._replay.softmax == "chunk":
             attended = None  # nobody needs its output
@@ -241,7 +254,7 @@ class ReplayPass(ScratchPass):
         self._found[key] = torch.maximum(self._found[key], best) if key in self._found else best
         if last or attended is None:
             raise _Seen
-        return attended.output.transpose(1, 2).contiguous().to(device)
+        return attended.output.transpose(1, 2).contiguous().to(query.device)
 
     def _weights(
         self, module: torch.nn.Module, queries: Queries, table: TokenTable

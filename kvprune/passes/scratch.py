@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvprune.attention.mass import Scoring
+from kvprune.attention.queries import Queries
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.modes import cast, no_autocast
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.registration import PendingKeys
 from kvprune.errors import CacheError, KVPruneError
+from kvprune.policy.base import per_sequence
 from kvprune.table.rows import owned
+from kvprune.table.token_table import TokenTable
 
 
 class ScratchPass(Cache):
@@ -36,6 +39,19 @@ class ScratchPass(Cache):
              scoring: Scoring) -> Tensor:  # fmt: skip
         """The output of attention, `[B, L, Hq, Dv]`. query: `[B, Hq, L, D]`. keys, values: of this pass alone."""
         raise NotImplementedError
+
+    def over(
+        self, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
+    ) -> tuple[Queries, TokenTable, Tensor, Scoring]:
+        """The queries of a step, the rows they see, the new keys, and the scoring: all where the cache lives."""
+        home = query.device if layer.home is None else layer.home
+        states, keys, values, scoring = query.to(home), keys.to(home), values.to(home), scoring.to(home)
+        valid, table = None if self._valid is None else self._valid.to(home), layer.table
+        first = per_sequence(layer.tokens or (0,) * keys.shape[0], home)
+        queries = Queries.of_step(states, first, valid, begins=table is None)
+        rows, dense = (keys, values, queries.positions[:, None]), valid is None
+        seen = TokenTable(*rows, {}, dense=dense) if table is None else table.followed_by(*rows, dense=dense)
+        return queries, seen, keys, scoring
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -62,8 +78,8 @@ class ScratchPass(Cache):
 
     # -- what the attention asks for where something is wrong --------------------------------------------------------
 
-    def bypassed(self) -> KVPruneError:
-        return self._cache.bypassed()
+    def bypassed(self, use: str = "") -> KVPruneError:
+        return self._cache.bypassed(use)
 
     def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
         return self._cache.misused(reason, error)
