@@ -1,4 +1,4 @@
-"""The command line: `kvprune demo`, `generate`, `chat`, `policies`, `eval`, `compare`."""
+"""The command line: `kvprune demo`, `generate`, `chat`, `policies`, `eval`, `compare`, `serve`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.text import Text
 from kvprune import __version__
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.evaluation import cli as evaluation
+from kvprune.serving.command import serve
 
 app = typer.Typer(
     help="KV-cache compression for long-context language models.",
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluation.app, name="eval")
 app.command()(evaluation.compare)
+app.command()(serve)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and everything else elsewhere.")]
 
 
@@ -222,11 +224,11 @@ def chat(
 
 def _chosen(policy: str, budget: str | None) -> Any:
     """The policy that is named, with the budget that is given, or a quarter."""
-    from kvprune.policy.registry import parse
+    from kvprune.policy.registry import parse, takes_budget
 
     chosen = parse(policy, budget="0.25" if budget is None else budget)
-    if budget is not None and all(getattr(link, "budget", budget) is budget for link in chosen.parts()):
-        raise PolicyError(f"{chosen} takes no budget: leave --budget out, or put a policy before it that evicts.")
+    if budget is not None and not takes_budget(policy):
+        raise PolicyError(f"{chosen} takes no other budget: leave --budget out, or put a policy before it that evicts.")
     return chosen
 
 

@@ -153,7 +153,7 @@ def test_conversations_that_cannot_begin(tmp_path):
         (("--load", "none.txt"), "there is no file none.txt"),
         (("--load", __file__, "--system", "a"), "leave --read and --system out"),
         (("--load", __file__), "cannot be loaded"),
-        (("--policy", "full", "--budget", "0.5"), "takes no budget"),
+        (("--policy", "full", "--budget", "0.5"), "takes no other budget"),
         (("--top-p", "0.5"), "give a --temperature"),
     ):
         with pytest.raises(KVPruneError, match=message):
@@ -185,7 +185,8 @@ def test_settings_are_explained():
         (("--budget", "0"), "budget"),
         (("--prompt-file", "no such file"), "no such file"),
         (("--model", "./no such model"), "no such model"),
-        (("--policy", "kivi"), "takes no budget"),
+        (("--policy", "kivi"), "takes no other budget"),
+        (("--policy", "a2sf:budget=0.5"), "takes no other budget"),
         (("--top-k", "3"), "--temperature"),
         (("--plot", "kept.nothing"), "write one of"),
         (("--plot", "no folder/kept.png"), "is not there"),

@@ -9,17 +9,22 @@ import subprocess
 import tomllib
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
+import openai
 import pytest
 import torch
 import typer
 import yaml
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 import kvprune
 import pages as site
 from kvprune import PrunedCache, cli, demo, policies
 from kvprune.evaluation import smollm2
+from kvprune.serving.app import Options, Server, application
 
 ROOT = Path(__file__).parent.parent
 SHOWN = [
@@ -131,12 +136,22 @@ def known(folder):
     }
 
 
+def client_of(namespace):
+    """What makes clients of a server that is not at its address, but in this process."""
+    served = Server("smollm2", namespace["model"], namespace["tokenizer"], Options())
+    client = openai.OpenAI
+    return lambda base_url, **more: client(
+        base_url=base_url, http_client=TestClient(application(served), base_url=base_url), **more
+    )
+
+
 @pytest.mark.parametrize("path", with_snippets("python"), **IDS)
 def test_python_runs_as_shown(path, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(smollm2, "checkpoint", lambda: folder / "model")
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)  # test_compile.py compiles
     namespace = known(folder)
+    monkeypatch.setattr(openai, "OpenAI", client_of(namespace))
     for words in commands(path):  # files that are made there
         if words[0] == "sh":
             check(words, folder)
@@ -181,6 +196,8 @@ def check_kvprune(words, folder):
         assert words[0] in command_line().commands
         return
     command = parsed(words).command.name
+    if command == "serve":
+        policies.parse(words[words.index("--policy") + 1], budget=0.25)
     if command in ("generate", "policies"):
         small = ["--max-new-tokens", "2"] if command == "generate" else []
         words = [str(folder / "model") if words[at - 1] == "--model" else word for at, word in enumerate(words)]
@@ -204,6 +221,9 @@ def check(words, folder):
     if program == "make":
         targets = [word for word in words[1:] if "=" not in word]
         assert {*targets} <= set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+    elif program == "curl":
+        routes = application(SimpleNamespace(options=Options())).routes
+        assert urlsplit(words[-1]).path in {getattr(route, "path", None) for route in routes}
     elif program == "pip":
         named = [extra for word in words if word.startswith(".[") for extra in word[2:-1].split(",")]
         assert {*named} <= EXTRAS.keys()

@@ -83,6 +83,11 @@ def parse(text: str, /, **defaults: Any) -> Policy:
     return links[0] if len(links) == 1 else Chain(tuple(links))
 
 
+def takes_budget(text: str) -> bool:
+    """Whether the policy of a text leaves it to `parse(text, budget=...)` how much it keeps. Raises PolicyError."""
+    return parse(text, budget=0.25) != parse(text, budget=0.5)
+
+
 def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
     name, colon, rest = text.partition(":")
     own, own_colon, own_rest = rest.partition(":")

@@ -1,0 +1,419 @@
+"""The server, as clients see it: the answers of `generate()`, prefixes that are read once, mistakes that are told."""
+
+import logging
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from kvprune import KVPruneError, PrunedCache, cli, demo
+from kvprune.cache.models import cache_argument
+from kvprune.demo.task import RecallGenerator, decode
+from kvprune.policy.registry import parse
+from kvprune.serving.app import Options, Server, application
+from kvprune.serving.command import amount
+from kvprune.serving.metrics import Metrics
+from kvprune.serving.prefixes import Prefixes
+from kvprune.serving.writing import Chance, Text
+
+CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
+KEY, NAME, POLICY = "sesame", "small", "snapkv:budget=64"
+RECALL = RecallGenerator(3).document(400, 6)
+DOCUMENT = decode(RECALL.document[1:])
+QUESTIONS = [decode(RECALL.question(note)) for note in range(6)]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model, tokenizer = demo.load()
+    tokenizer.chat_template = CHAT
+    return model, tokenizer
+
+
+@contextmanager
+def running(embedded, **options):
+    """A server on a port of its own, and a client of it."""
+    server = Server(NAME, *embedded, Options(policy="snapkv", budget="64", api_key=KEY, **options))
+    web = uvicorn.Server(uvicorn.Config(application(server), port=0, log_level="debug"))
+    thread = threading.Thread(target=web.run)
+    thread.start()
+    try:
+        while not web.started:
+            time.sleep(0.01)
+        base = f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
+        server.client = openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
+        server.base = base
+        yield server
+    finally:
+        web.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(embedded, tmp_path_factory):
+    with running(embedded, folder=tmp_path_factory.mktemp("caches"), queue=1) as server:
+        yield server
+
+
+@pytest.fixture
+def endless(embedded, monkeypatch):
+    """Answers are as long as they may be."""
+    monkeypatch.setattr(embedded[0].generation_config, "eos_token_id", None)
+
+
+def messages(question=QUESTIONS[0]):
+    return [{"role": "system", "content": DOCUMENT}, {"role": "user", "content": question}]
+
+
+def chat(server, question=QUESTIONS[0], *, tokens=4, **more):
+    return server.client.chat.completions.create(
+        model=NAME, messages=messages(question), max_tokens=tokens, extra_body=more.pop("extra", {}), **more
+    )
+
+
+def generated(embedded, parts, policy=POLICY, tokens=4):
+    """What `generate()` writes after a text in parts, which are read one after the other; and the cache."""
+    model, tokenizer = embedded
+    cache = PrunedCache(model, parse(policy))
+    read = torch.tensor([[]], dtype=torch.long)
+    for part in parts[:-1]:
+        ids = tokenizer(part, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        read = torch.cat([read, ids], 1)
+        with torch.no_grad():
+            model(ids, **cache_argument(cache))
+    last = tokenizer(parts[-1], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = torch.cat([read, last], 1)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=tokens, do_sample=False
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True), cache
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [None, "a2sf:budget=0.5 | zipcache", "full"])
+def test_a_chat_is_answered_as_generate_does(server, embedded, policy):
+    answer = chat(server, extra={"policy": policy} if policy else {})
+    text, cache = generated(embedded, [f"{DOCUMENT} {QUESTIONS[0]} "], policy or POLICY)
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (cache.seen_tokens - 3, 4)
+    kept = torch.stack([(cache.kept_positions(layer) >= 0).sum(-1).float() for layer in cache.pruned_layers]).mean()
+    assert usage.kvprune["kept_tokens"] == pytest.approx(float(kept), abs=0.05)
+    assert (usage.kvprune["bytes"], usage.kvprune["full_bytes"]) == (cache.nbytes, cache.dense_nbytes)
+
+
+def test_a_stream_is_the_same_answer_in_pieces(server):
+    stream = list(chat(server, stream=True, stream_options={"include_usage": True}, tokens=8))
+    whole = chat(server, tokens=8)
+    pieces = [piece.choices[0].delta.content or "" for piece in stream if piece.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len([piece for piece in pieces if piece]) == len(whole.choices[0].message.content.split())
+    assert stream[-1].usage == whole.usage
+    assert stream[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_text_and_strings_that_end_it(server, embedded):
+    prompt = f"{DOCUMENT} {QUESTIONS[1]}"
+    whole, _ = generated(embedded, [prompt], tokens=8)
+    words = whole.split()
+    create = server.client.completions.create
+    assert create(model=NAME, prompt=prompt, max_tokens=8).choices[0].text == whole
+    ended = create(model=NAME, prompt=prompt, max_tokens=8, stop=[words[2][1:], "no such"]).choices[0]
+    assert (ended.text, ended.finish_reason) == (whole[: whole.index(words[2][1:])], "stop")
+
+
+def test_seeds_decide_what_is_sampled(server, endless):
+    texts = [chat(server, temperature=1.5, seed=seed, tokens=12).choices[0].message.content for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_clients_get_their_own_answers(embedded):
+    with running(embedded, parallel=3, queue=64) as server, ThreadPoolExecutor(8) as clients:
+        alone = [generated(embedded, [f"{DOCUMENT} {question} "])[0] for question in QUESTIONS]
+        together = clients.map(lambda at: chat(server, QUESTIONS[at % 6]).choices[0].message.content, range(12))
+        assert list(together) == [alone[at % 6] for at in range(12)]
+        assert len(set(alone)) > 1
+
+
+# -- prefixes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_that_came_before_is_not_read_again(server, embedded):
+    saved = server.metrics.value("prefill_tokens_saved_total")
+    answers = [chat(server, question, extra={"prefix": 1, "policy": "keydiff"}) for question in QUESTIONS[:3]]
+    for question, answer in zip(QUESTIONS, answers, strict=False):
+        expected, _ = generated(embedded, [f"{DOCUMENT} ", f"{question} "], "keydiff:budget=0.25")
+        assert answer.choices[0].message.content == expected
+    read = len(embedded[1](f"{DOCUMENT} ", add_special_tokens=False)["input_ids"])
+    assert [answer.usage.prompt_tokens_details.cached_tokens for answer in answers] == [0, read, read]
+    assert server.metrics.value("prefill_tokens_saved_total") - saved == 2 * read
+    assert "warning" in chat(server, extra={"prefix": 1}).usage.kvprune  # SnapKV looks for a question in it
+
+
+def test_a_server_finds_prefixes_of_one_that_is_gone(embedded, tmp_path):
+    answers = []
+    for _ in range(2):
+        with running(embedded, folder=tmp_path) as server:
+            answers.append(chat(server, extra={"prefix": 1, "policy": "kivi:bits=4"}))
+            source = "read" if len(answers) == 1 else "disk"
+            assert server.metrics.value("prefills_total", source) == 1
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    assert answers[1].usage.prompt_tokens_details.cached_tokens > 0
+
+
+KEYDIFF = parse("keydiff", budget=0.5)
+
+
+def documents(number):
+    return [tuple(range(10 + at, 90 + at)) for at in range(number)]
+
+
+def test_the_least_recently_used_leave_memory_and_disk(embedded, tmp_path):
+    metrics = Metrics()
+    one = Prefixes(embedded[0], Metrics(), memory=2**30).take(KEYDIFF, documents(1)[0])[0].nbytes
+    first = Prefixes(embedded[0], metrics, memory=2 * one, folder=tmp_path, disk=2**30)
+    for ids in (*documents(3)[:2], documents(3)[0], documents(3)[2]):  # the second is the least recent one
+        first.take(KEYDIFF, ids)
+    first.close()
+    assert metrics.value("evictions_total", "memory") == 1
+    assert metrics.value("kept_bytes", "memory") == 2 * one
+    file = max(path.stat().st_size for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+
+    second = Prefixes(embedded[0], metrics, memory=0, folder=tmp_path, disk=2 * file)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert metrics.value("evictions_total", "disk") == 1
+    taken = [second.take(KEYDIFF, ids) for ids in documents(3)]
+    assert [known for _, known in taken] == [False, True, True]  # the first was written first
+    second.close()
+    assert metrics.value("kept_bytes", "disk") <= 2 * file
+
+
+def test_what_is_taken_is_a_fork(embedded):
+    prefixes = Prefixes(embedded[0], Metrics(), memory=2**30)
+    first, _ = prefixes.take(KEYDIFF, documents(1)[0])
+    with torch.no_grad():
+        embedded[0](torch.tensor([[5, 6, 7]]), **cache_argument(first))
+    again, known = prefixes.take(KEYDIFF, documents(1)[0])
+    assert known
+    assert again.seen_tokens == 80
+    assert not prefixes.take(parse("keydiff", budget=0.4), documents(1)[0])[1]
+    assert not prefixes.take(KEYDIFF, documents(1)[0][:-1])[1]
+
+
+def test_one_reads_while_others_wait(embedded):
+    metrics = Metrics()
+    prefixes = Prefixes(embedded[0], metrics, memory=2**30)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: prefixes.take(KEYDIFF, documents(1)[0]), range(4)))
+    assert metrics.value("prefills_total", "read") == 1
+
+
+def test_a_damaged_file_is_read_anew(embedded, tmp_path):
+    def take():
+        prefixes = Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30)
+        cache, known = prefixes.take(KEYDIFF, documents(1)[0])
+        prefixes.close()
+        return cache.kept_positions(0).tolist(), known
+
+    kept, _ = take()
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert take() == (kept, False)
+    assert take() == (kept, True)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "there is no model 'big'": {"model": "big"},
+    "did you mean 'policy'": {"polcy": "a2sf"},
+    "there is no policy named 'a3sf'": {"policy": "a3sf"},
+    "there is no policy named 'os'": {"policy": "os:path"},  # a module is never imported for a request
+    "a fraction must lie in": {"budget": 1.5},
+    "KIVI(bits=2) takes no other budget": {"policy": "kivi", "budget": 0.5},
+    "A2SF(budget=0.1) takes no other budget": {"policy": "a2sf:budget=0.1", "budget": 0.5},
+    "leave at least the last one out": {"prefix": 2},
+    "temperature: Input should be less than": {"temperature": 3},
+    "n is not served here": {"n": 2},
+    "tools is not served here": {"tools": [{"type": "function"}]},
+    "messages: List should have at least 1": {"messages": []},
+    "messages.0.role": {"messages": [{"role": "wizard", "content": "hi"}]},
+    "this server writes up to 1024": {"max_tokens": 5000},
+    "more than the 8192": {"messages": [{"role": "user", "content": "note " * 8200}]},
+    "bytes hold": {"budget": "1KiB"},
+    "up to 16 strings": {"stop": [""]},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_mistake_is_answered_with_what_to_write(server, message):
+    body = {"model": NAME, "messages": messages(), "max_tokens": 2, "stream": "budget" in WRONG[message]} | WRONG[
+        message
+    ]
+    answer = httpx.post(f"{server.base}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == (404 if "model" in WRONG[message] else 400)
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "path", "key", "status"),
+    [
+        (b"{", "/v1/completions", KEY, 400),
+        (b"[]", "/v1/completions", KEY, 400),
+        (b" " * (17 * 2**20), "/v1/completions", KEY, 413),
+        (b"{}", "/v1/completions", "wrong", 401),
+        (b"{}", "/v1/embeddings", KEY, 404),
+        (b"{}", "/v1/models", KEY, 405),
+    ],
+)
+def test_what_is_no_request_is_refused(server, content, path, key, status):
+    answer = httpx.post(server.base + path, content=content, headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def settled(server):
+    for _ in range(1000):
+        if not server.metrics.value("running") and not server.metrics.value("waiting"):
+            return
+        time.sleep(0.02)
+    pytest.fail("requests still run")
+
+
+def test_more_than_may_wait_are_refused_and_who_hangs_up_frees_the_place(server, endless):
+    off = server.metrics.value("requests_total", "called off")
+    streams = [chat(server, stream=True, tokens=1024, temperature=1.0) for _ in range(2)]  # both run
+    held = server.metrics.value("kept_bytes", "running")
+    assert held > 0
+    with ThreadPoolExecutor(2) as clients:
+        waits = clients.submit(chat, server)
+        while server.metrics.value("waiting") < 1:
+            time.sleep(0.01)
+        with pytest.raises(openai.RateLimitError, match="try again later"):
+            chat(server)
+        for stream in streams:
+            stream.close()
+        assert waits.result(timeout=60).choices[0].message.content
+    settled(server)
+    assert server.metrics.value("requests_total", "called off") == off + 2
+    assert server.metrics.value("kept_bytes", "running") == 0
+
+
+def test_who_hangs_up_before_the_answer_calls_it_off(server, endless):
+    off = server.metrics.value("requests_total", "called off")
+    with pytest.raises(openai.APITimeoutError):
+        chat(server, tokens=1024, timeout=0.3)
+    settled(server)
+    assert server.metrics.value("requests_total", "called off") == off + 1
+    assert server.metrics.value("kept_bytes", "running") == 0
+
+
+def test_logs_hold_nothing_of_prompts(server, caplog, monkeypatch):
+    secret = "walnut kettle nineteen"
+    caplog.set_level(logging.DEBUG)
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    ask = {"model": NAME, "messages": [{"role": "user", "content": secret}], "max_tokens": 2}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for more in ({}, {"stream": True}, {"policy": secret}, {"prefix": 9}):
+        httpx.post(f"{server.base}/v1/chat/completions", json=ask | more, headers=headers)
+
+    def fail(*_, **__):
+        raise RuntimeError(secret)
+
+    monkeypatch.setattr(type(server.engine._model), "generate", fail)
+    answer = httpx.post(f"{server.base}/v1/chat/completions", json=ask, headers=headers)
+    assert answer.status_code == 500
+    assert secret not in answer.text
+    monkeypatch.setattr(server, "tokenizer", fail)
+    ask = {"model": NAME, "prompt": secret}
+    assert httpx.post(f"{server.base}/v1/completions", json=ask, headers=headers).status_code == 500
+    ours = [record for record in caplog.records if record.name.startswith(("kvprune", "uvicorn", "asyncio"))]
+    written = "\n".join(logging.Formatter().format(record) for record in ours)
+    assert "request" in written
+    assert "RuntimeError" in written
+    assert "walnut" not in written
+
+
+# -- what it says of itself --------------------------------------------------------------------------------------------
+
+
+def test_models_health_metrics_and_the_page(server):
+    assert [model.id for model in server.client.models.list()] == [NAME]
+    assert server.client.models.retrieve(NAME).window == 8192
+    assert httpx.get(f"{server.base}/health").json() == {"status": "ok", "model": NAME}
+    page = httpx.get(server.base)
+    assert "text/html" in page.headers["content-type"]
+    assert "v1/chat/completions" in page.text
+    chat(server)
+    lines = httpx.get(f"{server.base}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert all(re.fullmatch(r'kvprune_[a-z_]+(\{[a-z]+="[a-z ]+"\})?', name) for name in values)
+    assert float(values['kvprune_requests_total{outcome="answered"}']) >= 1
+    assert float(values["kvprune_completion_tokens_total"]) >= 4
+
+
+def test_the_command_serves_what_it_is_told(monkeypatch, tmp_path):
+    served = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **where: served.update(app=app, **where))
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    options = "--policy kivi --port 1234 --cache-memory 1MiB".split()
+    result = CliRunner().invoke(
+        cli.app, ["serve", "--model", "demo", "--chat-template", str(tmp_path / "chat.jinja"), *options]
+    )
+    assert result.exit_code == 0, result.output
+    assert (served["host"], served["port"], served["app"].title) == ("127.0.0.1", 1234, "kvprune")
+
+
+def test_bytes_are_written_with_a_unit():
+    assert amount("2GiB", "--cache-memory") == 2**31
+    with pytest.raises(KVPruneError, match="--cache-memory is 'much'"):
+        amount("much", "--cache-memory")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, so that characters may take several."""
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@given(st.text("aäb€\U0001f600", max_size=12), st.lists(st.text("aäb€", min_size=1, max_size=3), max_size=3))
+def test_pieces_make_the_text_up_to_a_stop(text, stop):
+    writing, pieces = Text(Bytes(), stop), []
+    for byte in text.encode():
+        pieces.append(writing.add(byte))
+        if writing.stopped:
+            break
+    pieces.append(writing.end())
+    # Read from the left, a text ends where the first stop string is complete, and the earliest of those that are.
+    ends = min((text.find(each) + len(each) for each in stop if each in text), default=len(text))
+    seen = text[:ends]
+    assert "".join(pieces) == seen[: min((seen.find(each) for each in stop if each in seen), default=len(seen))]
+    assert writing.stopped == any(each in text for each in stop)
+
+
+def test_samples_have_the_probabilities_of_the_logits():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    chance = Chance(7)
+    drawn = torch.tensor([int(chance(None, logits).argmax()) for _ in range(4000)])
+    assert drawn.bincount(minlength=4) / 4000 == pytest.approx(logits[0].softmax(0).numpy(), abs=0.03)
