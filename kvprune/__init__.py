@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         QuestionWarning,
         UnsupportedModelError,
     )
+    from kvprune.passes.cascades import Cascade
     from kvprune.passes.filters import PromptFilter
     from kvprune.policy.base import Chain, Decision, Policy, Step
     from kvprune.policy.budget import Budget
@@ -54,6 +55,7 @@ _HOMES = {
     "kvprune.policy.budget": ("Budget",),
     "kvprune.policy.eviction": ("Eviction",),
     "kvprune.policy.shares": ("Adaptive", "Everywhere", "Pyramid", "Share", "Uniform"),
+    "kvprune.passes.cascades": ("Cascade",),
     "kvprune.passes.filters": ("PromptFilter",),
     "kvprune.table.quantize": ("Codec",),
     "kvprune.table.token_table": ("TokenTable",),
@@ -68,6 +70,7 @@ __all__ = [
     "BudgetError",
     "CacheError",
     "CacheReport",
+    "Cascade",
     "Chain",
     "Chat",
     "Codec",

@@ -15,6 +15,7 @@ from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
 from kvprune.policies.knorm import Knorm
 from kvprune.policies.kvzip import KVzip, KVzipPlus
+from kvprune.policies.lazyllm import LazyLLM
 from kvprune.policies.leverage import Leverage
 from kvprune.policies.pyramidkv import PyramidKV
 from kvprune.policies.random import Random
@@ -41,6 +42,7 @@ __all__ = [
     "KeyDiff",
     "Keyformer",
     "Knorm",
+    "LazyLLM",
     "Leverage",
     "PyramidKV",
     "Random",

@@ -133,6 +133,13 @@ class Reading:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(mask.device))
 
+    @classmethod
+    def known(cls, looked: Looked | None) -> Reading:
+        """One that needs not be looked at."""
+        reading = cls(torch.empty(0, 0, dtype=torch.bool))
+        reading.looked, reading.is_looked_at = looked, True
+        return reading
+
     @property
     def real(self) -> Any:
         """Bool `[B, columns]`."""

@@ -28,6 +28,7 @@ from kvprune.cache.registration import PREFIX, PendingKeys
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, KVPruneError, UnsupportedModelError
+from kvprune.policy.base import Policy
 from kvprune.table.rows import owned
 
 
@@ -45,6 +46,8 @@ class ForwardPass(Masks):
     _selection: Selection | None
     _unread: Unread | None
     replay: Callable[[Any], None] | None
+    cascade: Policy | None
+    trip: Any
     _model: Callable[[], Any]
 
     def reset(self) -> None:

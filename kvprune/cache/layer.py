@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvprune.attention.queries import Remembered
 from kvprune.cache.columns import Columns, Past
+from kvprune.cache.ledger import Ledger
 from kvprune.cache.registration import NO_MASK, SOME_LENGTH, CacheLength
 from kvprune.cache.selection import Selection
 from kvprune.cache.step import LayerStep
@@ -75,6 +76,7 @@ class PrunedLayer(LayerStep):
         table.move(moved)
         if self.remembered is not None:
             self.remembered = self.remembered.moved(moved)
+        self.ledger = self.ledger and self.ledger.moved(past)
         self.prompt_tokens, self.tokens = past.left(self.prompt_tokens), past.left(self.tokens)
         self.last_eviction = self.seen
 
@@ -120,6 +122,7 @@ class PrunedLayer(LayerStep):
                 self.remembered = None  # it may hold queries that are taken back
             self.selection = self.selection and self.selection.crop(remove)
             self.unread = self.unread and self.unread.crop(remove)
+            self.ledger = self.ledger and self.ledger.crop(self.tokens)
             self.columns = self.columns.crop(self.seen)
         if self.undecided is not None:
             left = len(self.undecided.queries) - remove
@@ -174,6 +177,7 @@ class PrunedLayer(LayerStep):
             self.undecided.queries = self.undecided.queries.select_batch(indices)
         self.selection = self.selection and self.selection.select_batch(indices)
         self.unread = self.unread and self.unread.select_batch(indices)
+        self.ledger = self.ledger and self.ledger.select_batch(indices)
         self.columns = self.columns.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
@@ -186,6 +190,7 @@ class PrunedLayer(LayerStep):
         other.remembered = self.remembered and self.remembered.clone()
         other.selection = self.selection and self.selection.clone()
         other.unread = self.unread and self.unread.clone()
+        other.ledger = self.ledger and self.ledger.clone()
         if self.undecided is not None:
             queries = self.undecided.queries
             other.undecided = replace(self.undecided, queries=queries.part(0, len(queries)))
@@ -214,6 +219,8 @@ class PrunedLayer(LayerStep):
         state.add("remembered", None if self.remembered is None else self.remembered.state())
         state.add("selection", None if self.selection is None else self.selection.state())
         state.add("unread", None if self.unread is None else self.unread.state())
+        if self.ledger is not None:
+            state.add("ledger", self.ledger.state())
         return state
 
     def restore(self, saved: Saved) -> None:
@@ -245,6 +252,8 @@ class PrunedLayer(LayerStep):
             self.selection = Selection.restored(selection, self.seen, self.tokens)
         if unread is not None:
             self.unread = Unread.restored(unread, len(self.tokens), self.seen)
+        if "ledger" in saved.facts and (ledger := saved.part("ledger")) is not None:
+            self.ledger = Ledger.restored(ledger, self.tokens, self.planner.pruned_layers)
         if steady:
             if not self.planner.static_decode or self.record_past:
                 raise saved.refused("is said to be steady, which the policy never is")
@@ -285,3 +294,18 @@ class PrunedLayer(LayerStep):
         if self.table is not None:
             self.table.settle()  # copies of columns that somebody has looked at are not held
         return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        held = [] if self.table is None else list(self.table.tensors().values())
+        held += self.tallies.values()
+        if self.remembered is not None:
+            held += [self.remembered.states, self.remembered.positions]
+        if self.steady is not None:
+            held.append(self.steady.counts)
+        if self.undecided is not None:
+            held += self.undecided.queries.tensors()
+        if self.selection is not None and self.selection.columns is not None:
+            held.append(self.selection.columns)
+        for part in (self.unread, self.ledger):
+            held += [] if part is None else part.tensors()
+        return held

@@ -15,6 +15,7 @@ from kvprune.cache.steady import Steady
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Policy, Step, per_sequence
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.policy.passage import Passage
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import MOST_HOLES, TokenTable
 
@@ -152,12 +153,13 @@ class Planner:
         tokens: int | Tensor,
         prompt_tokens: tuple[int, ...],
         generated: int | Tensor,
+        passage: Passage | None = None,
     ) -> list[Plan]:
         """What each policy is told of a step, and the attention rows that it asks for.
 
         The counts are those of `Step`. Raises PolicyError for a policy that asks for something else than rows.
         """
-        device, added = queries.states.device, max(queries.tokens)
+        device, added = queries.states.device, max(queries.tokens if passage is None else passage.added)
         heads = self.heads.present(table.kv_heads)
         token_bytes, other_bytes = self._costs(table)
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
@@ -185,6 +187,7 @@ class Planner:
                 rotary=self.rotary,
                 outputs=self.outputs,
                 heads=heads,
+                passage=passage,
             )
             step.weights = part.row_weights(step)
             if not (step.weights is None or isinstance(step.weights, RowWeights)):

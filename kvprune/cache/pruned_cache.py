@@ -151,6 +151,8 @@ class PrunedCache(Contents, RollingBack):
         self._filtered = None  # of the forward pass at hand
         self._selection = None  # that holds once the first pruned layer has seen it
         self.replay = None  # before a prompt is decided; see passes/replay.py
+        self.cascade = None  # what lets tokens stop between layers; see passes/trip.py
+        self.trip = None  # of the forward pass at hand, where tokens may stop
         self._unread = None  # that holds once the first pruned layer has seen it
         self._transcript = None
         policy.attach(self, model)

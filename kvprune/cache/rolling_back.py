@@ -58,7 +58,7 @@ class RollingBack(ForwardPass):
 
     def reset(self) -> None:
         """Empty the cache, whatever has happened to it; it may then be used with another batch size."""
-        self._open = None
+        self._open = self.trip = None
         self._forget_step()
         self._progress.forget()
         self._transcript = None

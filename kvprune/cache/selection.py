@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvprune.policy.passage import Passage
 from kvprune.state import Saved, State
 
 
@@ -72,11 +73,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class FilteredStep:
-    """What a filter left of a step: the layers see the chosen tokens, and count all of them."""
+    """What is left of a step for a layer: it sees the chosen tokens, and counts all of them."""
 
-    positions: Tensor
-    """Of the chosen tokens, LongTensor `[B, k]`, -1 for padding."""
+    positions: Tensor | None
+    """Of the chosen tokens, LongTensor `[B, k]`, -1 for padding; None if nothing was left out."""
     tokens: tuple[int, ...]
     """Of each sequence, chosen or not."""
     columns: int
     """Of the model's input, padding included, before it was shortened."""
+    prefill: bool = True
+    """Whether the step brings a prompt, or a piece of one."""
+    passage: Passage | None = None
+    """Of a step in which tokens may stop at any layer."""

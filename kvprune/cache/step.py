@@ -21,6 +21,7 @@ from kvprune.attention.mass import Scoring
 from kvprune.attention.queries import Attended, Queries, Remembered
 from kvprune.attention.rotation import Rotation
 from kvprune.cache.columns import ALL_REAL, Past
+from kvprune.cache.ledger import Ledger
 from kvprune.cache.plans import Plan, Planner
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Counted, Steady, pin
@@ -29,6 +30,7 @@ from kvprune.cache.unread import Unread
 from kvprune.errors import KVPruneError, PolicyError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
+from kvprune.policy.passage import Passage
 from kvprune.table.ragged import keep_rows
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
@@ -99,6 +101,7 @@ class LayerStep(CacheLayerMixin):
         self.columns = ALL_REAL  # of the model's input so far, which are tokens
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
         self.unread: Unread | None = None  # what no replay has seen; the first pruned layer holds it for all
+        self.ledger: Ledger | None = None  # of tokens that stopped between layers; the first one holds it for all
         self.is_initialized = False
         self._of_inference_mode = False  # whether tensors may have been made there
 
@@ -146,31 +149,38 @@ class LayerStep(CacheLayerMixin):
             self.leave_steady()
         prefill = self.takes_prompt(states.shape[2], filtered)
         table, queries = self._append(states, valid, filtered)
+        passage = None if filtered is None else filtered.passage
         if prefill:
             self.prompt_tokens, self.generated = self.tokens, 0
         else:
-            self.generated += max(queries.tokens)
+            self.generated += max(queries.tokens if filtered is None else filtered.tokens)
 
         if self.record_past:
             output = queries.attend(self._placed(table), scoring, backend=self.backend).output
             self._defer(table, queries, prefill, scoring)
         else:
-            plans = self._plans(table, queries, prefill)
+            plans = self._plans(table, queries, prefill, passage=passage)
             wanted = any(plan.weights is not None for plan in plans)
-            seen = self._placed(table)
+            seen = self._placed(table) if passage is None else passage.seen(table)
             attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
             output = attended.output
             self._observe(seen, plans, queries, scoring, attended)
             self._decide(plans, prefill=prefill)
+            if passage is not None and valid is not None:
+                self.table.close_up(self.planner.room(self.table), self.seen)  # type: ignore[union-attr, arg-type]
         return output.transpose(1, 2).contiguous().to(device)
 
     def _hide(self, past: Past, table: TokenTable) -> None:
         raise NotImplementedError
 
+    def _tensors(self) -> list[Tensor]:
+        raise NotImplementedError
+
     def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
         """Whether a step of so many columns is one of a prompt."""
         # A draft of several tokens that is being verified is generated text.
-        return self.table is None or (length > 1 and not self.record_past) or filtered is not None
+        begins = self.table is None or (length > 1 and not self.record_past)
+        return begins if filtered is None else filtered.prefill
 
     def _settle_mode(self) -> None:
         """What was made in inference mode cannot be written to outside of it: there, it is copied once."""
@@ -241,7 +251,7 @@ class LayerStep(CacheLayerMixin):
         keys, values = (tensor.to(states.device) for tensor in self.incoming)  # type: ignore[union-attr]
         self.incoming = None
         before = self.tokens or (0,) * keys.shape[0]
-        placed = None if filtered is None else filtered.positions.to(states.device)
+        placed = None if filtered is None or filtered.positions is None else filtered.positions.to(states.device)
         first = per_sequence(before, states.device)
         queries = Queries.of_step(states, first, valid, begins=self.table is None, placed=placed)
         if self.table is None:
@@ -254,12 +264,13 @@ class LayerStep(CacheLayerMixin):
         elif len(queries) == 1 and valid is None and placed is None:
             self.table.append(keys, values, queries.first, room=self.planner.room(self.table))
         else:
-            self.table.append(keys, values, queries.positions[:, None], dense=valid is None)
+            room = 1 if filtered is None or filtered.prefill else self.planner.room(self.table)
+            self.table.append(keys, values, queries.positions[:, None], dense=valid is None, room=room)
         added = queries.tokens if filtered is None else filtered.tokens
         self.tokens = tuple(a + b for a, b in zip(before, added, strict=True))
         self.seen += len(queries) if filtered is None else filtered.columns
-        if filtered is not None:
-            self.last_eviction = self.seen  # what the filter dropped never was in the table
+        if placed is not None:
+            self.last_eviction = self.seen  # what was left out never was in the table
         return self.table, queries
 
     def new_table(self, keys: Tensor, values: Tensor, positions: Tensor, *, dense: bool) -> TokenTable:
@@ -274,7 +285,10 @@ class LayerStep(CacheLayerMixin):
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
-    def _plans(self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = ()) -> list[Plan]:
+    def _plans(
+        self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = (),
+        passage: Passage | None = None,
+    ) -> list[Plan]:  # fmt: skip
         """to_come: tokens of each sequence that have been counted, and come after these queries."""
         if (steady := self.steady) is not None and torch.compiler.is_dynamo_compiling():
             tokens: int | Tensor = steady.tokens + 1
@@ -291,6 +305,7 @@ class LayerStep(CacheLayerMixin):
             tokens=tokens,
             prompt_tokens=self.prompt_tokens,
             generated=generated,
+            passage=passage,
         )
 
     def _observe(
@@ -379,20 +394,3 @@ class LayerStep(CacheLayerMixin):
         plans = self._plans(self.table, undecided.queries, undecided.prefill)
         self._observe(self._placed(self.table), plans, undecided.queries, undecided.scoring)
         self._decide(plans, prefill=undecided.prefill)
-
-    # -- what it holds ---------------------------------------------------------------------------------------------
-
-    def _tensors(self) -> list[Tensor]:
-        held = [] if self.table is None else list(self.table.tensors().values())
-        held += self.tallies.values()
-        if self.remembered is not None:
-            held += [self.remembered.states, self.remembered.positions]
-        if self.steady is not None:
-            held.append(self.steady.counts)
-        if self.undecided is not None:
-            held += self.undecided.queries.tensors()
-        if self.selection is not None and self.selection.columns is not None:
-            held.append(self.selection.columns)
-        if self.unread is not None:
-            held += self.unread.tensors()
-        return held

@@ -166,6 +166,11 @@ class Policy(metaclass=SettingsType):
         """Whether it shortens the prompt before the layers run, see `PromptFilter`: then it is the first of a chain."""
         return False
 
+    @property
+    def stops_tokens(self) -> bool:
+        """Whether it lets tokens stop between layers, see `Cascade`: then it is the first of a chain."""
+        return False
+
     def attach(self, cache: Any, model: Any) -> None:
         """Called once when a `PrunedCache` of this policy is made, before its model is switched to kvprune's attention.
 
@@ -288,6 +293,9 @@ class Chain(Policy):
 
 def _check_order(links: tuple[Policy, ...]) -> None:
     """Raise PolicyError for an order of links that has no meaning."""
+    stopping = next((link for link in links if link.stops_tokens), None)
+    if stopping is not None:
+        _check_with_stopping(stopping, links)
     for link in links[1:]:
         if link.filters_prompt:
             raise PolicyError(
@@ -317,6 +325,32 @@ def _check_order(links: tuple[Policy, ...]) -> None:
                 f"{name} | {other} would quantize tokens that {other} is about to drop, and let them take part in the "
                 f"parameters of those that stay: write {other}(...) | {name}(...), which drops them first."
             )
+
+
+def _check_with_stopping(stopping: Policy, links: tuple[Policy, ...]) -> None:
+    name = type(stopping).__name__
+    filtering = next((link for link in links if link.filters_prompt), None)
+    if filtering is not None:
+        raise PolicyError(
+            f"{filtering} leaves layers the tokens that the whole prompt needs, and {stopping} lets more of those stop "
+            "by what is left of the prompt: neither was made for that. Keep one of them."
+        )
+    if links[0] is not stopping or any(link.stops_tokens for link in links[1:]):
+        raise PolicyError(
+            f"{stopping} decides what layers are given at all, so it must be the first link of a chain and the only "
+            f"one of its kind: write {stopping} | ... and leave others out."
+        )
+    for link in links[1:]:
+        share = getattr(link, "share", None)
+        reason = (
+            "packs rows in the order they come in, and tokens that go on later come out of order" if link.codecs
+            else "shows rows at their places in the cache, which tokens that stopped have none in" if link.renumbers
+            else "reads the prompt again, through layers that lack some of it" if link.replay is not None
+            else "shares rows out over heads or layers that hold different tokens" if link.decides_together
+            or getattr(share, "scope", "head") != "head" else None
+        )  # fmt: skip
+        if reason is not None:
+            raise PolicyError(f"{link} {reason}, so it cannot follow {name}: use one of them alone.")
 
 
 def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:

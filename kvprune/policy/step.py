@@ -14,6 +14,7 @@ from kvprune.attention.queries import Queries
 from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.errors import PolicyError
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.policy.passage import Passage
 from kvprune.table.rows import EMPTY
 from kvprune.table.tallies import Tallies
 
@@ -68,6 +69,8 @@ class Step:
     """What values become in the output of the layer, for a policy that `weighs_outputs`."""
     heads: Heads = ALL_HEADS
     """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
+    passage: Passage | None = None
+    """There where tokens may stop after this layer, for a policy that `stops_tokens`."""
 
     @property
     def mass(self) -> Tensor:

@@ -154,6 +154,14 @@ class TokenTable(Contents):
         other._storage.tensors["keys"] = keys
         return other
 
+    def with_positions(self, positions: Tensor) -> TokenTable:
+        """The same rows at other positions `[B, Hkv, length]`, -1 for those nobody sees, to attend to and no more."""
+        other = copy.copy(self)
+        other._storage = self._storage.sharing()
+        other._storage.tensors["positions"] = positions
+        other.dense = False
+        return other
+
     # -- rows go: these change the table ---------------------------------------------------------------------------
 
     def compact(self, slots: Tensor, room: int = 0) -> None:
@@ -181,6 +189,15 @@ class TokenTable(Contents):
         first = int((taken.cumsum(0) == 0).sum())
         if first:
             self.compact(self._storage.slots(first, self.length))
+
+    def close_up(self, room: int, most: int) -> None:
+        """Free empty slots, and leave `room` spare ones, once every head has many, or there are more than `most` slots.
+
+        Changes the table.
+        """
+        held = self.positions >= 0
+        if not self.dense and (self.length > most or self.length - int(held.sum(-1).max()) >= MOST_HOLES):
+            self.compact(true_rows(held), room)
 
     def move(self, positions: Tensor) -> None:
         """Give rows other positions; those that get -1 are dropped. Changes the table.

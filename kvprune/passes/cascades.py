@@ -1,0 +1,79 @@
+"""`Cascade`: the policies that let tokens stop between layers, so that later layers neither compute nor cache them.
+
+`trip.py` does that, through the hooks of `between_layers.py`; here is the policy's side of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvprune.errors import UnsupportedModelError
+from kvprune.passes.between_layers import install
+from kvprune.passes.trip import Trip
+from kvprune.policy.base import Policy, Step
+from kvprune.table.token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class Cascade(Policy, ABC):
+    """Base of the policies that say after every layer who goes on. The newest token of a sequence always does.
+
+    While the past is recorded (assisted and prompt-lookup decoding) nothing stops, because nothing that has stopped
+    can be taken back.
+    """
+
+    @property
+    def stops_tokens(self) -> bool:
+        return True
+
+    @property
+    def revives(self) -> bool:
+        """Whether tokens that stopped may go on in a later pass: what it takes for that is held."""
+        return False
+
+    @property
+    def stops_generated(self) -> bool:
+        """Whether layers are also asked in passes that bring a generated token; in others all rows are looked at."""
+        return self.revives
+
+    @property
+    def scored(self) -> bool:
+        """Whether `step.passage.score` holds a number of every token over all layers and steps."""
+        return False
+
+    @abstractmethod
+    def onward(self, table: TokenTable, step: Step) -> Tensor | None:
+        """Which tokens the next layers look at, bool `[B, N]` by position; None for all that this one looked at.
+
+        `step.passage` has all that is known of tokens, and is there when this is asked.
+        """
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        if step.passage is not None:
+            step.passage.onward = self.onward(table, step)
+
+    def trip(self, cache: Any, hidden: Tensor, mask: Any) -> Trip | None:
+        """What a forward pass on such a cache becomes, before its first layer; None if nothing is to stop in it."""
+        layer = cache.layers[0]
+        if layer.record_past or (layer.table is not None and layer.table.batch_size != len(hidden)):
+            return None  # the cache has an error for another batch
+        if not (self.stops_generated or layer.takes_prompt(hidden.shape[1], None)):
+            return None
+        return Trip(cache, hidden, mask, revives=self.revives, scored=self.scored)
+
+    def attach(self, cache: Any, model: Any) -> None:
+        """Let tokens stop between the layers of this model, for this cache."""
+        if not cache.pruned_layers:
+            return
+        if cache.is_hybrid:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers that are not pruned (sliding windows, or states), which count on "
+                f"every token: {type(self).__name__} could stop none before them. Use a policy that evicts after the "
+                "prompt, such as SnapKV."
+            )
+        install(model, len(cache.layers))
+        cache.cascade = self

@@ -1,0 +1,91 @@
+"""What a policy that stops tokens between layers is told at a layer, and what it says: see `kvprune.passes.cascades`.
+
+Tokens are named by their positions here, `N` of them in the longest sequence: rows of a table may be in any order, and
+those of one head may not be those of another.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.table.rows import EMPTY, ranked, top_rows
+from kvprune.table.token_table import TokenTable
+
+
+@dataclass
+class Passage:
+    """A layer's part in a forward pass whose tokens may stop.
+
+    tokens: of each sequence, those of this step included. added: those of this step. active: which tokens the layer
+    looks at, bool `[B, N]`; None if all that have a row. above: the table of the next layer, where earlier tokens that
+    have no row in it cannot go on; None where all can. out_of_order: whether rows come that are older than others in
+    the table. score: what is held of every token over all layers and steps, float32 `[B, N]`, to be updated in place;
+    None where the policy wants none.
+    """
+
+    tokens: tuple[int, ...]
+    added: tuple[int, ...]
+    active: Tensor | None = None
+    above: TokenTable | None = None
+    out_of_order: bool = False
+    score: Tensor | None = None
+    onward: Tensor | None = None
+    """What the policy has said: which tokens the next layers look at, bool `[B, N]`; None if as many as this one."""
+
+    def seen(self, table: TokenTable) -> TokenTable:
+        """The table as the queries of this layer see it: without the rows of tokens that have stopped before it."""
+        if self.active is None and not self.out_of_order:
+            return table
+        return table.with_positions(table.positions.masked_fill(~self.looked_at(table), EMPTY))
+
+    def looked_at(self, table: TokenTable) -> Tensor:
+        """Which rows of a table the layer looks at, bool `[B, Hkv, rows]`."""
+        positions = table.positions
+        if self.active is None:
+            return positions >= 0
+        at = positions.clamp(min=0).long()
+        active = self.active.to(at.device)[:, None].expand(-1, at.shape[1], -1)
+        return active.gather(2, at) & (positions >= 0)
+
+    def by_token(self, rows: Tensor, table: TokenTable) -> Tensor:
+        """Numbers of the rows of a table, added up over KV heads, `[B, Hkv, rows] -> [B, N]` float32.
+
+        -inf for tokens that the layer does not look at, or that cannot go on.
+        """
+        width = max(self.tokens)
+        looked_at = self.looked_at(table)
+        at = torch.where(looked_at, table.positions.long(), width).flatten(1)
+        total = torch.zeros(len(at), width + 1, device=rows.device).scatter_add_(1, at, rows.float().flatten(1))
+        known = torch.zeros(len(at), width + 1, dtype=torch.bool, device=rows.device).scatter_(1, at, True)
+        total = total.masked_fill_(~known, -math.inf)[:, :width]
+        return total if self.above is None else total.masked_fill(~self._reachable(self.above), -math.inf)
+
+    def _reachable(self, above: TokenTable) -> Tensor:
+        width, device = max(self.tokens), above.positions.device
+        at = above.positions.masked_fill(above.positions < 0, width).long().flatten(1)
+        held = torch.zeros(len(at), width + 1, dtype=torch.bool, device=device).scatter_(1, at, True)[:, :width]
+        first = torch.tensor([a - b for a, b in zip(self.tokens, self.added, strict=True)], device=device)[:, None]
+        return held | (torch.arange(width, device=device) >= first)
+
+    def best(self, importance: Tensor, share: float, recent: int = 1) -> Tensor:
+        """The most important tokens, bool `[B, N]`: a share of all tokens, rounded up, the newest `recent` among them.
+
+        importance: float32 `[B, N]`; -inf for tokens out of the question. Ties go to the more recent token.
+        """
+        device = importance.device
+        places = torch.arange(importance.shape[1], device=device, dtype=torch.int32).expand_as(importance)
+        ends = torch.tensor(self.tokens, device=device)[:, None]
+        known = importance > -math.inf
+        kept = known & (places >= ends - recent)
+        ranks = ranked(importance.masked_fill(kept, math.inf).masked_fill(~known, -math.inf), places)
+        counts = torch.tensor([share_of(tokens, share) for tokens in self.tokens], device=device)[:, None]
+        return known & (top_rows(ranks[:, None], counts[:, None])[:, 0] | kept)
+
+
+def share_of(tokens: int, share: float) -> int:
+    """So many of so many tokens, rounded up, at least one."""
+    return max(1, math.ceil(tokens * share - 1e-9))  # 0.7 * 10 is 7.000000000000001

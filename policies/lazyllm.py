@@ -1,0 +1,107 @@
+"""LazyLLM: a token goes as deep as the next token needs it. Fu et al., arXiv 2407.14057, 2024."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvprune.attention.mass import RowWeights
+from kvprune.errors import PolicyError
+from kvprune.passes.cascades import Cascade
+from kvprune.policy.base import Step
+from kvprune.policy.settings import check_number
+from kvprune.table.token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class LazyLLM(Cascade):
+    """After some layers, only the tokens that the newest query attends to most go on to deeper ones.
+
+        s_i = (1 / H) sum_h A^l[h, N, i],   T = the ceil(share * N) tokens of largest s among those that layer l saw
+
+    Deeper layers neither compute nor cache the others, so that a prompt is read faster and its cache is smaller. With
+    `revive`, the tokens are chosen anew at every generated token: each layer attends to the chosen ones alone, and one
+    that had stopped goes on from the layer where it did, by its hidden state, which is held. No layer computes a token
+    twice. That makes the first token come sooner, not the ones after it; without `revive` what has stopped is gone, and
+    generated tokens attend to all that layers hold.
+
+    The last token decides, so give the prompt in one piece with the question in it: each chunk of a
+    `prefill_chunk_size` is cut by its own last token. A second turn is cut as a prompt is, its tokens and the earlier
+    ones together. While the past is recorded (assisted and prompt-lookup decoding) nothing stops.
+
+    Settings:
+        schedule: pairs (depth, share): after so much of the layers' number, rounded, such a share of all tokens so far
+            goes on. Depths ascend, shares do not. As text: "0.5:0.7/0.9:0.3". Models of few layers want it late.
+        revive: whether tokens that stopped may go on when a later token attends to them.
+
+    Raises PolicyError for settings without meaning.
+    """
+
+    schedule: tuple[tuple[float, float], ...] | str = ((0.5, 0.7), (0.7, 0.5), (0.9, 0.3))
+    _: KW_ONLY
+    revive: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "schedule", _checked(self.schedule))
+        if not isinstance(self.revive, bool):
+            raise PolicyError(f"revive must be True or False, not {self.revive!r}.")
+
+    @property
+    def revives(self) -> bool:
+        return self.revive
+
+    @property
+    def pairs(self) -> tuple[tuple[float, float], ...]:
+        """The schedule, as it was checked."""
+        return self.schedule  # type: ignore[return-value]
+
+    @property
+    def needs_question(self) -> bool:
+        return True
+
+    def share_after(self, layer: int, layers: int) -> float | None:
+        """The share of tokens that goes on after a layer, of so many; None if all that it looks at do."""
+        shares = [share for depth, share in self.pairs if max(1, round(depth * layers)) == layer + 1]
+        return min(shares) if shares and layer + 1 < layers else None
+
+    def row_weights(self, step: Step) -> RowWeights | None:
+        if step.passage is None or self.share_after(step.depth, step.layers) is None:
+            return None
+        if 0 not in step.passage.added and step.source is not None and step.source.valid is None:
+            return RowWeights.last_window(1)
+        newest = step.query_positions.argmax(dim=1, keepdim=True)  # padding may stand behind it
+        return RowWeights.explicit(newest, torch.ones_like(newest))
+
+    def onward(self, table: TokenTable, step: Step) -> Tensor | None:
+        share = self.share_after(step.depth, step.layers)
+        if share is None or step.passage is None:
+            return None
+        return step.passage.best(step.heads.sum(step.passage.by_token(step.mass, table)), share)
+
+
+def _checked(schedule: tuple[tuple[float, float], ...] | str) -> tuple[tuple[float, float], ...]:
+    example = "write pairs of a depth and a share such as ((0.5, 0.7), (0.9, 0.3))"
+    try:
+        if isinstance(schedule, str):
+            schedule = tuple(tuple(map(float, pair.split(":"))) for pair in schedule.split("/"))  # type: ignore[misc]
+        pairs = tuple((depth, share) for depth, share in schedule)
+    except (TypeError, ValueError):
+        raise PolicyError(f"schedule cannot be {schedule!r}: {example}.") from None
+    for depth, share in pairs:
+        check_number("a depth of the schedule", depth, low=0, high=1)
+        check_number("a share of the schedule", share, low=0, high=1)
+    for (depth, share), (deeper, less) in pairwise(pairs):
+        if not depth < deeper:
+            raise PolicyError(f"depths of a schedule ascend, and {deeper} comes after {depth}: {example}.")
+        if less > share:
+            raise PolicyError(
+                f"no more tokens can go on than came, and a share of {less} after {deeper:g} of the layers is more "
+                f"than the {share} before: let shares fall, as in ((0.5, 0.7), (0.9, 0.3))."
+            )
+    if any(share == 0 for _, share in pairs):
+        raise PolicyError(f"a share of the schedule must be above 0, and {schedule!r} has 0.")
+    return tuple((float(depth), float(share)) for depth, share in pairs)

@@ -1,0 +1,421 @@
+"""Tokens that stop between layers, against a model that is run token by token and layer by layer, with dicts."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from families import (
+    PrunedCache,
+    build,
+    feed,
+    generate,
+    kept,
+    left_padded,
+    sequence,
+    shared,
+    stepwise,
+    stock,
+    storage_nbytes,
+    token_ids,
+)
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import rotate_half
+
+from kvprune import CacheError, PolicyError, UnsupportedModelError
+from kvprune.cache.models import cache_argument
+from kvprune.policies import A2SF, KIVI, GemFilter, KVzip, LazyLLM
+
+LAYERS = 6
+SCHEDULE = ((0.34, 0.7), (0.5, 0.5), (0.84, 0.3))
+LAZY, GONE = LazyLLM(SCHEDULE), LazyLLM(SCHEDULE, revive=False)
+EVERYTHING = LazyLLM(((0.5, 1.0),))
+FAMILIES = ("llama", "qwen3", "mistral", "gpt-neox", "opt", "gpt2", "phi3", "mixtral", "gpt-j", "qwen2-moe", "qwen2-vl")
+
+
+@cache
+def deep(seed: int = 0) -> PreTrainedModel:
+    return build("llama", seed=seed, num_hidden_layers=LAYERS)
+
+
+@dataclass
+class Brute:
+    """LazyLLM in the notation of its paper: every pair of a layer and a token is computed by `compute`, which counts.
+
+    frontier: of token i, how many layers have computed it. states: what the last of them made of it. placed: the
+    position that it is turned by.
+    """
+
+    model: PreTrainedModel
+    policy: LazyLLM
+    rows: list[dict[int, tuple[Tensor, Tensor]]] = field(default_factory=lambda: [{} for _ in range(LAYERS)])
+    states: dict[int, Tensor] = field(default_factory=dict)
+    frontier: dict[int, int] = field(default_factory=dict)
+    placed: dict[int, int] = field(default_factory=dict)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+
+    def hide(self, tokens: set[int]) -> None:
+        """They are gone, and those behind them move up, turned as they are."""
+        left = {old: new for new, old in enumerate(i for i in sorted(self.states) if i not in tokens)}
+        self.rows = [{left[i]: row for i, row in rows.items() if i in left} for rows in self.rows]
+        for name in ("states", "frontier", "placed"):
+            setattr(self, name, {left[i]: each for i, each in getattr(self, name).items() if i in left})
+
+    def turned(self, states: Tensor, position: int) -> Tensor:
+        cosines, sines = self.model.model.rotary_emb(states[None], torch.tensor([[position]]))
+        return states * cosines[0, 0] + rotate_half(states) * sines[0, 0]
+
+    def compute(self, index: int, todo: list[int], looked_at: set[int]) -> dict[int, Tensor]:
+        """Run a layer on some tokens; probabilities of the newest of them by token, `[Hq]`."""
+        layer, config = self.model.model.layers[index], self.model.config
+        heads, group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+        dim = config.hidden_size // heads
+        queries = {}
+        for i in todo:
+            assert self.frontier[i] == index
+            normed = layer.input_layernorm(self.states[i])
+            queries[i] = self.turned(layer.self_attn.q_proj(normed).view(heads, dim), self.placed[i])
+            key = self.turned(layer.self_attn.k_proj(normed).view(-1, dim), self.placed[i])
+            self.rows[index][i] = key, layer.self_attn.v_proj(normed).view(-1, dim)
+            self.pairs.append((index, i))
+        found = {}
+        for i in sorted(todo):
+            seen = sorted(j for j in looked_at if j <= i and j in self.rows[index])
+            keys, values = (torch.stack([self.rows[index][j][part] for j in seen]) for part in (0, 1))
+            keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+            probabilities = (torch.einsum("hd,khd->hk", queries[i], keys) / math.sqrt(dim)).softmax(-1)
+            found = {j: probabilities[:, number] for number, j in enumerate(seen)}
+            mixed = self.states[i] + layer.self_attn.o_proj(torch.einsum("hk,khd->hd", probabilities, values).flatten())
+            self.states[i] = mixed + layer.mlp(layer.post_attention_layernorm(mixed))
+            self.frontier[i] = index + 1
+        return found
+
+    @torch.no_grad()
+    def step(self, ids: list[int]) -> Tensor:
+        """Logits of the newest token."""
+        before, total = len(self.states), len(self.states) + len(ids)
+        for i, token in enumerate(ids, before):
+            self.states[i], self.frontier[i] = self.model.model.embed_tokens(torch.tensor(token)), 0
+            self.placed[i] = i
+        asks = self.policy.revive or before == 0 or len(ids) > 1
+        looked_at = set(range(total))
+        for index in range(LAYERS):
+            came = range(total) if self.policy.revive else range(before, total)
+            todo = [i for i in came if i in looked_at and self.frontier[i] == index]
+            found = self.compute(index, todo, looked_at)
+            share = self.policy.share_after(index, LAYERS)
+            if share is not None and asks:
+                able = found if self.policy.revive else {j for j in found if j >= before or j in self.rows[index + 1]}
+                score = {j: found[j].mean().item() for j in able} | {total - 1: math.inf}
+                count = math.ceil(total * share - 1e-9)
+                looked_at = set(sorted(score, key=lambda j: (score[j], j), reverse=True)[:count])
+        return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+
+def unfinished(cache: PrunedCache, row: int = 0) -> dict[int, tuple[int, Tensor]]:
+    """Of one sequence, the tokens that stopped: how many layers have computed them, and their states."""
+    ledger = cache.layers[0].ledger
+    if ledger is None or ledger.positions is None:
+        return {}
+    told = zip(ledger.positions[row].tolist(), ledger.frontier[row].tolist(), ledger.states[row], strict=True)
+    return {position: (frontier, state) for position, frontier, state in told if position >= 0}
+
+
+def step(model: PreTrainedModel, ids: Tensor, cache: PrunedCache) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **cache_argument(cache)).logits[0, -1]
+
+
+@pytest.mark.parametrize("policy", [LAZY, GONE], ids=["revived", "gone"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sets_frontiers_states_and_pairs_are_those_of_a_model_run_token_by_token(policy, seed):
+    model = deep(seed)
+    brute, cache = Brute(model, policy), PrunedCache(model, policy)
+    ids, revived = token_ids(1, 37, seed=seed), 0
+    for number in range(12):
+        pairs = len(brute.pairs)
+        expected = brute.step(ids[0].tolist())
+        revived += len(brute.pairs) - pairs - LAYERS * ids.shape[1] if number else 0
+        torch.testing.assert_close(step(model, ids, cache), expected, atol=2e-4, rtol=1e-4)
+        for layer in range(LAYERS):
+            assert kept(cache, layer) == [sorted(brute.rows[layer])] * 2
+        # So many rows as pairs were computed, and nothing evicts: no pair was computed twice.
+        assert len(set(brute.pairs)) == len(brute.pairs) == sum(len(rows) for rows in brute.rows)
+        if policy.revive:
+            held = unfinished(cache)
+            assert {i: at for i, (at, _) in held.items()} == {i: f for i, f in brute.frontier.items() if f < LAYERS}
+            for i, (_, state) in held.items():
+                torch.testing.assert_close(state, brute.states[i], atol=2e-4, rtol=1e-4)
+        else:
+            assert cache.layers[0].ledger is None
+        ids = token_ids(1, 9, seed=number) if number == 5 else expected.argmax().view(1, 1)  # a second turn
+    assert (revived > 0) == policy.revive
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_all_go_on_ids_and_logits_are_those_of_the_stock_model(family):
+    model, reference = shared(family), stock(family)
+    batch = left_padded((21, 13))
+    cache = PrunedCache(model, EVERYTHING)
+    mine = generate(model, batch, 6, **cache_argument(cache))
+    assert torch.equal(mine, generate(reference, batch, 6))
+    one = sequence(batch, 0)
+    logits = feed(model, one, PrunedCache(model, EVERYTHING), [12, 1, 1, 7])
+    expected = feed(reference, one, DynamicCache(config=reference.config), [12, 1, 1, 7])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_each_of_its_sequences_alone(family):
+    """In every family, so that whatever its layers are given for a token travels along."""
+    model, policy = shared(family), LazyLLM(((0.5, 0.4),))
+    batch = left_padded((23, 14, 5), width=32)
+    batch["attention_mask"][1, 23] = 0  # padding in the middle
+    together = PrunedCache(model, policy)
+    sizes = [23, 1, 1, 5, 1, 1]
+    logits = list(stepwise(model, batch, together, sizes))
+    assert any(unfinished(together, row) for row in range(3))
+    for row in range(3):
+        alone = PrunedCache(model, policy)
+        one = sequence(batch, row)
+        real = batch["attention_mask"][row].bool()
+        parts = [int(part.sum()) for part in real.split(sizes)]
+        parts = [part for part in parts if part]
+        expected = list(stepwise(model, one, alone, parts))
+        found = [each[row, -1] for each, part in zip(logits, real.split(sizes), strict=True) if part.any()]
+        torch.testing.assert_close(
+            torch.stack(found), torch.stack([each[0, -1] for each in expected]), atol=1e-4, rtol=1e-4
+        )
+        for layer in range(2):
+            assert kept(together, layer, row) == kept(alone, layer)
+        assert unfinished(together, row).keys() == unfinished(alone).keys()
+
+
+def prompted(policy: Any = LAZY, lengths: tuple[int, ...] = (24, 17), steps: int = 3) -> PrunedCache:
+    """A cache that has seen prompts, and a few tokens more."""
+    model, batch = deep(), left_padded(lengths)
+    more = token_ids(len(lengths), steps, seed=1)
+    ids = torch.cat([batch["input_ids"], more], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(more)], dim=1)
+    cache = PrunedCache(model, policy)
+    feed(model, {"input_ids": ids, "attention_mask": mask}, cache, [max(lengths), *(1,) * steps])
+    return cache
+
+
+def goes_on(cache: PrunedCache, rows: int, seed: int = 5) -> Tensor:
+    """Logits of two steps more, the same of every sequence that is the same."""
+    model, seen = deep(), cache.seen_tokens
+    ids = token_ids(1, 2, seed=seed).expand(rows, -1)
+    hidden = (
+        [0] * rows
+        if cache.layers[0].columns.real is None
+        else [int((~row).sum()) for row in cache.layers[0].columns.real]
+    )
+    mask = torch.ones(rows, seen + 2, dtype=torch.long)
+    for row, count in enumerate(hidden):
+        mask[row, :count] = 0
+    empty = torch.zeros(rows, seen, dtype=torch.long)
+    batch = {"input_ids": torch.cat([empty, ids], dim=1), "attention_mask": mask}
+    return feed(model, batch, cache, [1, 1], begin=seen)
+
+
+def test_what_stopped_moves_with_beams_selections_and_forks():
+    cache = prompted()
+    fork, other = cache.fork(), cache.fork()
+    assert storage_nbytes(fork) == fork.nbytes
+    expected = goes_on(cache, 2)
+    torch.testing.assert_close(goes_on(fork, 2), expected, atol=0, rtol=0)  # and is as it was after the other went on
+    other.reorder_cache(torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(goes_on(other, 3), expected[[1, 0, 1]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [LAZY, GONE], ids=["revived", "gone"])
+def test_beams_read_what_their_tokens_would_alone(policy):
+    model, batch = deep(), left_padded((20, 12))
+    beams = generate(model, batch, 6, num_beams=2, num_return_sequences=2, **cache_argument(PrunedCache(model, policy)))
+    again = generate(model, batch, 6, num_beams=2, num_return_sequences=2, **cache_argument(PrunedCache(model, policy)))
+    assert torch.equal(beams, again)
+    # The likelihood of the best one is that of its tokens, fed one by one.
+    best = beams[0]
+    cache = PrunedCache(model, policy)
+    mask = torch.cat([batch["attention_mask"][:1], torch.ones(1, 6, dtype=torch.long)], dim=1)
+    logits = feed(model, {"input_ids": best[None], "attention_mask": mask}, cache, [20, 1, 1, 1, 1, 1, 1])
+    scored = model.generate(
+        **{name: tensor[:1] for name, tensor in batch.items()},
+        do_sample=False, max_new_tokens=6, min_new_tokens=6, num_beams=2, return_dict_in_generate=True,
+        output_scores=True, length_penalty=0.0, **cache_argument(PrunedCache(model, policy)),
+    )  # fmt: skip
+    own = logits[0, 19:25].log_softmax(-1).gather(1, best[20:, None]).sum()
+    torch.testing.assert_close(scored.sequences_scores[0], own, atol=1e-3, rtol=1e-3)
+
+
+def test_it_is_saved_and_goes_on_where_it_was(tmp_path):
+    cache = prompted()
+    assert unfinished(cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = PrunedCache.load(tmp_path / "cache.safetensors", deep())
+    assert storage_nbytes(loaded) == loaded.nbytes
+    torch.testing.assert_close(goes_on(loaded, 2), goes_on(cache, 2), atol=0, rtol=0)
+
+
+def test_what_is_held_is_counted():
+    cache = prompted()
+    assert storage_nbytes(cache) == cache.nbytes
+    alone = prompted(lengths=(24,))
+    rows = sum(len(kept(alone, layer)[0]) for layer in range(LAYERS))
+    assert alone.nbytes > rows * alone.layers[0].table.token_bytes + alone.layers[0].ledger.states.nbytes
+    gone = prompted(GONE, (24,), steps=0)
+    assert gone.nbytes < gone.dense_nbytes * 0.8
+    cache.reset()
+    assert cache.nbytes == 0
+    assert cache.layers[0].ledger is None
+
+
+def test_only_tokens_that_stopped_nowhere_can_be_taken_back():
+    model = deep()
+    cache = prompted(GONE, (24,), steps=0)
+    step(model, token_ids(1, 1, seed=1), cache)
+    before = cache.fork()
+    step(model, token_ids(1, 1, seed=2), cache)
+    cache.crop(-1)
+    ids = token_ids(1, 1, seed=3)
+    torch.testing.assert_close(step(model, ids, cache), step(model, ids, before), atol=1e-5, rtol=1e-5)
+    with pytest.raises(CacheError, match="cannot crop"):
+        cache.crop(-4)
+
+
+@pytest.mark.parametrize("policy", [LAZY, GONE], ids=["revived", "gone"])
+def test_while_the_past_is_recorded_nothing_stops(policy):
+    model, ids = deep(), token_ids(1, 24)
+    cache = PrunedCache(model, policy)
+    cache.activate_past_recording()
+    logits = step(model, ids, cache)
+    torch.testing.assert_close(logits, step(stock_deep(), ids, DynamicCache(config=model.config)), atol=1e-4, rtol=1e-4)
+    assert [len(kept(cache, layer)[0]) for layer in range(LAYERS)] == [24] * LAYERS
+
+
+@cache
+def stock_deep() -> PreTrainedModel:
+    return build("llama", num_hidden_layers=LAYERS)
+
+
+def test_hidden_states_are_of_all_columns_and_stay_what_they_were():
+    model, ids = deep(), token_ids(1, 24)
+    with torch.no_grad():
+        model(ids, output_hidden_states=True)  # so that its own hooks are there first
+        cache = PrunedCache(model, LAZY)
+        found = model(ids, output_hidden_states=True, **cache_argument(cache)).hidden_states
+    assert [each.shape[1] for each in found] == [24] * (LAYERS + 1)
+    for layer in range(1, LAYERS - 1):
+        computed = set(kept(cache, layer)[0])
+        for token in range(24):  # one that a layer does not compute leaves it as it came
+            assert torch.equal(found[layer][0, token], found[layer + 1][0, token]) == (token not in computed)
+
+
+def test_a_pass_that_fails_leaves_what_stopped_as_it_was():
+    cache = prompted(lengths=(24,))
+    held = cache.layers[0].ledger
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = deep().model.layers[4].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(deep(), token_ids(1, 1), cache)
+    finally:
+        hook.remove()
+    assert cache.layers[0].ledger is held
+    with pytest.raises(CacheError, match="interrupted"):
+        step(deep(), token_ids(1, 1), cache)
+    cache.reset()
+    torch.testing.assert_close(
+        step(deep(), token_ids(1, 24), cache), step(deep(), token_ids(1, 24), PrunedCache(deep(), LAZY))
+    )
+
+
+@pytest.mark.parametrize("policy", [LAZY, GONE], ids=["revived", "gone"])
+def test_a_mask_may_hide_tokens_later(policy):
+    model = deep()
+    brute, cache = Brute(model, policy), PrunedCache(model, policy)
+    ids, mask = token_ids(1, 40), torch.ones(1, 40, dtype=torch.long)
+    mask[:, 5:13] = 0
+    feed(model, {"input_ids": ids, "attention_mask": torch.ones(1, 24, dtype=torch.long)}, cache, [24])
+    brute.step(ids[0, :24].tolist())
+    brute.hide(set(range(5, 13)))
+    begin = 24
+    for size in (1, 5, 1, 1):
+        logits = feed(model, {"input_ids": ids, "attention_mask": mask}, cache, [size], begin=begin)
+        expected = brute.step(ids[0, begin : begin + size].tolist())
+        torch.testing.assert_close(logits[0, -1], expected, atol=2e-4, rtol=1e-4)
+        assert [kept(cache, layer)[0] for layer in range(LAYERS)] == [sorted(rows) for rows in brute.rows]
+        begin += size
+
+
+def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds():
+    model = deep()
+    cache = PrunedCache(model, LAZY | A2SF(9, sinks=2, recent=4))
+    ids = token_ids(1, 30)
+    for size in (20, 1, 1, 1, 5, 1, 1):
+        step(model, ids[:, :size], cache)
+        for layer in range(LAYERS):
+            for head in kept(cache, layer):
+                assert len(head) == len({*head}) <= 9
+                assert head[-1] == cache.seen_tokens - 1
+    assert storage_nbytes(cache) == cache.nbytes
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "told"),
+    [
+        (lambda: A2SF(8, sinks=1, recent=2) | LAZY, PolicyError, "first link"),
+        (lambda: LAZY | GONE, PolicyError, "only"),
+        (lambda: GemFilter(8) | LAZY, PolicyError, "Keep one"),
+        (lambda: LAZY | GemFilter(8), PolicyError, "Keep one"),
+        (lambda: LAZY | KIVI(), PolicyError, "out of order"),
+        (lambda: LAZY | KVzip(0.5), PolicyError, "again"),
+        (lambda: LazyLLM(((0.5, 0.5), (0.7, 0.6))), PolicyError, "no more tokens"),
+        (lambda: LazyLLM(((0.7, 0.5), (0.5, 0.4))), PolicyError, "ascend"),
+        (lambda: LazyLLM(((0.5, 0.0),)), PolicyError, "above 0"),
+        (lambda: LazyLLM(((0.5, 1.5),)), PolicyError, "from 0 to 1"),
+        (lambda: LazyLLM((0.5, 0.5)), PolicyError, "pairs"),
+        (lambda: LazyLLM(revive=1), PolicyError, "True or False"),
+        (lambda: PrunedCache(shared("qwen3-hybrid"), LAZY), UnsupportedModelError, "count on every token"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_with_a_reason(make, error, told):
+    with pytest.raises(error, match=told):
+        make()
+
+
+def test_other_caches_are_as_fast_as_before():
+    """In calls of Python functions, which do not depend on who else uses the machine."""
+    model = build("llama", num_hidden_layers=LAYERS, seed=3)
+
+    def calls() -> int:
+        cache = PrunedCache(model, A2SF(12, sinks=2, recent=4))
+        feed(model, left_padded((20,)), cache, [20])
+        counted = [0]
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            counted[0] += event == "call"
+
+        for ids in token_ids(1, 3, seed=2).split(1, dim=1):
+            counted[0] = 0
+            sys.setprofile(count)
+            try:
+                step(model, ids, cache)
+            finally:
+                sys.setprofile(None)
+        return counted[0]
+
+    before = calls()
+    PrunedCache(model, LAZY)
+    # Two hooks of two calls each in a layer, and what torch makes of a module with hooks.
+    assert calls() - before <= 8 * LAYERS
