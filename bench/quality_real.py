@@ -45,8 +45,12 @@ QUESTIONS = ("known", "unknown")
 BUDGETS = ("0.25", "0.1", "0.5")
 FULL = "full"
 # Settings that are tried beside the defaults of every registered policy. Those that keep every token take no budget.
-VARIANTS = ("snapkv:kernel_size=21", "a2sf:kernel_size=21", "a2sf:kernel_size=21,interval=64", "a2sf:kernel_size=7")
-PACKING = ("kivi:bits=2", "zipcache", "zipcache:group_size=32")
+AHEAD = "kernel_size=27,ahead=23"
+VARIANTS = (
+    f"snapkv:{AHEAD}", f"a2sf:{AHEAD}", "snapkv:kernel_size=63", "snapkv:kernel_size=21", "a2sf:kernel_size=63",
+    "a2sf:kernel_size=21", "adakv:kernel_size=63", "pyramidkv:kernel_size=63",
+)  # fmt: skip
+PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def generate(
         typer.Option(
             help='"a2sf", "snapkv:window=64", "a2sf:budget=0.5 | tova", or "package.module:Class" of your own.'
         ),
-    ] = "a2sf:kernel_size=21",
+    ] = "a2sf:kernel_size=27,ahead=23",
     budget: Annotated[
         str | None,
         typer.Option(help="Fraction of the prompt, tokens per KV head (1024), or bytes (512MiB).", show_default="0.25"),
@@ -176,7 +176,7 @@ def chat(
         str, typer.Option(help='A model folder or hub name; "demo" is the embedded model, "smollm2" a real one.')
     ],
     policy: Annotated[
-        str, typer.Option(help='"kvzip", "a2sf:kernel_size=21", or "package.module:Class" of your own.')
+        str, typer.Option(help='"kvzip", "a2sf:kernel_size=27,ahead=23", or "package.module:Class" of your own.')
     ] = "kvzip",
     budget: Annotated[
         str | None,

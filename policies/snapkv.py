@@ -70,5 +70,5 @@ class SnapKV(Eviction):
         lent = scores.masked_fill(scores == -math.inf, 0.0)
         # In float64, where the same rows add up to the same whatever their order: neighbours that share all theirs tie.
         return over_neighbours(
-            lent, positions, self.kernel_size, lambda near: (near.double().sum(-1) / self.kernel_size).float(), 0.0
+            lent, positions, *self.neighbours, lambda near: (near.double().sum(-1) / self.kernel_size).float(), 0.0
         )

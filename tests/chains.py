@@ -61,7 +61,9 @@ def retention(
     settings = st.fixed_dictionaries(
         {"share": between_heads, "interval": intervals, "group": groups, "kernel_size": kernels, **others}
     )
-    return {"budget": budget, "sinks": sinks, "recent": window, **draw(settings)}
+    drawn = draw(settings)
+    ahead = draw(st.none() | st.integers(0, drawn["kernel_size"] - 1))
+    return {"budget": budget, "sinks": sinks, "recent": window, "ahead": ahead, **drawn}
 
 
 def a2sf(**settings: Any) -> st.SearchStrategy[Policy]:

@@ -181,10 +181,11 @@ class Ranking:
     """
 
     def __init__(
-        self, budget, *, sinks=4, recent=32, interval=1, group="mean", kernel_size=1, value_aware=False
+        self, budget, *, sinks=4, recent=32, interval=1, group="mean", kernel_size=1, ahead=None, value_aware=False
     ) -> None:
         self.budget, self.sinks, self.recent = budget, sinks, recent
         self.interval, self.group, self.kernel_size = interval, group, kernel_size
+        self.ahead = kernel_size // 2 if ahead is None else ahead
         self.value_aware = value_aware
         self.score = np.zeros((0, 0))
 
@@ -250,8 +251,8 @@ class Ranking:
         return max(lending[neighbour] for neighbour in self.neighbours(position) if neighbour in lending)
 
     def neighbours(self, position: int) -> range:
-        reach = self.kernel_size // 2
-        return range(position - reach, position + reach + 1)
+        """Those whose scores reach a position: `ahead` before it, and what is left of the kernel behind it."""
+        return range(position - self.ahead, position - self.ahead + self.kernel_size)
 
 
 class A2SF(Ranking):

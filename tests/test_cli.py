@@ -67,7 +67,7 @@ def test_generate_as_json(prompt):
 
 def test_generate_beside_the_full_cache(prompt):
     output = generated(prompt[0], "--compare").output
-    assert output.index("A2SF(budget=0.25, kernel_size=21)") < output.index("full cache")
+    assert output.index("A2SF(budget=0.25, kernel_size=27, ahead=23)") < output.index("full cache")
     assert output.count("prompt tokens in") == 2
 
 

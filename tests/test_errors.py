@@ -115,6 +115,14 @@ def test_even_kernels(policy, kernel_size):
 
 
 @evicting
+@pytest.mark.parametrize(("ahead", "words"), [(5, "kernel_size=6 or more"), (-1, "ahead must"), (1.5, "ahead must")])
+def test_kernels_that_reach_too_far(policy, ahead, words):
+    """A kernel holds what is ahead and the row itself."""
+    with pytest.raises(PolicyError, match=words):
+        policy(0.5, kernel_size=5, ahead=ahead)
+
+
+@evicting
 @pytest.mark.parametrize("group", ["sum", "Mean", "", None, 1])
 def test_groups_that_are_none(policy, group):
     """Query heads of a KV head are reduced by mean or max."""

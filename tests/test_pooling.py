@@ -20,18 +20,20 @@ from kvprune.policy.pooling import over_neighbours
 @given(
     rows=st.integers(1, 30),
     empty=st.integers(0, 3),
-    kernel_size=st.sampled_from([1, 3, 7, 99]),
+    before=st.sampled_from([0, 1, 3, 49]),
+    after=st.sampled_from([0, 1, 3, 49]),
     gaps=st.integers(1, 4),
     seed=st.integers(0, 2**16),
 )
-def test_neighbours_are_those_by_position(rows, empty, kernel_size, gaps, seed):
+def test_neighbours_are_those_by_position(rows, empty, before, after, gaps, seed):
     """Whatever the order of slots and the gaps between positions, a row gets the best of those near it."""
     random = torch.Generator().manual_seed(seed)
     positions = torch.randperm(gaps * rows, generator=random)[: 2 * rows].view(1, -1, rows).expand(2, -1, -1).clone()
     positions[1, :, :empty] = -1
     scores = torch.randn(positions.shape, generator=random).masked_fill(positions < 0, -math.inf)
-    pooled = over_neighbours(scores, positions.int(), kernel_size, lambda lent: lent.amax(-1))
-    near = (positions[..., None, :] - positions[..., None]).abs() <= kernel_size // 2
+    pooled = over_neighbours(scores, positions.int(), before, after, lambda lent: lent.amax(-1))
+    away = positions[..., None, :] - positions[..., None]
+    near = (away >= -before) & (away <= after)
     expected = torch.where(near, scores[..., None, :], -math.inf).amax(-1)
     assert torch.equal(pooled[positions >= 0], expected[positions >= 0])
 
@@ -39,14 +41,15 @@ def test_neighbours_are_those_by_position(rows, empty, kernel_size, gaps, seed):
 def test_long_prompts_are_pooled_in_blocks(monkeypatch):
     """Blocks change nothing."""
     positions, scores = torch.randperm(200)[None, None].int(), torch.randn(1, 1, 200)
-    whole = over_neighbours(scores, positions, 5, lambda lent: lent.amax(-1))
+    whole = over_neighbours(scores, positions, 1, 3, lambda lent: lent.amax(-1))
     sevens = [slice(at, min(at + 7, 200)) for at in range(0, 200, 7)]
     monkeypatch.setattr(pooling, "row_blocks", lambda *_: sevens)
-    assert torch.equal(over_neighbours(scores, positions, 5, lambda lent: lent.amax(-1)), whole)
+    assert torch.equal(over_neighbours(scores, positions, 1, 3, lambda lent: lent.amax(-1)), whole)
 
 
 @pytest.mark.parametrize("interval", [1, 8])
-def test_what_stands_beside_a_peak_stays_with_it(interval):
+@pytest.mark.parametrize(("ahead", "beside"), [(None, range(36, 45)), (7, range(39, 48)), (0, range(32, 41))])
+def test_what_stands_beside_a_peak_stays_with_it(interval, ahead, beside):
     """While tokens are generated, a peak far above all else keeps its neighbours, which score nothing of their own."""
 
     class Peaked(A2SF):
@@ -54,10 +57,10 @@ def test_what_stands_beside_a_peak_stays_with_it(interval):
             table["score"] = torch.where(table.positions == 40, 1.0, table.positions / 1e6)
 
     model, batch = build("llama"), left_padded([80, 64])
-    pruned = PrunedCache(model, Peaked(16, sinks=1, recent=4, kernel_size=9, interval=interval))
+    pruned = PrunedCache(model, Peaked(16, sinks=1, recent=4, kernel_size=9, ahead=ahead, interval=interval))
     generate(model, batch, 33, **cache_argument(pruned))
     for row in range(2):
         for layer in kept_everywhere(pruned, row):
             for head in layer:
                 assert len(head) == 16
-                assert set(range(36, 45)) <= set(head)
+                assert set(beside) <= set(head)

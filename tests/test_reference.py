@@ -122,6 +122,10 @@ intervals = st.integers(1, 5)
 groups = st.sampled_from(["mean", "max"])
 
 
+def aheads(kernel_size: int) -> st.SearchStrategy[int | None]:
+    return st.none() | st.integers(0, kernel_size - 1)
+
+
 @st.composite
 def steps(draw: st.DrawFn, most_prompts: int = 3, most_sequences: int = 2) -> Steps:
     """One to three prompts (or pieces, or turns) of a small batch, with some generated tokens after each."""
@@ -147,19 +151,23 @@ def eviction(draw: st.DrawFn, **others: st.SearchStrategy[Any]) -> dict[str, Any
     sinks = draw(st.integers(0, 3))
     recent = draw(st.one_of(st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.25, 0.5])))
     budget = draw(budgets(sinks=sinks, recent=recent))
-    return {"budget": budget, "sinks": sinks, "recent": recent, **draw(st.fixed_dictionaries(others))}
+    settings = draw(st.fixed_dictionaries(others))
+    if "kernel_size" in settings:
+        settings["ahead"] = draw(aheads(settings["kernel_size"]))
+    return {"budget": budget, "sinks": sinks, "recent": recent, **settings}
 
 
 @st.composite
 def snapkv(draw: st.DrawFn) -> dict[str, Any]:
     """Settings of SnapKV: with and without an interval, with its own recent window and with that of the paper."""
-    sinks, window = draw(st.integers(0, 3)), draw(st.integers(1, 6))
+    sinks, window, kernel_size = draw(st.integers(0, 3)), draw(st.integers(1, 6)), draw(kernels)
     return {
         "budget": draw(budgets(sinks=sinks, recent=window)),
         "sinks": sinks,
         "window": window,
         "recent": draw(st.sampled_from([None, 1, window])),
-        "kernel_size": draw(kernels),
+        "kernel_size": kernel_size,
+        "ahead": draw(aheads(kernel_size)),
         "pooling": draw(st.sampled_from(["max", "avg"])),
         "interval": draw(st.one_of(st.none(), intervals)),
         "group": draw(groups),

@@ -23,23 +23,31 @@ def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
 
 
 def over_neighbours(
-    scores: Tensor, positions: Tensor, kernel_size: int, reduce: Callable[[Tensor], Tensor], fill: float = -math.inf
+    scores: Tensor,
+    positions: Tensor,
+    before: int,
+    after: int,
+    reduce: Callable[[Tensor], Tensor],
+    fill: float = -math.inf,
 ) -> Tensor:
-    """For every row, `reduce` of the scores of its neighbours, those less than half a kernel away, `[..., neighbours]`.
+    """For every row, `reduce` of its own score and of those up to `before` positions before it and `after` behind it.
 
-    `fill` stands where there is no neighbour. No shape depends on what positions say, and the device is not waited for.
-    scores, positions: `[B, Hkv, rows]`; positions differ, but for those of empty rows, which are to score `fill`.
+    `reduce` is given `[..., neighbours]`; `fill` stands where there is none. No shape depends on what positions say,
+    and the device is not waited for. scores, positions: `[B, Hkv, rows]`; positions differ, but for those of empty
+    rows, which are to score `fill`.
     """
     batch, heads, rows = positions.shape
-    half = kernel_size // 2
-    few = min(half, rows - 1)  # as positions differ, no neighbour is more rows away
+    # As positions differ, no neighbour is more rows away than positions.
+    few = min(before, rows - 1), min(after, rows - 1)
+    width = sum(few) + 1
     order = positions.argsort(dim=-1)
     places = positions.gather(2, order)
-    around = F.pad(places, (few, few)).unfold(2, 2 * few + 1, 1)
-    lent = F.pad(scores.gather(2, order), (few, few), value=fill).unfold(2, 2 * few + 1, 1)
+    around = F.pad(places, few).unfold(2, width, 1)
+    lent = F.pad(scores.gather(2, order), few, value=fill).unfold(2, width, 1)
     parts = []
-    for block in row_blocks(rows, batch * heads * (2 * few + 1), scores.device):
-        near = (around[:, :, block] - places[:, :, block, None]).abs_() <= half
+    for block in row_blocks(rows, batch * heads * width, scores.device):
+        away = around[:, :, block] - places[:, :, block, None]
+        near = away.abs() <= before if before == after else (away >= -before) & (away <= after)
         parts.append(reduce(torch.where(near, lent[:, :, block], fill)))
     pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return torch.empty_like(pooled).scatter_(2, order, pooled)

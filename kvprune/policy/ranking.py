@@ -18,7 +18,7 @@ from kvprune.policy.base import Policy, Step, per_sequence
 from kvprune.policy.budget import Budget
 from kvprune.policy.budget import share as part_of
 from kvprune.policy.pooling import over_neighbours
-from kvprune.policy.settings import check_count, check_kernel, check_seed
+from kvprune.policy.settings import check_count, check_reach, check_seed
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT, UNIFORM, Share
 from kvprune.table.rows import ranked
 from kvprune.table.token_table import TokenTable
@@ -40,8 +40,11 @@ class Ranking(Policy):
         interval: generated tokens between two evictions. 1 evicts at every step and the cache never exceeds the budget
             by more than the token being generated; None never evicts generated tokens.
         group: how scores of the query heads of a KV head are reduced, "mean" or "max".
-        kernel_size: odd; wherever rows are compared, while tokens are generated too, a row counts as much as the best
-            of that many positions around it: an answer of n tokens beside what is attended to takes 2 n + 1. 1 is none.
+        kernel_size: wherever rows are compared, while tokens are generated too, a row counts as much as the best of
+            that many positions around it. 1 is none.
+        ahead: how far what is attended to lends its score to what follows; the rest of the kernel comes before. An
+            answer follows what a question points at: one of n tokens takes `kernel_size=n + 4, ahead=n`. None is half
+            of the kernel, which is then odd.
         positions: "original", where queries see rows where they were in the text, or "cache", where they see them side
             by side, no further away than there are rows, so that a rotary model may generate beyond its window.
         seed: of policies that draw random numbers.
@@ -59,6 +62,7 @@ class Ranking(Policy):
     interval: int | None = 1
     group: str = "mean"
     kernel_size: int = 1
+    ahead: int | None = None
     seed: int = 0
     positions: str = "original"
     value_aware: bool = False
@@ -73,7 +77,7 @@ class Ranking(Policy):
         budget = self._budget  # parses, and raises for nonsense
         object.__setattr__(self, "budget", budget.plain(self.budget))
         check_count("sinks", self.sinks, least=0)
-        check_kernel(self.kernel_size)
+        check_reach(self.kernel_size, self.ahead)
         check_seed(self.seed)
         if self.positions not in ("original", "cache"):
             raise PolicyError(f'positions must be "original" or "cache", not {self.positions!r}.')
@@ -214,7 +218,13 @@ class Ranking(Policy):
 
     def pool(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Scores pooled over neighbouring positions, both `[B, Hkv, rows]`; -inf lends nothing."""
-        return over_neighbours(scores, positions, self.kernel_size, lambda lent: lent.amax(-1))
+        return over_neighbours(scores, positions, *self.neighbours, lambda lent: lent.amax(-1))
+
+    @property
+    def neighbours(self) -> tuple[int, int]:
+        """How many positions before a row, and after it, lend it their scores."""
+        ahead = self.kernel_size // 2 if self.ahead is None else self.ahead
+        return ahead, self.kernel_size - 1 - ahead
 
     def _window(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> int | Tensor:
         """The position where the recent window begins: an int, or LongTensor `[B, 1, 1]`."""

@@ -34,3 +34,14 @@ def check_kernel(kernel_size: int) -> None:
         raise PolicyError(
             f"kernel_size must be odd, so that a window has a middle: write {kernel_size + 1}, not {kernel_size}."
         )
+
+
+def check_reach(kernel_size: int, ahead: int | None) -> None:
+    """Raise PolicyError unless a kernel has a middle, or `ahead` positions after what it is around."""
+    if ahead is None:
+        check_kernel(kernel_size)
+        return
+    check_count("kernel_size", kernel_size, least=1)
+    check_count("ahead", ahead, least=0)
+    if ahead >= kernel_size:
+        raise PolicyError(f"ahead={ahead} is beyond kernel_size={kernel_size}: write kernel_size={ahead + 1} or more.")
