@@ -6,6 +6,7 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 from kvprune.policies.a2sf import A2SF
 from kvprune.policies.adakv import AdaKV
 from kvprune.policies.criticalkv import CriticalAdaKV, CriticalKV
+from kvprune.policies.dropkv import DropKV
 from kvprune.policies.expected_attention import ExpectedAttention
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
@@ -14,6 +15,7 @@ from kvprune.policies.keydiff import KeyDiff
 from kvprune.policies.keyformer import Keyformer
 from kvprune.policies.kivi import KIVI
 from kvprune.policies.knorm import Knorm
+from kvprune.policies.kvcrush import KVCrush
 from kvprune.policies.kvzip import KVzip, KVzipPlus
 from kvprune.policies.lazyllm import LazyLLM
 from kvprune.policies.leverage import Leverage
@@ -34,9 +36,11 @@ __all__ = [
     "AdaKV",
     "CriticalAdaKV",
     "CriticalKV",
+    "DropKV",
     "ExpectedAttention",
     "Full",
     "GemFilter",
+    "KVCrush",
     "KVzip",
     "KVzipPlus",
     "KeyDiff",

@@ -13,12 +13,14 @@ from kvprune.policies import (
     KIVI,
     TOVA,
     CriticalKV,
+    DropKV,
     ExpectedAttention,
     Full,
     GemFilter,
     KeyDiff,
     Keyformer,
     Knorm,
+    KVCrush,
     Leverage,
     Random,
     SnapKV,
@@ -94,7 +96,7 @@ keyformer = retention(
 snapkv = st.integers(1, 6).flatmap(
     lambda window: retention(
         recent=st.integers(0, window), window=st.just(window), pooling=st.sampled_from(["max", "avg"])
-    ).flatmap(lambda drawn: st.sampled_from([SnapKV, CriticalKV]).map(lambda kind: kind(**drawn)))
+    ).flatmap(lambda drawn: st.sampled_from([SnapKV, CriticalKV, DropKV]).map(lambda kind: kind(**drawn)))
 )
 
 zipcache = st.builds(
@@ -142,7 +144,7 @@ evicting = st.one_of(
 @st.composite
 def chains(draw: st.DrawFn) -> Policy:
     """A policy or a chain: at most one prompt filter, which comes first, and at most one that packs, which is last."""
-    links: list[Policy] = draw(st.lists(evicting, max_size=2))
+    links: list[Policy] = draw(st.lists(st.one_of(evicting, evicting.map(lambda drawn: drawn | KVCrush())), max_size=2))
     if draw(st.sampled_from([False, False, True])):
         links.insert(0, draw(gemfilter()))
     if draw(st.booleans()):

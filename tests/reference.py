@@ -187,6 +187,7 @@ class Ranking:
         self.interval, self.group, self.kernel_size = interval, group, kernel_size
         self.ahead = kernel_size // 2 if ahead is None else ahead
         self.value_aware = value_aware
+        self.crush: KVCrush | None = None
         self.score = np.zeros((0, 0))
 
     def observe(self, layer: Layer, new: range) -> None:
@@ -220,7 +221,8 @@ class Ranking:
             return
         capacity = self.capacity(layer.prompt_tokens)
         window = layer.tokens - self.recent_tokens(capacity)
-        for head, kept in enumerate(layer.kept):
+        worth = []
+        for kept, head in zip(layer.kept, range(len(layer.kept)), strict=True):
             always = [position for position in kept if position < self.sinks or position >= window]
             others = [position for position in kept if self.sinks <= position < window]
             value = {position: self.score[head, position] for position in others}
@@ -228,8 +230,12 @@ class Ranking:
                 lending = {position: self.score[head, position] for position in kept if position < window}
                 lending = {position: score for position, score in lending.items() if score > -math.inf}
                 value = {each: self.pooled(lending, each) if each in lending else -math.inf for each in others}
-            room = max(0, capacity - len(always))
-            layer.kept[head] = sorted(always + self.chosen(layer, head, value, room))
+            worth.append((always, value))
+        if self.crush is not None:
+            self.crush.decide(self, layer, capacity, worth)
+            return
+        for head, (always, value) in enumerate(worth):
+            layer.kept[head] = sorted(always + self.chosen(layer, head, value, max(0, capacity - len(always))))
 
     def chosen(self, layer: Layer, head: int, value: dict[int, float], room: int) -> list[int]:
         """Of positions and what they are worth, `room` that stay."""
@@ -253,6 +259,50 @@ class Ranking:
     def neighbours(self, position: int) -> range:
         """Those whose scores reach a position: `ahead` before it, and what is left of the kernel behind it."""
         return range(position - self.ahead, position - self.ahead + self.kernel_size)
+
+
+class KVCrush:
+    """A share of the budget goes to representatives of what would be dropped; see the steps below."""
+
+    def __init__(self, share=0.25, anchor="mean", seed=0) -> None:
+        self.share, self.anchor, self.seed = share, anchor, seed
+        self.representatives: list[set[int]] = []
+
+    def decide(
+        self, base: Ranking, layer: Layer, capacity: int, worth: list[tuple[list[int], dict[int, float]]]
+    ) -> None:
+        heads = range(len(worth))
+        self.representatives = self.representatives or [set() for _ in heads]
+        bits = [set(base.best(layer, value, -(-len(value) // 2))) for _, value in worth]
+        counts, candidates, rows = [], [], []
+        for always, value in worth:
+            rows.append(min(capacity, len(always) + len(value)))
+            counts.append(max(0, min(math.floor(Fraction(str(self.share)) * rows[-1]), rows[-1] - len(always))))
+            important = base.best(layer, value, max(0, rows[-1] - len(always) - counts[-1]))
+            candidates.append(set(value) - set(important))
+        dropped = set().union(*candidates)
+        anchor = {
+            "mean": [2 * len(bits[head] & dropped) >= len(dropped) for head in heads],
+            "alternate": [head % 2 == 1 for head in heads],
+            "random": [uniform(hash_of(self.seed, 0, head)) < 0.5 for head in heads],
+        }[self.anchor]
+        distance = {each: sum((each in bits[head]) != anchor[head] for head in heads) for each in dropped}
+        for head, (always, value) in enumerate(worth):
+            if len(always) + len(value) - capacity > (0 if layer.prefill else 1):
+                order = sorted(candidates[head], key=lambda position: (distance[position], position))
+                number = min(counts[head], len(order))
+                groups: list[list[int]] = [[] for _ in range(number)]
+                for place, position in enumerate(order if number else ()):
+                    groups[place * number // len(order)].append(position)
+                self.representatives[head] = {
+                    position for group in groups for position in base.best(layer, {at: value[at] for at in group}, 1)
+                }
+            mine = self.representatives[head] & set(value)
+            others = {position: worth for position, worth in value.items() if position not in mine}
+            layer.kept[head] = sorted(
+                [*always, *mine, *base.best(layer, others, max(0, rows[head] - len(always) - len(mine)))]
+            )
+            self.representatives[head] = mine
 
 
 class A2SF(Ranking):
@@ -350,6 +400,33 @@ class CriticalKV(SnapKV):
             if position not in first
         }
         return first + self.best(layer, rest, room - len(first))
+
+
+class DropKV(SnapKV):
+    """How much the output of the newest `window` queries would change without a row, squared."""
+
+    def __init__(self, budget, *, pooling="avg", epsilon=1e-6, **settings) -> None:
+        super().__init__(budget, pooling=pooling, **settings)
+        self.epsilon = epsilon
+
+    def observe(self, layer: Layer, new: range) -> None:
+        self.grow(layer)
+        if not self.due(layer):
+            return
+        begin = 0 if self.interval is not None else layer.last_generated + 1
+        seen = layer.look(range(max(begin, layer.tokens - self.window), layer.tokens))
+        group = len(seen) // len(layer.kept)
+        lost = np.zeros((len(seen), layer.tokens))
+        for head, rows in enumerate(seen):
+            values = layer.values[head // group].astype(np.float64)
+            for row in rows:
+                for key in np.flatnonzero(row):
+                    others = row.copy()
+                    others[key] = 0
+                    if others.any() and 1 - row[key] > self.epsilon:
+                        lost[head, key] += (((others @ values) / (1 - row[key]) - row @ values) ** 2).sum()
+        lost = lost.reshape(len(layer.kept), group, -1)
+        self.score = lost.mean(1) if self.group == "mean" else lost.max(1)
 
 
 class TOVA(Ranking):

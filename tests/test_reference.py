@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from kvprune.policies import (
     H2O,
     TOVA,
     CriticalKV,
+    DropKV,
     ExpectedAttention,
     KeyDiff,
     Keyformer,
     Knorm,
+    KVCrush,
     Leverage,
     Random,
     SnapKV,
@@ -261,7 +263,7 @@ class Comparison:
         sinks = None if self.scoring.sinks is None else self.scoring.sinks.tolist()
         self.alone = [
             reference.Layer(
-                *map(copy, self.pair.links),
+                *map(deepcopy, self.pair.links),
                 scale=self.scoring.scale,
                 softcap=self.scoring.softcap,
                 sinks=sinks,
@@ -390,14 +392,26 @@ VALUE_AWARE = {
     ),
     "snapkv": snapkv().map(lambda drawn: TWINS["snapkv"].make({**drawn, "value_aware": True})),
     "tova": SETTINGS["tova"].map(lambda drawn: TWINS["tova"].make({**drawn, "value_aware": True})),
+    "dropkv": snapkv().map(Twins(DropKV, reference.DropKV).make),
 }
 
 
 @pytest.mark.parametrize("name", VALUE_AWARE)
 @given(data=st.data(), shape=shapes, steps=steps())
 def test_what_values_add_to_the_output(name, data, shape, steps):
-    """Scores weighed by |W_o v|_1, alone or in the second of two stages, keep what the formula says, in any batch."""
+    """What looks at values, beside attention, scores and keeps what the formula says, in any batch."""
     compare(data.draw(VALUE_AWARE[name]), shape, steps)
+
+
+@pytest.mark.parametrize("name", ["a2sf", "snapkv"])
+@given(data=st.data(), shape=shapes, steps=steps(), share=st.sampled_from([0, 0.2, 0.5, 1]), seed=seeds,
+       anchor=st.sampled_from(["mean", "alternate", "random"]))  # fmt: skip
+def test_representatives_of_what_is_dropped(name, data, shape, steps, share, seed, anchor):
+    """KVCrush spends a share of the budget of a policy before it as its formula says; no share leaves that as it is."""
+    pair = data.draw(pairs(name))
+    for link in pair.links:
+        link.crush = reference.KVCrush(share, anchor, seed) if share else None
+    compare(Pair(pair.policy | KVCrush(share, anchor=anchor, seed=seed), pair.links), shape, steps)
 
 
 # -- how a prompt comes ------------------------------------------------------------------------------------------------

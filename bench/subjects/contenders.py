@@ -30,13 +30,17 @@ POLICIES = {
     "StreamingLLM": "streaming_llm",
     "Keyformer": "keyformer",
     "GemFilter": "gemfilter",
+    "A2SF | KVCrush": "a2sf | kvcrush",
     "ZipCache": "zipcache",
     "KIVI 2 bit": "kivi:bits=2",
     "KIVI 4 bit": "kivi:bits=4",
     "A2SF | ZipCache": "a2sf | zipcache",
     "SnapKV | KIVI 2 bit": "snapkv | kivi:bits=2",
+    "SnapKV adaptive | KIVI 2 bit": "snapkv:share=adaptive | kivi:bits=2",
 }
 WITHOUT_BUDGET = ("Full", "ZipCache", "KIVI 2 bit", "KIVI 4 bit")
+# Of heads that compete, which kvpress attends to as if nothing had gone.
+WRAPPED_PRESSES = {"kvpress AdaKV": ("AdaKVPress", "SnapKVPress")}
 PRESSES = {
     "kvpress SnapKV": "SnapKVPress",
     "kvpress TOVA": "TOVAPress",
@@ -89,6 +93,15 @@ def _pressed(press: str, model: LlamaForCausalLM, job: Job) -> Session:
     return Session(DynamicCache(config=model.config), prefilling=hooks, logical_positions=True)
 
 
+def _pressed_together(wrapper: str, press: str, model: LlamaForCausalLM, job: Job) -> Session:
+    """A press over another, which says who gets rows."""
+    import kvpress
+
+    fraction, _ = _kept(job)
+    hooks = getattr(kvpress, wrapper)(getattr(kvpress, press)(compression_ratio=1 - fraction))(model)
+    return Session(DynamicCache(config=model.config), prefilling=hooks, logical_positions=True)
+
+
 def _pressed_throughout(press: str, interval: int, model: LlamaForCausalLM, job: Job) -> Session:
     """The same press on the prompt and, every `interval` steps, on what has been generated since."""
     import kvpress
@@ -121,6 +134,10 @@ _ALL = [
     *(
         Contender(name, KVPRESS, partial(_pressed, press), attention=_attention(press), has_budget=True)
         for name, press in PRESSES.items()
+    ),
+    *(
+        Contender(name, KVPRESS, partial(_pressed_together, *presses), has_budget=True)
+        for name, presses in WRAPPED_PRESSES.items()
     ),
     *(
         Contender(name, KVPRESS, partial(_pressed_throughout, press, interval), has_budget=True)

@@ -3,6 +3,7 @@
     queries      the queries of one step: what they see of a table, their output, and the mass they give to its rows
     softmax      outputs over rows in full precision; packed: over packed rows; backends: what a prompt runs on
     mass         `attention_mass`, which rows it weighs (`RowWeights`), and how a model scores (`Scoring`)
+    asked        attention row by row, for policies that look at more than weighted sums of it
     outputs      what values become in the output of their layer
     noise        noise on logits, the same wherever it is asked for
     operations   `AttentionOperations`: what of this has faster implementations in `kvprune.kernels`

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvprune.attention.asked import Asked
 from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.outputs import Outputs
 from kvprune.attention.queries import Attended, Queries, Remembered
@@ -51,7 +52,7 @@ class Plan:
         Raises BudgetError where its policy could not decide then, while the step can still be refused.
         """
         self.policy.check(self.step)
-        return replace(self, step=replace(self.step, source=None))
+        return replace(self, step=self.step.without_queries())
 
     def weighs_like(self, other: Plan) -> bool:
         """Whether the attention mass of one serves the other."""
@@ -95,7 +96,7 @@ class Planner:
         )
         """What is run again before a prompt is decided, and the prefixes of the columns that it fills."""
         self.codecs = policy.codecs
-        self.static_decode = len(self.policies) == 1 and policy.static_decode
+        self.static_decode = len(self.policies) == 1 and self.policies[0].static_decode
         self.layer = layer
         self.depth = depth
         self.pruned_layers = pruned_layers
@@ -218,7 +219,9 @@ class Planner:
         attended: what attention found of these queries, if it has run. earlier: queries of earlier steps.
         """
         for number, plan in enumerate(plans):
+            before = earlier if plan.policy.query_window > 1 else None
             plan.step.scoring = scoring
+            plan.step.asked = Asked(queries, table, scoring, before)
             if plan.weights is not None:
                 alike = next((other for other in plans[:number] if plan.weighs_like(other)), None)
                 plan.step.weighed = (
@@ -230,7 +233,7 @@ class Planner:
                         plan.weights,
                         plan.policy.group,
                         attended=attended,
-                        earlier=earlier if plan.policy.query_window > 1 else None,
+                        earlier=before,
                     )
                 )
             plan.policy.prepare(plan.table, plan.step)

@@ -223,6 +223,17 @@ class Policy(metaclass=SettingsType):
         """What `decide` says, for all pruned layers at once, after a prompt step."""
         return [self.decide(table, step) for table, step in zip(tables, steps, strict=True)]
 
+    def with_representatives(self, chooser: Policy) -> Policy:
+        """The same with a part of what it keeps chosen by another, see `Representatives`. Raises PolicyError."""
+        raise PolicyError(
+            f"{chooser} chooses among the rows that the link right before it would drop, which has to rank rows, and "
+            f"can have but one of its kind behind it: write A2SF(0.25) | {chooser}."
+        )
+
+    def behind(self, before: Policy | None) -> tuple[Policy, ...]:
+        """What to run where it is a link of a chain: for the link before it, if there is one, and for itself."""
+        return (self,) if before is None else (before, self)
+
     def __or__(self, other: Policy) -> Chain:
         """Run this policy, then the other, at every step."""
         if not isinstance(other, Policy):
@@ -238,7 +249,7 @@ class Policy(metaclass=SettingsType):
         shown = [
             f"{field.name}={value!r}"
             for index, field in enumerate(fields(self))
-            if (value := getattr(self, field.name)) != field.default or index == 0
+            if field.init and ((value := getattr(self, field.name)) != field.default or index == 0)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -252,16 +263,21 @@ class Chain(Policy):
     def __post_init__(self) -> None:
         if not self.links or not all(isinstance(link, Policy) for link in self.links):
             raise PolicyError(f"a chain is made of policies, as in A2SF(0.5) | TOVA(0.25), not of {self.links!r}.")
-        flat = tuple(part for link in self.links for part in link.parts())  # a link may be a chain itself
+        flat = tuple(part for link in self.links for part in (link.links if isinstance(link, Chain) else (link,)))
         _check_order(flat)
         object.__setattr__(self, "links", flat)
+        self.parts()  # raises for a link that finds nothing to stand behind
 
     def parts(self) -> tuple[Policy, ...]:
-        return self.links
+        parts: tuple[Policy, ...] = ()
+        for link in self.links:
+            before = parts[-1] if parts else None
+            parts = (*parts[:-1], *link.behind(before))
+        return parts
 
     def attach(self, cache: Any, model: Any) -> None:
-        for link in self.links:
-            link.attach(cache, model)
+        for part in self.parts():
+            part.attach(cache, model)
 
     @property
     def filters_prompt(self) -> bool:

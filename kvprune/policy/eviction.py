@@ -70,6 +70,7 @@ class Eviction(Ranking):
         scores = self._compared(table, step, capacity)
         if excess == 1 and (table.dense or all_over) and not self.refines:
             window = self._window(table, step, capacity)
+            scores = self.protected(scores, table)
             return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window), exact=True)
         if table.dense:
             retention = self._ranks(table, step, capacity, scores, table.length - excess)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import count
 
@@ -18,11 +19,14 @@ from kvprune.policy.base import Policy, Step, per_sequence
 from kvprune.policy.budget import Budget
 from kvprune.policy.budget import share as part_of
 from kvprune.policy.pooling import over_neighbours
+from kvprune.policy.representatives import Representatives
 from kvprune.policy.settings import check_count, check_reach, check_seed
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT, UNIFORM, Share
 from kvprune.table.rows import ranked
 from kvprune.table.token_table import TokenTable
 
+REPRESENTATIVE = "representative"
+"""The column, `[B, Hkv, rows]` int32, of rows that are kept as `Representatives`."""
 VALUE_SIZE = "value_size"
 """The column, `[B, Hkv, rows]` float32, of what values add to the output, where a policy is `value_aware`."""
 
@@ -67,6 +71,8 @@ class Ranking(Policy):
     positions: str = "original"
     value_aware: bool = False
     share: Share = UNIFORM
+    representatives: Representatives | None = field(default=None, init=False)
+    """Of a chain, what follows it and chooses a part of what it keeps; not to be set by hand."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,8 +136,16 @@ class Ranking(Policy):
         return self.interval == 1 and not (self.turns_back or self.value_aware or self.refines)
 
     def all_columns(self) -> dict[str, torch.dtype]:
-        kept = {VALUE_SIZE: torch.float32} if self.value_aware else {}
-        return {**self.columns(), **kept}
+        sizes = {VALUE_SIZE: torch.float32} if self.value_aware else {}
+        chosen = {REPRESENTATIVE: torch.int32} if self.representatives is not None else {}
+        return {**self.columns(), **sizes, **chosen}
+
+    def with_representatives(self, chooser: Policy) -> Policy:
+        if self.representatives is not None or not isinstance(chooser, Representatives):
+            return super().with_representatives(chooser)
+        other = copy.copy(self)
+        object.__setattr__(other, "representatives", chooser)
+        return other
 
     def prepare(self, table: TokenTable, step: Step) -> None:
         if self.value_aware and step.outputs is not None and step.source is not None:
@@ -239,13 +253,27 @@ class Ranking(Policy):
     ) -> Tensor:
         """What rows are kept by, int64 `[B, Hkv, rows]`, where heads have been given as many as they keep."""
         retention = self._retention(table, step, capacity, scores)
-        if not self.refines:
+        if not self.refines and self.representatives is None:
             return retention
+        rows = (retention > NEVER_KEPT).sum(-1, keepdim=True)
+        kept = torch.minimum(torch.as_tensor(kept, device=retention.device), rows)
 
         def ranked_by(other: Tensor) -> Tensor:
             return self._retention(table, step, capacity, other)
 
-        return self.refined(retention, scores, table, torch.as_tensor(kept, device=retention.device), ranked_by)
+        if self.refines:
+            retention = self.refined(retention, scores, table, kept, ranked_by)
+        if self.representatives is None:
+            return retention
+        anew = rows - kept > (0 if step.prefill else 1)
+        now, before = self.representatives.chosen(retention, table, step, kept), table[REPRESENTATIVE] > 0
+        now = torch.where(anew, now, before)
+        table[REPRESENTATIVE] = now
+        return retention.masked_fill(now & (retention > NEVER_KEPT), ALWAYS_KEPT)
+
+    def protected(self, scores: Tensor, table: TokenTable) -> Tensor:
+        """Scores where one row goes, and representatives stay."""
+        return scores if self.representatives is None else scores.masked_fill(table[REPRESENTATIVE] > 0, math.inf)
 
     @property
     def refines(self) -> bool:

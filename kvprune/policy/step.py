@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from kvprune.attention.asked import Asked
 from kvprune.attention.mass import RowWeights, Scoring, row_blocks
 from kvprune.attention.outputs import Outputs
 from kvprune.attention.queries import Queries
@@ -65,6 +66,8 @@ class Step:
     """What the policy remembers beside rows, see `Policy.tallies`; update them in place."""
     rotary: Rotary = NO_ROTARY
     """How the layer turns queries and keys by their positions, for a policy that `turns_back`."""
+    asked: Asked | None = None
+    """What its queries look at; there when policies observe."""
     outputs: Outputs | None = None
     """What values become in the output of the layer, for a policy that `weighs_outputs`."""
     heads: Heads = ALL_HEADS
@@ -85,6 +88,20 @@ class Step:
         if self.source is None:
             raise PolicyError("this step has no queries: a layer makes the steps that have.")
         return self.source.positions
+
+    def without_queries(self) -> Step:
+        """The same for a decision that waits, while what the queries were made of is freed."""
+        return replace(self, source=None, asked=None)
+
+    def attention_rows(self, count: int) -> Iterator[Tensor]:
+        """Attention probabilities of the `count` newest queries, some at a time, `[B, Hkv, G, l, rows]` float64.
+
+        For scores that are no weighted sum of them, which is `mass`. Those of earlier steps are among them where the
+        policy has a `query_window`. 0 for rows that a query does not see.
+        """
+        if self.asked is None:
+            raise PolicyError("this step has no queries: attention is there when a policy observes.")
+        return self.asked.rows(count)
 
     def unturned_queries(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The queries of this step before positions turned them, some at a time, for a policy that `turns_back`.

@@ -1,0 +1,59 @@
+"""DropKV: what the output would lose. Zhang et al., openreview MqfNzH3TVH, 2026."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+
+from kvprune.policies.snapkv import SnapKV
+from kvprune.policy.base import Step
+from kvprune.policy.settings import check_number
+from kvprune.table.token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class DropKV(SnapKV):
+    """Keeps the tokens without which the output of attention would change most, for the last `window` queries.
+
+        o_i^(-j) - o_i = r_ij (o_i - v_j),   r = p / (1 - p)
+        s_j = sum over the last `window` queries i of  r_ij^2 |v_j - o_i|^2
+            = |v_j|^2 sum r^2  -  2 v_j . sum r^2 o_i  +  sum r^2 |o_i|^2
+
+    Exact for each token that goes alone. The unit is the same in every head, so heads may compete:
+    `DropKV(0.25, share=Adaptive())`. Scores of the query heads of a KV head are averaged, then pooled. The same as
+    kvpress' DropKVPress, but that the window lends nothing to its neighbours.
+
+    Settings (beside those of `SnapKV`):
+        epsilon: the least that 1 - p may be.
+    """
+
+    _: KW_ONLY
+    pooling: str = "avg"
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("epsilon", self.epsilon, low=1e-12, high=1)
+
+    @property
+    def scores_attention(self) -> bool:
+        return False  # but what values make of it
+
+    def row_weights(self, step: Step) -> None:
+        return None
+
+    def observe(self, table: TokenTable, step: Step) -> None:
+        if not step.due:
+            return
+        values = table.all_values().double().unsqueeze(2)
+        score = torch.zeros((), dtype=torch.float64, device=values.device)
+        for rows in step.attention_rows(self.window):
+            outputs = rows @ values
+            alone = rows == 1  # whoever sees but one key has no other output
+            squares = (rows / (1 - rows).clamp(min=self.epsilon)).masked_fill(alone, 0.0).square().mT
+            score = score + (values.square().sum(-1) * squares.sum(-1))
+            score = score - 2 * (values * (squares @ outputs)).sum(-1)
+            score = score + (squares @ outputs.square().sum(-1, keepdim=True)).squeeze(-1)
+        score = score.clamp(min=0)
+        table["score"] = score.mean(2) if self.group == "mean" else score.amax(2)
