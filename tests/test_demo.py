@@ -1,6 +1,7 @@
 """The recall task, the embedded model, and what the demo claims about both."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.demo.show import Demo
 from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, QUESTION_LENGTH, RecallGenerator, decode
-from kvprune.demo.words import BOS, EOS, TOKEN_ID, VOCABULARY
+from kvprune.demo.words import BOS, EOS, FILLER, SENTENCES, TOKEN_ID, VOCABULARY
 from kvprune.policies import A2SF, H2O, KIVI, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 
@@ -35,6 +36,19 @@ def test_the_same_seed_gives_the_same_document():
     first, second = (RecallGenerator(7).document(300, 5) for _ in range(2))
     assert np.array_equal(first.document, second.document)
     assert not np.array_equal(first.document, RecallGenerator(8).document(300, 5).document)
+
+
+def test_sentences_walk_the_chain_as_numpy_chooses():
+    """Draw by draw what `Generator.choice` gives: the embedded model and all figures are of these documents."""
+    generator, random = RecallGenerator(5), np.random.default_rng(5)
+    for _ in range(50):
+        classes = SENTENCES[random.integers(len(SENTENCES))].split()
+        words = [random.choice([TOKEN_ID[word] for word in FILLER[classes[0]]])]
+        for before, after in pairwise(classes):
+            followers = generator._chain[before, after][words[-1]]
+            halves = 0.5 ** np.arange(len(followers))
+            words.append(random.choice(followers, p=halves / halves.sum()))
+        assert generator.sentence().tolist() == words
 
 
 @pytest.mark.parametrize(("length", "notes"), [(10, 2), (100, 0), (100_000, 5000)])
