@@ -7,7 +7,7 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test test-oldest test-real docs lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-long test-oldest test-real docs lint bench quality quality-real smollm2 peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -17,6 +17,10 @@ JOBS ?= auto
 SHARED := -n $(JOBS) --dist worksteal
 test: $(TESTED)
 	$(BIN)/python -m pytest $(SHARED)
+
+# Every combination of what `make test` tries in pairs, and more examples of every property.
+test-long: $(TESTED)
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-more} $(BIN)/python -m pytest $(SHARED) -m ""
 
 # The oldest transformers, in an environment of its own, on the torch of constraints.txt: older ones were not run.
 OLDEST := .venv-oldest

@@ -56,7 +56,7 @@ def answered_alone(policy, question):
 @pytest.mark.parametrize("policy", [*BLIND, *NEEDING], ids=str)
 def test_answers_are_those_of_a_cache_for_each_question(policy):
     """Reading the document once changes no answer, and a question leaves nothing for the next."""
-    found = asked(policy)
+    found = asked(policy, questions=embedded().questions[:2])
     assert found.texts == tuple(answered_alone(policy, question)[0] for question in found.questions)
 
 

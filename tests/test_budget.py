@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from crossing import crossed
 from families import build, feed, generate, left_padded, shared, stepwise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,12 +177,12 @@ batches = st.lists(st.integers(1, 40), min_size=1, max_size=3)
 
 
 @every_policy
-@given(lengths=batches, size=st.integers(20_000, 60_000))
+@given(lengths=batches, size=st.integers(14_000, 40_000))
 def test_bytes_are_never_exceeded(make, lengths, size):
     """From the prompt on to the last generated token, for any batch, what the cache holds fits the bytes given."""
     cache = PrunedCache(shared(), make(f"{size}B"))
-    batch = left_padded([length + 50 for length in lengths])
-    for _ in stepwise(shared(), batch, cache, [max(lengths)] + [1] * 50):
+    batch = left_padded([length + 30 for length in lengths])
+    for _ in stepwise(shared(), batch, cache, [max(lengths)] + [1] * 30):
         assert cache.nbytes <= size
 
 
@@ -206,12 +207,10 @@ def test_bytes_are_never_exceeded_over_turns(make, turns):
         assert cache.nbytes <= size
 
 
-hybrid = pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3"])
+HYBRID = ["qwen3-hybrid", "gemma3"]
 
 
-@every_policy
-@hybrid
-@pytest.mark.parametrize("lengths", [[12], [60], [60, 25]], ids=str)
+@crossed(make=POLICIES, family=HYBRID, lengths=[[12], [60], [60, 25]])
 def test_bytes_are_never_exceeded_while_a_hybrid_model_generates(make, family, lengths):
     """Layers with a sliding window are paid from the same bytes."""
     size = 8_000 * len(lengths)
@@ -222,7 +221,7 @@ def test_bytes_are_never_exceeded_while_a_hybrid_model_generates(make, family, l
         assert cache.nbytes <= size
 
 
-@hybrid
+@pytest.mark.parametrize("family", HYBRID)
 @pytest.mark.parametrize("length", [12, 60])
 def test_bytes_are_not_exceeded_after_the_prompt_of_a_hybrid_model(family, length):
     """After the prompt, a layer with a sliding window holds the window and not the storage of the whole prompt."""
@@ -268,9 +267,7 @@ def test_half_precision_holds_more_tokens():
 # -- too few bytes -----------------------------------------------------------------------------------------------------
 
 
-@every_policy
-@pytest.mark.parametrize("family", ["llama", "qwen3-hybrid"])
-@pytest.mark.parametrize("lengths", [[40], [40, 25]], ids=str)
+@crossed(make=POLICIES, family=["llama", "qwen3-hybrid"], lengths=[[40], [40, 25]])
 def test_too_few_bytes_are_told_the_least_that_work(make, family, lengths):
     """Bytes that cannot hold sinks and recent window raise BudgetError with a number that works; one less does not."""
     batch = left_padded(lengths)

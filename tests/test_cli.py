@@ -243,6 +243,7 @@ def test_brackets_in_an_error_are_no_markup(monkeypatch, capsys, name):
     assert name in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long  # the next one but for the place of the table
 def test_demo_measures_and_draws(tmp_path):
     out = tmp_path / "demo"
     arguments = ["--tokens", "400", "--notes", "6", "--questions", "4", "--out", str(out)]
@@ -254,8 +255,10 @@ def test_demo_measures_and_draws(tmp_path):
 
 def test_demo_as_json(tmp_path):
     arguments = ["--tokens", "400", "--notes", "6", "--questions", "4", "--out", str(tmp_path), "--json"]
-    summary = json.loads(run("demo", *arguments).stdout)
-    full, *others = summary["results"]
+    result = run("demo", *arguments)
+    full, *others = json.loads(result.stdout)["results"]
+    assert "StreamingLLM" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.png", "quality.png"]
     assert full["ratio"] == 1.0
     assert all(result["nbytes"] < full["nbytes"] for result in others)
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from crossing import crossed, mostly
 from families import FAMILIES, STOCK_ONLY, generate, kept_everywhere, left_padded, shared, token_ids
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -37,7 +38,6 @@ NEVER_STATIC = {
     "chain": A2SF(24, recent=4) | StreamingLLM(16),
     "quantized": A2SF(20, recent=4) | KIVI(group_size=4, residual=8),
 }
-static_policies = pytest.mark.parametrize("policy", STATIC.values(), ids=STATIC)
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +78,13 @@ def assert_same_state(cache, other):
             assert getattr(mine, count) == getattr(theirs, count)
 
 
-@static_policies
-@pytest.mark.parametrize("sequences", [1, 2])
+@crossed(policy=STATIC, sequences=[1, 2])
 def test_compiled_steps_are_those_of_eager_decoding(policy, sequences):
-    """Without a graph break: the same tokens, the same rows, the same counts, and one compilation for all steps."""
+    """Without a graph break: the same tokens, the same rows, the same counts, and one compilation for all steps.
+
+    A new cache and one that was forked use the graph that is there. Under a budget of so many tokens, the length of the
+    prompt is in no shape and in no guard.
+    """
     expected, token = prefilled(policy, sequences=sequences)
     tokens = decode(shared(), expected, token)
     cache, token = prefilled(policy, sequences=sequences)
@@ -91,9 +94,15 @@ def test_compiled_steps_are_those_of_eager_decoding(policy, sequences):
     assert cache.is_compileable
     assert counters["stats"]["unique_graphs"] == 1
     assert_same_state(cache, expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompt in (30, 55) if isinstance(policy.budget, int) else (PROMPT,):
+            expected = decode(shared(), *prefilled(policy, sequences=sequences, prompt=prompt))
+            cache, token = prefilled(policy, sequences=sequences, prompt=prompt)
+            for one in (cache.fork(), cache):
+                assert torch.equal(decode(forward, one, token), expected)
 
 
-@static_policies
+@mostly("policy", STATIC, "a2sf-bytes", "streaming-in-the-cache", "snapkv", "keyformer")
 def test_compiled_steps_in_inference_mode(policy):
     """In one graph as well; and a cache that was filled there goes on outside, eagerly at first, then compiled."""
     expected, token = prefilled(policy)
@@ -109,29 +118,6 @@ def test_compiled_steps_in_inference_mode(policy):
     rest = decode(compiled(shared()), cache, first, more.shape[1] - 1)
     assert torch.equal(torch.cat([first, rest], dim=1), more)
     assert_same_state(cache, expected)
-
-
-@static_policies
-def test_another_conversation_compiles_nothing(policy):
-    """A new cache of the same shape, and one that was forked, use the graph that is there."""
-    forward = compiled(shared())
-    cache, token = prefilled(policy)
-    decode(forward, cache, token, 2)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        other, token = prefilled(policy)
-        expected = decode(forward, other.fork(), token)
-        assert torch.equal(decode(forward, other, token), expected)
-
-
-@pytest.mark.parametrize("policy", [A2SF(20, recent=4), TOVA(20), SnapKV(20, window=8, interval=1)], ids=str)
-def test_prompts_of_any_length_share_a_graph(policy):
-    """Under a budget of so many tokens, the length of the prompt is in no shape and in no guard."""
-    forward = compiled(shared())
-    decode(forward, *prefilled(policy), 2)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for prompt in (30, 55):
-            expected = decode(shared(), *prefilled(policy, prompt=prompt))
-            assert torch.equal(decode(forward, *prefilled(policy, prompt=prompt)), expected)
 
 
 @pytest.mark.parametrize("policy", [A2SF(20, recent=4), SnapKV(20, window=8, interval=1), Keyformer(20)], ids=str)
@@ -179,7 +165,7 @@ def test_inductor(policy):
 
 
 @pytest.mark.gpu
-@static_policies
+@pytest.mark.parametrize("policy", STATIC.values(), ids=STATIC)
 def test_cuda_graphs(policy):
     """mode="reduce-overhead" records the step, skips nothing, and replays it."""
     model = shared().to("cuda")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from crossing import crossed
 from families import (
     PAD,
     Spy,
@@ -246,8 +247,7 @@ def test_a_turn_after_prompt_lookup_is_a_prompt_again():
     assert all(len(head) == 33 + 1 for layer in kept_everywhere(cache) for head in layer)
 
 
-@all_and_packing
-@pytest.mark.parametrize("assistant_seed", [0, 1], ids=["assistant that is right", "assistant that is wrong"])
+@crossed(policy=ALL | PACKING, assistant_seed={"assistant that is right": 0, "assistant that is wrong": 1})
 def test_assisted_decoding(policy, assistant_seed):
     """An assistant model, whether its drafts are accepted or not, leaves the ids or at least the sizes in order."""
     batch = left_padded([30])
@@ -459,8 +459,7 @@ def test_reset_makes_a_new_cache_of_it(policy, first, second):
         assert_same_rows(cache, new, row, row)
 
 
-@evicting_and_packing
-@pytest.mark.parametrize("family", ["llama", "qwen3-hybrid"])
+@crossed(policy=EVICTING | PACKING, family=["llama", "qwen3-hybrid"])
 def test_reset_ends_the_recording_of_the_past(policy, family):
     """After reset() of a cache that recorded the past, evictions wait for nothing, and windows move on."""
     model = shared(family)
@@ -539,8 +538,7 @@ def test_selecting_sequences_moves_every_column(policy, indices, by):
         assert_same_rows(cache, before, row, source, atol=1e-4, rtol=1e-4)
 
 
-@evicting_and_packing
-@pytest.mark.parametrize("mask", [[True, False, True], [False, True, False], [True, True, True]])
+@crossed(policy=EVICTING | PACKING, mask=[[True, False, True], [False, True, False], [True, True, True]])
 def test_selecting_sequences_by_a_boolean_mask(policy, mask):
     """batch_select_indices takes a boolean mask as well as indices."""
     batch = left_padded([40, 31, 20])
@@ -588,8 +586,7 @@ def test_beams_keep_what_each_of_them_would_keep_alone(policy, data, length):
         assert_same_rows(cache, alone, beam, 0, atol=1e-4, rtol=1e-4)
 
 
-@evicting
-@pytest.mark.parametrize("lengths", [[40], [40, 25], [12, 40]], ids=str)
+@crossed(policy=EVICTING, lengths=[[40], [40, 25], [12, 40]])
 def test_returning_a_sequence_twice_equals_returning_it_once(policy, lengths):
     """Identical samples of a prompt get the ids and keep the rows of a single greedy run."""
     batch = left_padded(lengths)
@@ -604,9 +601,7 @@ def test_returning_a_sequence_twice_equals_returning_it_once(policy, lengths):
 # -- fork --------------------------------------------------------------------------------------------------------------
 
 
-@all_and_packing
-@pytest.mark.parametrize("family", ["llama", "qwen3-hybrid"])
-@pytest.mark.parametrize("recording", [False, True], ids=["", "recording"])
+@crossed(policy=ALL | PACKING, family=["llama", "qwen3-hybrid"], recording={"": False, "recording": True})
 def test_forks_are_independent(policy, family, recording):
     """What happens to a fork leaves the original alone, and each goes on as a cache that was never forked."""
     model, question, other = shared(family), left_padded([40, 25]), left_padded([40, 40], seed=1)

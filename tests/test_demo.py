@@ -1,6 +1,7 @@
 """The recall task, the embedded model, and what the demo claims about both."""
 
 import json
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -79,7 +80,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def questions():
-    return Questions.draw(24, tokens=2048, notes=48, seed=77)
+    return Questions.draw(16, tokens=2048, notes=48, seed=77)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def dense(model, questions):
 @pytest.fixture(scope="module")
 def recall(model, questions, dense):
     """Recall and measured bytes of a policy, on words predicted from its compressed cache."""
-    return lambda policy: measure(model, questions, dense, policy, label="")
+    return cache(lambda policy: measure(model, questions, dense, policy, label=""))
 
 
 def test_the_full_cache_answers(recall):
@@ -142,12 +143,12 @@ def test_the_layer_that_finds_things_filters_best(recall):
 def test_a_quarter_is_a_quarter(model, questions):
     """Keys, values and positions take at most 26 % of the dense bytes; the score column is what comes on top."""
     for policy in (A2SF(0.25, kernel_size=7), SnapKV(0.25)):
-        cache = PrunedCache(model, policy)
-        tokens = model(questions.prompts[:2], **cache_argument(cache), logits_to_keep=1).logits.argmax(-1)
+        pruned = PrunedCache(model, policy)
+        tokens = model(questions.prompts[:2], **cache_argument(pruned), logits_to_keep=1).logits.argmax(-1)
         for _ in range(8):
-            tokens = model(tokens, **cache_argument(cache)).logits.argmax(-1)
-        score = sum(layer.table.tensors()["column.score"].nbytes for layer in cache.layers)
-        assert cache.nbytes - score <= 0.26 * cache.dense_nbytes
+            tokens = model(tokens, **cache_argument(pruned)).logits.argmax(-1)
+        score = sum(layer.table.tensors()["column.score"].nbytes for layer in pruned.layers)
+        assert pruned.nbytes - score <= 0.26 * pruned.dense_nbytes
 
 
 @pytest.mark.parametrize("policy", ["a2sf:kernel_size=7", "snapkv"])
@@ -158,10 +159,10 @@ def test_generate_answers_in_words(model, policy):
     right = 0
     for note in range(4):
         inputs = tokenizer(decode(recall.prompt(note)[1:]), return_tensors="pt")
-        cache = PrunedCache(model, policy)
+        pruned = PrunedCache(model, policy)
         output = model.generate(
             **{name: inputs[name] for name in ("input_ids", "attention_mask")},
-            **cache_argument(cache),
+            **cache_argument(pruned),
             max_new_tokens=ANSWER_LENGTH + 1,
             do_sample=False,
         )

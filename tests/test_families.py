@@ -1,11 +1,15 @@
 """Every model family: with room for all tokens a pruned cache changes nothing, with less it stays exact about sizes."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import families
 import pytest
 import torch
+from crossing import mostly
 from families import FAMILIES, STOCK_ONLY, UNUSUAL, build, generate, left_padded
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -37,7 +41,7 @@ PACKING = {
     "kivi": KIVI(group_size=4, residual=8),
     "a2sf-zipcache": A2SF(24, sinks=2, recent=8) | ZipCache(buffer=5),
 }
-OF_UNUSUAL = ("a2sf", "a2sf-zipcache")
+OF_UNUSUAL = {"a2sf", "a2sf-zipcache"}
 """The policies that meet the families of `UNUSUAL`: what these have of their own is no matter of the policy."""
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing to prune")
 
@@ -87,19 +91,27 @@ def family(request) -> Family:
     return touched(request.param)
 
 
-def with_each(policies: dict[str, Policy]) -> pytest.MarkDecorator:
-    """Every family with every one of these policies, the unusual families with few."""
-    pairs = [(family, name) for family in FAMILIES for name in policies]
-    pairs += [(family, name) for family in UNUSUAL for name in policies if name in OF_UNUSUAL]
-    return pytest.mark.parametrize(
-        ("family", "policy"),
-        [pytest.param(family, policies[name], id=f"{family}-{name}") for family, name in pairs],
-        indirect=["family"],
-    )
+CASES = ["greedy", "padded", "beams", "padded-beams"]
 
 
-@with_each(FULL_BUDGET)
-@pytest.mark.parametrize("case", ["greedy", "padded", "beams", "padded-beams"])
+def with_each(policies: dict[str, Policy], **more: Sequence[Any]) -> pytest.MarkDecorator:
+    """Every family with every one of these policies, the unusual families with few; and with values of one argument.
+
+    Of those, a family and a policy meet one, and the others in a long run alone; but every family meets all, and so
+    does every policy.
+    """
+    cases, values = [], list(product(*more.values()))
+    for turn, family in enumerate((*FAMILIES, *UNUSUAL)):
+        for place, name in enumerate(policies if family in FAMILIES else OF_UNUSUAL & policies.keys()):
+            for index, value in enumerate(values):
+                is_long = family in FAMILIES and (turn + place + index) % len(values)
+                marks = [pytest.mark.long] if is_long else []
+                named = "-".join(map(str, (family, name, *value)))
+                cases.append(pytest.param(family, policies[name], *value, id=named, marks=marks))
+    return pytest.mark.parametrize(("family", "policy", *more), cases, indirect=["family"])
+
+
+@with_each(FULL_BUDGET, case=CASES)
 def test_full_budget_generates_the_ids_of_the_stock_cache(family, policy, case):
     """With a budget larger than the sequence, generate() gives the token ids of the stock cache."""
     case = family.cases[case]
@@ -118,7 +130,7 @@ def test_full_budget_gives_the_logits_of_the_stock_cache(family, policy):
     torch.testing.assert_close(logits[real], family.logits[real], atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["greedy", "padded", "beams", "padded-beams"])
+@mostly("case", CASES, "greedy", "padded-beams")
 def test_model_behaves_as_before_with_other_caches(family, case):
     """A model that kvprune has touched generates exactly the ids of before, with no cache given and with its own."""
     case = family.cases[case]
@@ -137,8 +149,7 @@ def test_model_logits_without_a_cache_are_those_of_before(family):
     torch.testing.assert_close(logits, family.logits, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@with_each(EVICTING)
+@with_each(EVICTING, num_beams=[1, 3])
 def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy, num_beams):
     """From a padded batch, 20 tokens come with finite logits and every pruned layer holds the budget of each one."""
     batch = left_padded([10, 50, 37], seed=2)
@@ -157,8 +168,7 @@ def test_evicting_budget_runs_with_exact_sizes_and_finite_logits(family, policy,
         assert kept.tolist() == [[policy.budget] * kept.shape[1]] * 3 * num_beams
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@with_each(PACKING)
+@with_each(PACKING, num_beams=[1, 3])
 def test_packed_rows_run_with_exact_sizes_and_finite_logits(family, policy, num_beams):
     """The same with rows that are packed; those of the newest tokens wait in full precision."""
     batch = left_padded([10, 50, 37], seed=2)

@@ -11,7 +11,8 @@ from functools import cache
 
 import pytest
 import torch
-from families import PAD, build, feed, generate, kept, left_padded, sequence, stepwise, token_ids
+from crossing import mostly
+from families import PAD, build, feed, generate, kept, left_padded, sequence, shared, stepwise, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,6 +61,11 @@ class LogitSpy(Policy):
         assert step.source is not None
         scoring = Scoring(table.keys.shape[3] ** -0.5)
         self.seen.append(float(row_logits(step.source.states, table.keys, scoring).abs().max()))
+
+
+@cache
+def double() -> PreTrainedModel:
+    return build("llama", dtype=torch.float64)
 
 
 def largest_logit(model: PreTrainedModel) -> float:
@@ -215,15 +221,15 @@ def test_a_model_whose_numbers_are_none_loses_no_count(policy, budget):
 
 
 @policies
-@pytest.mark.parametrize("lengths", [[1], [1, 1], [1, 30], [30, 1]], ids=str)
+@mostly("lengths", [[1], [1, 1], [1, 30], [30, 1]], "[1]", "[1, 30]")
 def test_prompts_of_one_token(policy, budget, lengths):
-    read_and_generate(build("llama"), lengths, policy, budget, more=20)
+    read_and_generate(shared(), lengths, policy, budget, more=16)
 
 
 @policies
 def test_a_sequence_without_any_token(policy, budget):
     """An empty prompt in a batch, all padding: it begins with the first generated token, and disturbs nobody."""
-    model, more = build("llama", dtype=torch.float64), 16
+    model, more = double(), 14
     batch = left_padded([20 + more, more], width=20 + more)
     together, alone = PrunedCache(model, policy), PrunedCache(model, policy)
     apart = stepwise(model, sequence(batch, 0), alone, [20] + [1] * more)
@@ -236,7 +242,7 @@ def test_a_sequence_without_any_token(policy, budget):
 @policies
 def test_a_turn_that_brings_nothing_new(policy, budget):
     """generate() with a cache that has seen all of its input would read it once more: refused, and nothing changes."""
-    model, batch = build("llama"), left_padded([30])
+    model, batch = shared(), left_padded([30])
     pruned = PrunedCache(model, policy)
     feed(model, batch, pruned, [30])
     if pruned.prompt_filter is None:
@@ -253,7 +259,7 @@ def test_a_turn_that_brings_nothing_new(policy, budget):
 @policies
 def test_steps_of_no_tokens_change_nothing(policy, budget):
     """No new tokens are refused, in generate() and in a forward pass; the cache goes on as if nobody asked."""
-    model, batch = build("llama"), left_padded([36, 26])
+    model, batch = shared(), left_padded([36, 26])
     caches = [PrunedCache(model, policy) for _ in range(2)]
     for pruned in caches:
         feed(model, batch, pruned, [30])
@@ -269,17 +275,17 @@ def test_steps_of_no_tokens_change_nothing(policy, budget):
 @policies
 def test_sequences_that_finish_early(policy, budget):
     """What follows the end of a sequence is padding: until there, each is what it is alone, and the rest goes on."""
-    model = build("llama", dtype=torch.float64)
+    model, new = double(), 14
     batch = left_padded([25, 14, 9], seed=2)
-    endless = generate(model, batch, 20, **cache_argument(PrunedCache(model, policy)))[:, 25:]
+    endless = generate(model, batch, new, **cache_argument(PrunedCache(model, policy)))[:, 25:]
     ends = [int(endless[0, 4]), int(endless[1, 12])]
     settings = {"eos_token_id": ends, "pad_token_id": PAD, "min_new_tokens": 0}
     pruned = PrunedCache(model, policy)
-    together = generate(model, batch, 20, **cache_argument(pruned), **settings)[:, 25:]
+    together = generate(model, batch, new, **cache_argument(pruned), **settings)[:, 25:]
     lengths = []
     for row in range(3):
         one = sequence(batch, row)
-        ids = generate(model, one, 20, **cache_argument(PrunedCache(model, policy)), **settings)
+        ids = generate(model, one, new, **cache_argument(PrunedCache(model, policy)), **settings)
         alone = ids[0, one["input_ids"].shape[1] :]
         assert torch.equal(together[row, : len(alone)], alone)
         assert (together[row, len(alone) :] == PAD).all()

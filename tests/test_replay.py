@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from crossing import crossed
 from families import (
     FAMILIES,
     STOCK_ONLY,
@@ -213,8 +214,7 @@ def test_the_best_rows_stay(softmax):
 # -- the same whatever is beside it, and nothing of it stays -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("softmax", SOFTMAX)
-@pytest.mark.parametrize("family", ["llama", *HYBRIDS])
+@crossed(family=["llama", *HYBRIDS], softmax=SOFTMAX)
 @given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=3), chunk=st.integers(3, 40), seed=seeds)
 def test_a_padded_batch_is_each_sequence_alone(family, softmax, lengths, chunk, seed):
     batch = left_padded(lengths, seed=seed)

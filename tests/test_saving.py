@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crossing import crossed
 from families import FAMILIES, STOCK_ONLY, build, feed, generate, left_padded, linear_hybrid, shared, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,8 +141,7 @@ def test_packed_rows_of_a_padded_batch_come_back(lengths, path):
     assert_goes_on_alike(shared(), batch, [cache, loaded], max(lengths))
 
 
-@pytest.mark.parametrize("family", [*PRUNABLE, "linear"])
-@pytest.mark.parametrize("policy", [A, GemFilter(20) | A2SF(16, recent=4) | KIVI(group_size=4, residual=2)], ids=str)
+@crossed(family=[*PRUNABLE, "linear"], policy=[A, GemFilter(20) | A2SF(16, recent=4) | KIVI(group_size=4, residual=2)])
 def test_every_family_comes_back(family, policy, path):
     """Windows, states of linear layers, sinks: layers that are not pruned come back as well, in no more bytes."""
     model = linear_hybrid() if family == "linear" else shared(family)
