@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvprune import Policy, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import Full, LazyLLM
+from kvprune.policies import Full, LazyLLM, SpAtten
 from printing.output import Log, table
 
 EARLY = ((0.3, 0.7), (0.6, 0.5), (0.9, 0.3))
@@ -31,6 +31,7 @@ CONTENDERS: tuple[Policy | None, ...] = (
     LazyLLM(EARLY),
     LazyLLM(revive=False),
     LazyLLM(),
+    SpAtten(),
 )
 
 

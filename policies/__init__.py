@@ -22,6 +22,7 @@ from kvprune.policies.leverage import Leverage
 from kvprune.policies.pyramidkv import PyramidKV
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
+from kvprune.policies.spatten import SpAtten
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 from kvprune.policies.tri_attention import TriAttention
@@ -51,6 +52,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "SnapKV",
+    "SpAtten",
     "StreamingLLM",
     "TriAttention",
     "ZipCache",

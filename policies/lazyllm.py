@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from torch import Tensor
 from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
 from kvprune.passes.cascades import Cascade
+from kvprune.passes.schedule import Schedule, checked, share_after
 from kvprune.policy.base import Step
-from kvprune.policy.settings import check_number
 from kvprune.table.token_table import TokenTable
 
 
@@ -40,13 +39,13 @@ class LazyLLM(Cascade):
     Raises PolicyError for settings without meaning.
     """
 
-    schedule: tuple[tuple[float, float], ...] | str = ((0.5, 0.7), (0.7, 0.5), (0.9, 0.3))
+    schedule: Schedule | str = ((0.5, 0.7), (0.7, 0.5), (0.9, 0.3))
     _: KW_ONLY
     revive: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "schedule", _checked(self.schedule))
+        object.__setattr__(self, "schedule", checked(self.schedule))
         if not isinstance(self.revive, bool):
             raise PolicyError(f"revive must be True or False, not {self.revive!r}.")
 
@@ -55,18 +54,12 @@ class LazyLLM(Cascade):
         return self.revive
 
     @property
-    def pairs(self) -> tuple[tuple[float, float], ...]:
-        """The schedule, as it was checked."""
-        return self.schedule  # type: ignore[return-value]
-
-    @property
     def needs_question(self) -> bool:
         return True
 
     def share_after(self, layer: int, layers: int) -> float | None:
         """The share of tokens that goes on after a layer, of so many; None if all that it looks at do."""
-        shares = [share for depth, share in self.pairs if max(1, round(depth * layers)) == layer + 1]
-        return min(shares) if shares and layer + 1 < layers else None
+        return share_after(self.schedule, layer, layers)  # type: ignore[arg-type]
 
     def row_weights(self, step: Step) -> RowWeights | None:
         if step.passage is None or self.share_after(step.depth, step.layers) is None:
@@ -81,27 +74,3 @@ class LazyLLM(Cascade):
         if share is None or step.passage is None:
             return None
         return step.passage.best(step.heads.sum(step.passage.by_token(step.mass, table)), share)
-
-
-def _checked(schedule: tuple[tuple[float, float], ...] | str) -> tuple[tuple[float, float], ...]:
-    example = "write pairs of a depth and a share such as ((0.5, 0.7), (0.9, 0.3))"
-    try:
-        if isinstance(schedule, str):
-            schedule = tuple(tuple(map(float, pair.split(":"))) for pair in schedule.split("/"))  # type: ignore[misc]
-        pairs = tuple((depth, share) for depth, share in schedule)
-    except (TypeError, ValueError):
-        raise PolicyError(f"schedule cannot be {schedule!r}: {example}.") from None
-    for depth, share in pairs:
-        check_number("a depth of the schedule", depth, low=0, high=1)
-        check_number("a share of the schedule", share, low=0, high=1)
-    for (depth, share), (deeper, less) in pairwise(pairs):
-        if not depth < deeper:
-            raise PolicyError(f"depths of a schedule ascend, and {deeper} comes after {depth}: {example}.")
-        if less > share:
-            raise PolicyError(
-                f"no more tokens can go on than came, and a share of {less} after {deeper:g} of the layers is more "
-                f"than the {share} before: let shares fall, as in ((0.5, 0.7), (0.9, 0.3))."
-            )
-    if any(share == 0 for _, share in pairs):
-        raise PolicyError(f"a share of the schedule must be above 0, and {schedule!r} has 0.")
-    return tuple((float(depth), float(share)) for depth, share in pairs)

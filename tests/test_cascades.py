@@ -30,7 +30,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from kvprune import CacheError, PolicyError, UnsupportedModelError
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, KIVI, GemFilter, KVzip, LazyLLM
+from kvprune.passes.schedule import share_after
+from kvprune.policies import A2SF, KIVI, GemFilter, KVzip, LazyLLM, SpAtten
 
 LAYERS = 6
 SCHEDULE = ((0.34, 0.7), (0.5, 0.5), (0.84, 0.3))
@@ -59,6 +60,7 @@ class Brute:
     frontier: dict[int, int] = field(default_factory=dict)
     placed: dict[int, int] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
+    given: dict[int, float] = field(default_factory=dict)
 
     def hide(self, tokens: set[int]) -> None:
         """They are gone, and those behind them move up, turned as they are."""
@@ -91,6 +93,8 @@ class Brute:
             keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
             probabilities = (torch.einsum("hd,khd->hk", queries[i], keys) / math.sqrt(dim)).softmax(-1)
             found = {j: probabilities[:, number] for number, j in enumerate(seen)}
+            for j, each in found.items():
+                self.given[j] = self.given.get(j, 0.0) + each.sum().item()
             mixed = self.states[i] + layer.self_attn.o_proj(torch.einsum("hk,khd->hd", probabilities, values).flatten())
             self.states[i] = mixed + layer.mlp(layer.post_attention_layernorm(mixed))
             self.frontier[i] = index + 1
@@ -116,6 +120,47 @@ class Brute:
                 count = math.ceil(total * share - 1e-9)
                 looked_at = set(sorted(score, key=lambda j: (score[j], j), reverse=True)[:count])
         return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+
+class BruteSpAtten(Brute):
+    """By `given`, all the attention that tokens were given so far."""
+
+    @torch.no_grad()
+    def step(self, ids: list[int]) -> Tensor:
+        before, total = len(self.states), len(self.states) + len(ids)
+        for i, token in enumerate(ids, before):
+            self.states[i], self.frontier[i] = self.model.model.embed_tokens(torch.tensor(token)), 0
+            self.placed[i] = i
+        looked_at = set(range(total))
+        for index in range(LAYERS):
+            self.rows[index] = {j: row for j, row in self.rows[index].items() if j in looked_at}
+            self.compute(index, [i for i in range(before, total) if i in looked_at], looked_at)
+            share = share_after(self.policy.schedule, index, LAYERS)
+            if share is not None:
+                able = [j for j in self.rows[index] if j >= before or j in self.rows[index + 1]]
+                kept = {j for j in able if j >= total - self.policy.recent}
+                ranked = sorted(able, key=lambda j: (j in kept, self.given[j], j), reverse=True)
+                looked_at = set(ranked[: math.ceil(total * share - 1e-9)]) | kept
+        return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+
+@pytest.mark.parametrize("recent", [1, 6])
+def test_spatten_is_that_of_a_model_run_token_by_token(recent):
+    model, policy = deep(), SpAtten(SCHEDULE, recent=recent)
+    brute, cache = BruteSpAtten(model, policy), PrunedCache(model, policy)
+    ids = token_ids(1, 29)
+    for number in range(10):
+        expected = brute.step(ids[0].tolist())
+        torch.testing.assert_close(step(model, ids, cache), expected, atol=2e-4, rtol=1e-4)
+        for layer in range(LAYERS):
+            assert kept(cache, layer) == [sorted(brute.rows[layer])] * 2
+            assert layer == 0 or set(brute.rows[layer]) <= set(brute.rows[layer - 1])
+        score = cache.layers[0].ledger.score[0]
+        torch.testing.assert_close(
+            score.tolist(), [brute.given[i] for i in range(len(brute.states))], atol=1e-3, rtol=1e-3
+        )
+        ids = token_ids(1, 7, seed=number) if number == 4 else expected.argmax().view(1, 1)
+    assert len(brute.rows[-1]) < len(brute.states) * 0.6
 
 
 def unfinished(cache: PrunedCache, row: int = 0) -> dict[int, tuple[int, Tensor]]:
@@ -171,16 +216,20 @@ def test_where_all_go_on_ids_and_logits_are_those_of_the_stock_model(family):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_is_each_of_its_sequences_alone(family):
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [*((family, LazyLLM(((0.5, 0.4),))) for family in FAMILIES), ("llama", SpAtten(((0.5, 0.4),), recent=3))],
+    ids=[*FAMILIES, "spatten"],
+)
+def test_a_batch_is_each_of_its_sequences_alone(family, policy):
     """In every family, so that whatever its layers are given for a token travels along."""
-    model, policy = shared(family), LazyLLM(((0.5, 0.4),))
+    model = shared(family)
     batch = left_padded((23, 14, 5), width=32)
     batch["attention_mask"][1, 23] = 0  # padding in the middle
     together = PrunedCache(model, policy)
     sizes = [23, 1, 1, 5, 1, 1]
     logits = list(stepwise(model, batch, together, sizes))
-    assert any(unfinished(together, row) for row in range(3))
+    assert any(unfinished(together, row) for row in range(3)) == policy.revives
     for row in range(3):
         alone = PrunedCache(model, policy)
         one = sequence(batch, row)
@@ -225,8 +274,9 @@ def goes_on(cache: PrunedCache, rows: int, seed: int = 5) -> Tensor:
     return feed(model, batch, cache, [1, 1], begin=seen)
 
 
-def test_what_stopped_moves_with_beams_selections_and_forks():
-    cache = prompted()
+@pytest.mark.parametrize("policy", [LAZY, SpAtten(SCHEDULE, recent=4)], ids=["revived", "spatten"])
+def test_what_stopped_moves_with_beams_selections_and_forks(policy):
+    cache = prompted(policy)
     fork, other = cache.fork(), cache.fork()
     assert storage_nbytes(fork) == fork.nbytes
     expected = goes_on(cache, 2)
@@ -235,7 +285,7 @@ def test_what_stopped_moves_with_beams_selections_and_forks():
     torch.testing.assert_close(goes_on(other, 3), expected[[1, 0, 1]], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [LAZY, GONE], ids=["revived", "gone"])
+@pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4)], ids=["revived", "gone", "spatten"])
 def test_beams_read_what_their_tokens_would_alone(policy):
     model, batch = deep(), left_padded((20, 12))
     beams = generate(model, batch, 6, num_beams=2, num_return_sequences=2, **cache_argument(PrunedCache(model, policy)))
@@ -255,9 +305,10 @@ def test_beams_read_what_their_tokens_would_alone(policy):
     torch.testing.assert_close(scored.sequences_scores[0], own, atol=1e-3, rtol=1e-3)
 
 
-def test_it_is_saved_and_goes_on_where_it_was(tmp_path):
-    cache = prompted()
-    assert unfinished(cache)
+@pytest.mark.parametrize("policy", [LAZY, SpAtten(SCHEDULE, recent=4)], ids=["revived", "spatten"])
+def test_it_is_saved_and_goes_on_where_it_was(tmp_path, policy):
+    cache = prompted(policy)
+    assert cache.layers[0].ledger is not None
     cache.save(tmp_path / "cache.safetensors")
     loaded = PrunedCache.load(tmp_path / "cache.safetensors", deep())
     assert storage_nbytes(loaded) == loaded.nbytes
@@ -385,6 +436,7 @@ def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds():
         (lambda: LazyLLM(((0.5, 0.0),)), PolicyError, "above 0"),
         (lambda: LazyLLM(((0.5, 1.5),)), PolicyError, "from 0 to 1"),
         (lambda: LazyLLM((0.5, 0.5)), PolicyError, "pairs"),
+        (lambda: SpAtten(recent=0), PolicyError, "at least 1"),
         (lambda: LazyLLM(revive=1), PolicyError, "True or False"),
         (lambda: PrunedCache(shared("qwen3-hybrid"), LAZY), UnsupportedModelError, "count on every token"),
     ],

@@ -54,15 +54,14 @@ class Passage:
     def by_token(self, rows: Tensor, table: TokenTable) -> Tensor:
         """Numbers of the rows of a table, added up over KV heads, `[B, Hkv, rows] -> [B, N]` float32.
 
-        -inf for tokens that the layer does not look at, or that cannot go on.
+        -inf for tokens that the layer does not look at.
         """
         width = max(self.tokens)
         looked_at = self.looked_at(table)
         at = torch.where(looked_at, table.positions.long(), width).flatten(1)
         total = torch.zeros(len(at), width + 1, device=rows.device).scatter_add_(1, at, rows.float().flatten(1))
         known = torch.zeros(len(at), width + 1, dtype=torch.bool, device=rows.device).scatter_(1, at, True)
-        total = total.masked_fill_(~known, -math.inf)[:, :width]
-        return total if self.above is None else total.masked_fill(~self._reachable(self.above), -math.inf)
+        return total.masked_fill_(~known, -math.inf)[:, :width]
 
     def _reachable(self, above: TokenTable) -> Tensor:
         width, device = max(self.tokens), above.positions.device
@@ -74,12 +73,15 @@ class Passage:
     def best(self, importance: Tensor, share: float, recent: int = 1) -> Tensor:
         """The most important tokens, bool `[B, N]`: a share of all tokens, rounded up, the newest `recent` among them.
 
-        importance: float32 `[B, N]`; -inf for tokens out of the question. Ties go to the more recent token.
+        importance: float32 `[B, N]`; -inf for tokens out of the question, as those are that cannot go on. Ties go to
+        the more recent token.
         """
         device = importance.device
         places = torch.arange(importance.shape[1], device=device, dtype=torch.int32).expand_as(importance)
         ends = torch.tensor(self.tokens, device=device)[:, None]
         known = importance > -math.inf
+        if self.above is not None:
+            known &= self._reachable(self.above).to(device)
         kept = known & (places >= ends - recent)
         ranks = ranked(importance.masked_fill(kept, math.inf).masked_fill(~known, -math.inf), places)
         counts = torch.tensor([share_of(tokens, share) for tokens in self.tokens], device=device)[:, None]
