@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvprune.policy.eviction import Eviction
     from kvprune.policy.shares import Adaptive, Everywhere, Pyramid, Share, Uniform
     from kvprune.saving import PrunedCache
+    from kvprune.saving.heads import HeadScores
     from kvprune.table.quantize import Codec
     from kvprune.table.token_table import TokenTable
 
@@ -46,6 +47,7 @@ _HOMES = {
     "kvprune.attention.mass": ("RowWeights", "Scoring", "attention_mass"),
     "kvprune.chat.conversation": ("Chat", "Turn"),
     "kvprune.saving": ("PrunedCache",),
+    "kvprune.saving.heads": ("HeadScores",),
     "kvprune.cache.report": ("CacheReport",),
     "kvprune.errors": (
         *("BudgetError", "CacheError", "EvaluationError", "HistoryWarning", "KVPruneError", "PolicyError"),
@@ -78,6 +80,7 @@ __all__ = [
     "EvaluationError",
     "Everywhere",
     "Eviction",
+    "HeadScores",
     "HistoryWarning",
     "KVPruneError",
     "Policy",

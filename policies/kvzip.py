@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
+from kvprune.cache.models import kv_heads, layer_config, text_config
 from kvprune.errors import PolicyError
 from kvprune.passes.replays import ReplayedEviction
 from kvprune.policy.replaying import Replay
 from kvprune.policy.settings import check_count
 from kvprune.policy.shares import Everywhere, Share
+from kvprune.policy.step import Step
+from kvprune.saving.heads import HeadScores
+from kvprune.table.token_table import TokenTable
 
 EVERYWHERE = Everywhere(floor=0.0)
 _FIRST = "\n\nRepeat the previous context exactly."
@@ -37,6 +45,10 @@ class KVzip(ReplayedEviction):
         chunk: tokens that are replayed at a time; memory for one chunk's activations is needed beside the cache.
         softmax: of a replayed query, over "cache", all rows of the cache and the replay itself, or over "chunk": the
             sinks, the rows of its chunk, and the replay itself.
+        level: "row", or "head": all rows of a head count as much as its best one does, sinks left out. So some heads
+            keep everything, and the others sinks, the recent window and what is newest.
+        heads: with level="head", the scores of heads, measured once and for all (`HeadScores.measure`), of each layer
+            one a KV head, or the file that they were saved to. Nothing is replayed then.
         first_ids, later_ids: token ids of an instruction before the first chunk, and before every other, which then
             goes on with the last 8 tokens of the chunk before. answer_ids: what ends it and begins the answer.
     """
@@ -47,6 +59,8 @@ class KVzip(ReplayedEviction):
     share: Share = EVERYWHERE
     chunk: int = 512
     softmax: str = "cache"
+    level: str = "row"
+    heads: tuple[tuple[float, ...], ...] | str = ()
     first_ids: tuple[int, ...] = ()
     later_ids: tuple[int, ...] = ()
     answer_ids: tuple[int, ...] = ()
@@ -59,7 +73,12 @@ class KVzip(ReplayedEviction):
             if not isinstance(ids, tuple | list) or not all(type(each) is int and each >= 0 for each in ids):
                 raise PolicyError(f"{name} are token ids, such as tuple(tokenizer(text).input_ids), not {ids!r}.")
             object.__setattr__(self, name, tuple(ids))
-        self.replay  # noqa: B018 - raises for settings without meaning
+        if self.level not in ("row", "head"):
+            raise PolicyError(f'level is "row" or "head", not {self.level!r}.')
+        if self.heads and self.level != "head":
+            raise PolicyError('scores of heads are for level="head": say so, or leave heads out.')
+        object.__setattr__(self, "heads", _scores_of(self.heads))
+        self._replay  # noqa: B018 - raises for settings without meaning
 
     @classmethod
     def with_instruction(cls, tokenizer: Any, budget: float | int | str = 0.25, **settings: Any) -> Self:
@@ -74,7 +93,11 @@ class KVzip(ReplayedEviction):
         return cls(budget, first_ids=first, later_ids=later, answer_ids=answer_ids, **settings)
 
     @property
-    def replay(self) -> Replay:
+    def replay(self) -> Replay | None:
+        return None if self.heads else self._replay
+
+    @property
+    def _replay(self) -> Replay:
         return Replay(
             chunk=self.chunk,
             softmax=self.softmax,
@@ -85,6 +108,25 @@ class KVzip(ReplayedEviction):
             repeated=_REPEATED if self.later_ids else 0,
             before=self.answer_ids,
         )
+
+    def attach(self, cache: Any, model: Any) -> None:
+        layers = [layer_config(text_config(model), index) for index in cache.pruned_layers]
+        if self.heads and [len(layer) for layer in self.heads] != [kv_heads(layer) for layer in layers]:
+            raise PolicyError(
+                f"heads holds scores of {' + '.join(str(len(layer)) for layer in self.heads)} heads, and "
+                f"{type(model).__name__} has {' + '.join(str(kv_heads(layer)) for layer in layers)} KV heads in its "
+                "layers with full attention: measure this model."
+            )
+        super().attach(cache, model)
+
+    def scores(self, table: TokenTable, step: Step) -> Tensor:
+        if self.level == "row":
+            return super().scores(table, step)
+        if self.heads:
+            known = torch.tensor(self.heads[step.depth], dtype=torch.float32, device=table.positions.device)
+            return step.heads.own(known[None, :, None]).expand(table.positions.shape)
+        rows = super().scores(table, step)
+        return rows.masked_fill(table.positions < self.sinks, 0.0).amax(-1, keepdim=True).expand(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -97,5 +139,18 @@ class KVzipPlus(KVzip):
     """
 
     @property
-    def replay(self) -> Replay:
-        return replace(super().replay, values=True)
+    def _replay(self) -> Replay:
+        return replace(super()._replay, values=True)
+
+
+def _scores_of(heads: Any) -> tuple[tuple[float, ...], ...]:
+    """Scores of heads as a setting holds them. Raises PolicyError."""
+    if isinstance(heads, str):
+        return HeadScores.load(heads).scores
+    try:
+        scores = tuple(tuple(float(score) for score in layer) for layer in heads)
+    except (TypeError, ValueError):
+        scores = ((-1.0,),)
+    if not all(layer and all(0 <= score < math.inf for score in layer) for layer in scores):
+        raise PolicyError(f"heads are scores of at least 0 for the KV heads of each layer, not {heads!r}.")
+    return scores

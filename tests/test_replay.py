@@ -35,7 +35,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvprune import Policy, PolicyError, RowWeights, Scoring, Uniform, UnsupportedModelError
+from kvprune import (
+    CacheError,
+    Everywhere,
+    HeadScores,
+    Policy,
+    PolicyError,
+    RowWeights,
+    Scoring,
+    Uniform,
+    UnsupportedModelError,
+)
 from kvprune.attention.mass import row_probabilities
 from kvprune.attention.maxima import attention_maxima
 from kvprune.cache.models import cache_argument, check_supported
@@ -476,3 +486,73 @@ def test_maxima_are_those_of_all_probabilities(
             columns=columns, lse=lse, key_weights=key_weights[..., :columns], block_bytes=16 * batch * heads * length,
         )  # fmt: skip
         torch.testing.assert_close(found, wanted[..., :columns], atol=1e-6, rtol=1e-4)
+
+
+# -- budgets of heads --------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_heads_are_those_of_their_best_rows(tmp_path):
+    """Measured on one text, and kept in a file, which is of this model alone."""
+    ids, model = token_ids(1, 21, seed=3), shared("llama")
+    heads = HeadScores.measure(model, ids, policy())
+    for found, reference in zip(heads.scores, expected("llama", ids, chunk=8, softmax="cache"), strict=True):
+        torch.testing.assert_close(torch.tensor(found).double(), reference[:, 2:].amax(-1), atol=2e-5, rtol=2e-3)
+    path = tmp_path / "heads.json"
+    heads.save(path)
+    assert HeadScores.load(path, model) == heads
+    assert policy(level="head", heads=str(path)) == policy(level="head", heads=heads.scores)
+    with pytest.raises(CacheError, match="of another model"):
+        HeadScores.load(path, build("llama", rms_norm_eps=1e-3, hidden_size=64))
+    with pytest.raises(PolicyError, match=r"scores of 2 \+ 2 heads|scores of .* heads, and"):
+        PrunedCache(shared("gpt2"), policy(level="head", heads=heads.scores))
+    for text in ("", "{", "[]", '{"format": "kvprune.heads", "version": 1, "scores": [[-1]], "model": {}}'):
+        path.write_text(text)
+        with pytest.raises(CacheError, match="cannot be loaded"):
+            HeadScores.load(path, model)
+    with pytest.raises(CacheError, match="replays nothing"):
+        HeadScores.measure(model, ids, TOVA(8))
+    with pytest.raises(CacheError, match="more than 2 tokens"):
+        HeadScores.measure(model, ids[:, :2], policy())
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("lengths", [[30], [30, 22]])
+def test_heads_that_look_back_keep_everything(known, lengths):
+    """Rows go to the best heads of all layers, the newest first; with known scores nothing runs twice."""
+    model, batch = shared("llama"), left_padded([length + 1 for length in lengths])
+    told = tuple((0.1 + 0.05 * layer, 0.12 + 0.04 * layer) for layer in range(len(model.model.layers)))
+    settings = {"heads": told} if known else {}
+    own = PrunedCache(model, policy(0.5, level="head", share=Everywhere(), **settings))
+    with_rows = PrunedCache(model, policy(1.0, share=Everywhere()))
+    counts = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: counts.append(1))
+    feed(model, batch, own, [30, 1])
+    hook.remove()
+    assert len(counts) == (2 if known else 2 + 4)
+    feed(model, batch, with_rows, [30])
+    for row, length in enumerate(lengths):
+        scores = told if known else [
+            scores_of(with_rows, layer, row)[:, 2:].amax(-1).tolist() for layer in with_rows.pruned_layers
+        ]  # fmt: skip
+        middle = [
+            (score, position, layer, head)
+            for layer, heads in enumerate(scores)
+            for head, score in enumerate(heads)
+            for position in range(2, length - 3)
+        ]
+        number = sum(map(len, scores))
+        best = sorted(middle, reverse=True)[: number * (-(-length // 2) - 5)]
+        for layer, heads in enumerate(scores):
+            for head in range(len(heads)):
+                chosen = {position for _, position, *place in best if place == [layer, head]}
+                assert set(kept(own, layer, row)[head]) == {0, 1, *range(length - 3, length + 1), *chosen}
+
+
+def test_settings_of_levels_without_meaning():
+    with pytest.raises(PolicyError, match='level is "row" or "head"'):
+        policy(level="layer")
+    with pytest.raises(PolicyError, match='are for level="head"'):
+        policy(heads=((0.5,),))
+    for heads in (3, (3,), ((),), ((-1.0,),), (("a",),), ((float("nan"),),)):
+        with pytest.raises(PolicyError, match="heads are scores of at least 0"):
+            policy(level="head", heads=heads)

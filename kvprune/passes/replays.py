@@ -19,15 +19,16 @@ class ReplayedEviction(Eviction, ABC):
 
     @property
     @abstractmethod
-    def replay(self) -> Replay:
-        """What is to be run again, and what of it to write down."""
+    def replay(self) -> Replay | None:
+        """What is to be run again, and what of it to write down; None where that is known beforehand."""
 
     @property
     def decides_together(self) -> bool:
         return True
 
     def columns(self) -> dict[str, torch.dtype]:
-        return {self.replay.column: torch.float32}
+        return {} if self.replay is None else {self.replay.column: torch.float32}
 
     def attach(self, cache: Any, model: Any) -> None:
-        replay.attach(cache, model)
+        if self.replay is not None:
+            replay.attach(cache, model)

@@ -1,6 +1,7 @@
 """Caches in files. To import this gives `PrunedCache` what its `save` and `load` use.
 
 files         one safetensors file a cache, and what is checked when one is read
+heads         how much the heads of a model look back, measured once
 fingerprint   which model a cache belongs to
 """
 
