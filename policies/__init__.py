@@ -27,6 +27,7 @@ from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 from kvprune.policies.tri_attention import TriAttention
 from kvprune.policies.zipcache import ZipCache
+from kvprune.policies.zipvl import ZipVL
 from kvprune.policy.registry import find, get, names, parse
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "StreamingLLM",
     "TriAttention",
     "ZipCache",
+    "ZipVL",
     "find",
     "get",
     "names",

@@ -42,6 +42,7 @@ from kvprune.policies import (
     StreamingLLM,
     TriAttention,
     ZipCache,
+    ZipVL,
 )
 from kvprune.policy import registry
 
@@ -71,6 +72,7 @@ BUILT_IN = {
     "tova": TOVA,
     "tri_attention": TriAttention,
     "zipcache": ZipCache,
+    "zipvl": ZipVL,
 }
 each_policy = pytest.mark.parametrize("name", BUILT_IN)
 
