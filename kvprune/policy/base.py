@@ -249,7 +249,7 @@ class Policy(metaclass=SettingsType):
         shown = [
             f"{field.name}={value!r}"
             for index, field in enumerate(fields(self))
-            if field.init and ((value := getattr(self, field.name)) != field.default or index == 0)
+            if (value := getattr(self, field.name)) != field.default or index == 0
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 

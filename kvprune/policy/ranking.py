@@ -6,9 +6,10 @@ import copy
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import count
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,8 +72,8 @@ class Ranking(Policy):
     positions: str = "original"
     value_aware: bool = False
     share: Share = UNIFORM
-    representatives: Representatives | None = field(default=None, init=False)
-    """Of a chain, what follows it and chooses a part of what it keeps; not to be set by hand."""
+    representatives: ClassVar[Representatives | None] = None
+    """Of a chain, what follows it and chooses a part of what it keeps: no setting, see `with_representatives`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
