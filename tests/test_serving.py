@@ -288,12 +288,16 @@ def test_what_is_no_request_is_refused(server, content, path, key, status):
     assert answer.json()["error"]["message"]
 
 
-def settled(server):
+def wait_for(happens):
     for _ in range(1000):
-        if not server.metrics.value("running") and not server.metrics.value("waiting"):
+        if happens():
             return
         time.sleep(0.02)
-    pytest.fail("requests still run")
+    pytest.fail("it never happened")
+
+
+def settled(server):
+    wait_for(lambda: not server.metrics.value("running") and not server.metrics.value("waiting"))
 
 
 def test_more_than_may_wait_are_refused_and_who_hangs_up_frees_the_place(server, endless):
@@ -301,17 +305,20 @@ def test_more_than_may_wait_are_refused_and_who_hangs_up_frees_the_place(server,
     streams = [chat(server, stream=True, tokens=1024, temperature=1.0) for _ in range(2)]  # both run
     held = server.metrics.value("kept_bytes", "running")
     assert held > 0
+    with pytest.raises(openai.APITimeoutError):  # who hangs up while waiting frees the place as well
+        chat(server, timeout=0.3)
+    wait_for(lambda: not server.metrics.value("waiting"))
+    assert server.metrics.value("running") == 2
     with ThreadPoolExecutor(2) as clients:
         waits = clients.submit(chat, server)
-        while server.metrics.value("waiting") < 1:
-            time.sleep(0.01)
+        wait_for(lambda: server.metrics.value("waiting"))
         with pytest.raises(openai.RateLimitError, match="try again later"):
             chat(server)
         for stream in streams:
             stream.close()
         assert waits.result(timeout=60).choices[0].message.content
     settled(server)
-    assert server.metrics.value("requests_total", "called off") == off + 2
+    assert server.metrics.value("requests_total", "called off") == off + 3
     assert server.metrics.value("kept_bytes", "running") == 0
 
 

@@ -218,7 +218,6 @@ async def _answered(server: Server, request: Request, kind: type[ChatRequest] | 
         logger.error("a request failed with %s\n%s", type(error).__name__, where)
         return _refusal("the server failed; its log says where.", 500)
     if answer is None:
-        job.called_off.set()
         return Response(status_code=499)  # nobody is there to read it
     if asked.stream:
         stream = _stream(shape, answer, pieces, usage=asked.stream_options.include_usage)
@@ -278,7 +277,7 @@ async def _stream(
         yield shape.event(json.loads(bytes(refused(known).body)))
         return
     finally:
-        shape.job.called_off.set()
+        shape.engine.call_off(shape.job)
     yield shape.event(shape.piece("", finish=piece.finish_reason))
     if usage:
         yield shape.event(shape.usage_alone(piece))
@@ -289,7 +288,7 @@ class _Shape:
     """Answers as the API writes them."""
 
     def __init__(self, server: Server, job: Job, *, chat: bool) -> None:
-        self.job, self._chat = job, chat
+        self.engine, self.job, self._chat = server.engine, job, chat
         kind = "chat.completion" if chat else "text_completion"
         self._base = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{server.started}-{job.number}", "object": kind,

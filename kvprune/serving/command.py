@@ -80,7 +80,7 @@ def serve(
     if template is not None:
         loaded.tokenizer.chat_template = template
     server = Server(name or loaded.name, loaded.model, loaded.tokenizer, options)
-    uvicorn.run(application(server), host=host, port=port)
+    uvicorn.run(application(server), host=host, port=port, timeout_graceful_shutdown=5)
 
 
 def _read(path: Path) -> str:

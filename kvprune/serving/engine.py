@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +73,7 @@ class Job:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[str | Done | Exception] = field(default_factory=asyncio.Queue)
     called_off: threading.Event = field(default_factory=threading.Event)
+    turn: Future[None] | None = None
     came: float = field(default_factory=time.perf_counter)
 
     def tell(self, event: str | Done | Exception) -> None:
@@ -133,8 +134,15 @@ class Engine:
         job = Job(next(self._numbers), prompt, policy, settings, asyncio.get_running_loop())
         self._open[job.number] = job
         self._metrics.add("waiting")
-        self._pool.submit(self._run, job)
+        job.turn = self._pool.submit(self._run, job)
         return job
+
+    def call_off(self, job: Job) -> None:
+        """Nobody wants the answer any more: stop at the next token, or, while it waits, free its place at once."""
+        job.called_off.set()
+        if job.turn is not None and not job.turn.cancelled() and job.turn.cancel():
+            self._metrics.add("waiting", -1)
+            self._end(job, "called off")
 
     async def pieces(self, job: Job) -> AsyncIterator[str | Done]:
         """The answer as it comes. Who stops listening before `Done` calls it off. Raises what went wrong."""
@@ -147,12 +155,12 @@ class Engine:
                 if isinstance(event, Done):
                     return
         finally:
-            job.called_off.set()
+            self.call_off(job)
 
     def close(self) -> None:
         """Call off whatever is open, and wait until it has stopped."""
         for job in list(self._open.values()):
-            job.called_off.set()
+            self.call_off(job)
         self._pool.shutdown()
         self._prefixes.close()
 
@@ -178,11 +186,14 @@ class Engine:
             logger.error("request %d failed with %s\n%s", job.number, type(error).__name__, where)
             job.tell(FailedError())
         finally:
-            self._open.pop(job.number, None)
             self._metrics.add("running", -1)
-            self._metrics.add("requests_total", 1, outcome)
-            seconds = time.perf_counter() - job.came
-            logger.info("request %d: %s, %d prompt tokens, %.2f s", job.number, outcome, len(job.prompt), seconds)
+            self._end(job, outcome)
+
+    def _end(self, job: Job, outcome: str) -> None:
+        self._open.pop(job.number, None)
+        self._metrics.add("requests_total", 1, outcome)
+        seconds = time.perf_counter() - job.came
+        logger.info("request %d: %s, %d prompt tokens, %.2f s", job.number, outcome, len(job.prompt), seconds)
 
     def _answer(self, job: Job) -> Done:
         prefix, settings = job.prompt.prefix, job.settings
