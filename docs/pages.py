@@ -5,7 +5,8 @@ A page takes over a part of another document by a line of its own:
     <!-- from README.md: Install -->
 
 The part is what stands under the heading of that name, or from the paragraph that begins with that name in bold to the
-next such paragraph or heading. mkdocs calls the two functions at the end.
+next such paragraph or heading. In the reference, lines of this kind stand for all policies, and for the public names
+that no other line has. mkdocs calls the two functions at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +50,29 @@ def _expanded(page: str, text: str) -> str:
         source, title = found.groups()
         return _moved(section((ROOT / source).read_text("utf-8"), title), source, page)
 
+    text = text.replace("<!-- every policy -->", _described(_policies(), "{ inherited_members: false, members: [] }"))
+    if "<!-- every other name -->" in text:
+        others = [f"kvprune.{name}" for name in _public_names() if f"::: kvprune.{name}\n" not in text]
+        text = text.replace("<!-- every other name -->", _described(others, "{}"))
     return _FROM.sub(part, text)
+
+
+def _policies() -> list[str]:
+    """Where each policy is: mkdocstrings reads files, and `kvprune.policies` is another folder's name."""
+    imports = re.findall(r"^from kvprune\.(policies\.\w+) import (.+)$", _source("policies/__init__.py"), re.MULTILINE)
+    return [f"{module}.{name}" for module, names in imports for name in names.split(", ")]
+
+
+def _public_names() -> list[str]:
+    return re.findall(r'^    "(\w+)",$', _source("kvprune/__init__.py").partition("__all__")[2], re.MULTILINE)
+
+
+def _source(path: str) -> str:
+    return (ROOT / path).read_text("utf-8")
+
+
+def _described(names: list[str], options: str) -> str:
+    return "\n\n".join(f"::: {name}\n    options: {options}" for name in names)
 
 
 def section(text: str, title: str) -> str:
