@@ -23,6 +23,7 @@ from kvprune.policies.pyramidkv import PyramidKV
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policies.spatten import SpAtten
+from kvprune.policies.spectral import Spectral
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 from kvprune.policies.tri_attention import TriAttention
@@ -54,6 +55,7 @@ __all__ = [
     "Random",
     "SnapKV",
     "SpAtten",
+    "Spectral",
     "StreamingLLM",
     "TriAttention",
     "ZipCache",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-import torch
-
 from kvprune.errors import PolicyError
+from kvprune.policy.aging import learn_basis, oldest
 from kvprune.policy.base import Decision, Policy, Step
-from kvprune.policy.settings import check_count
+from kvprune.policy.settings import check_count, check_flag
 from kvprune.table.quantize import Codec, is_width
-from kvprune.table.rows import EMPTY
+from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.token_table import TokenTable
 
 
@@ -26,12 +25,16 @@ class KIVI(Policy):
 
     Settings:
         bits: 2, 3, 4 or 8. group_size: tokens, and channels, that share parameters. residual: tokens.
+        rotate: quantize principal components in place of channels, as the prompt's own queries, keys and values have
+            them: `bits` on average, more where the spectrum is large, and one scale a row. Groups then say no more than
+            when rows are packed. See `Spectral`, which also keeps sinks.
     """
 
     bits: int = 2
     _: KW_ONLY
     group_size: int = 32
     residual: int = 128
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,25 +42,22 @@ class KIVI(Policy):
             raise PolicyError(f"bits={self.bits!r} is not supported: choose 2, 3, 4 or 8.")
         check_count("group_size", self.group_size, least=1)
         check_count("residual", self.residual, least=0)
+        check_flag("rotate", self.rotate)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
+        if self.rotate:
+            return (RotatedCodec(self.bits),)
         return (Codec(self.bits, tokens=self.group_size, channels=self.group_size),)
 
     @property
     def buffer(self) -> int:
         return self.residual + self.group_size
 
+    def observe(self, table: TokenTable, step: Step) -> None:
+        if self.rotate:
+            learn_basis(table, step)
+
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
-        if table.length - table.packed_length < self.buffer:
-            return None
-        positions = table.positions[:, :, table.packed_length :]
-        rows = (positions >= 0).sum(-1, keepdim=True)
-        ready = (rows - self.residual).clamp(min=0) // self.group_size * self.group_size
-        most = int(ready.max())
-        if most == 0:
-            return None
-        last = torch.iinfo(torch.int32).max
-        oldest = positions.masked_fill(positions < 0, last).argsort(dim=-1)[:, :, :most] + table.packed_length
-        oldest = oldest.masked_fill(torch.arange(most, device=oldest.device) >= ready, EMPTY)
-        return Decision(quantize=tuple((codec, oldest) for codec in self.codecs))
+        slots = oldest(table, residual=self.residual, together=self.group_size)
+        return None if slots is None else Decision(quantize=tuple((codec, slots) for codec in self.codecs))

@@ -10,11 +10,13 @@ from torch import Tensor
 from kvprune.attention.mass import GROUPS, RowWeights
 from kvprune.attention.noise import hash_word, hashed
 from kvprune.errors import PolicyError
+from kvprune.policy.aging import learn_basis
 from kvprune.policy.base import Decision, Policy, Step, in_order
 from kvprune.policy.budget import share
 from kvprune.policy.pooling import along_positions, max_pool
-from kvprune.policy.settings import check_count, check_kernel, check_number, check_seed
+from kvprune.policy.settings import check_count, check_flag, check_kernel, check_number, check_seed
 from kvprune.table.quantize import Codec, is_width
+from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY, ranked, top_rows, true_rows
 from kvprune.table.token_table import TokenTable
 
@@ -53,6 +55,8 @@ class ZipCache(Policy):
         group_size: tokens that share the parameters of a key channel; None is all that are packed at once, as in the
             paper. Smaller groups follow keys whose range moves with the position, for some bytes.
         kernel_size: odd; saliency is max-pooled over that many neighbouring positions before a prompt is packed.
+        rotate: quantize principal components in place of channels, as in `KIVI(rotate=True)`; group_size then means
+            nothing.
         group: how the attention of the query heads of a KV head is reduced, "mean" or "max". seed: of random probes.
     """
 
@@ -66,6 +70,7 @@ class ZipCache(Policy):
     normalizer: str = "probes"
     group_size: int | None = None
     kernel_size: int = 1
+    rotate: bool = False
     group: str = "mean"
     seed: int = 0
 
@@ -85,6 +90,7 @@ class ZipCache(Policy):
         check_kernel(self.kernel_size)
         if self.group_size is not None:
             check_count("group_size", self.group_size, least=1)
+        check_flag("rotate", self.rotate)
         check_seed(self.seed)
         if self.normalizer not in ("probes", "official"):
             raise PolicyError(f'normalizer must be "probes" or "official", not {self.normalizer!r}.')
@@ -93,10 +99,10 @@ class ZipCache(Policy):
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        return tuple(
-            Codec(bits, tokens=self.group_size, separable=True)
-            for bits in dict.fromkeys((self.high_bits, self.low_bits))
-        )
+        widths = dict.fromkeys((self.high_bits, self.low_bits))
+        if self.rotate:
+            return tuple(RotatedCodec(bits) for bits in widths)
+        return tuple(Codec(bits, tokens=self.group_size, separable=True) for bits in widths)
 
     def buffer_columns(self) -> dict[str, torch.dtype]:
         return {"saliency": torch.float32, "probes": torch.float32}
@@ -141,6 +147,8 @@ class ZipCache(Policy):
         return rows
 
     def observe(self, table: TokenTable, step: Step) -> None:
+        if self.rotate:
+            learn_basis(table, step)
         if step.weighed is None:
             return
         loose = slice(table.packed_length, table.length)

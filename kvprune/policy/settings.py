@@ -27,6 +27,12 @@ def check_number(name: str, value: float, *, low: float, high: float) -> None:
         raise PolicyError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Raise PolicyError unless a setting is True or False."""
+    if not isinstance(value, bool):
+        raise PolicyError(f"{name} must be True or False, not {value!r}.")
+
+
 def check_kernel(kernel_size: int) -> None:
     """Raise PolicyError unless a kernel size is odd."""
     check_count("kernel_size", kernel_size, least=1)

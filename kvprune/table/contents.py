@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvprune.errors import CacheError
 from kvprune.table import packing
+from kvprune.table.basis import Basis
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
@@ -17,6 +18,7 @@ class Contents:
     """The part of a `TokenTable` that only looks. Nothing here changes the table."""
 
     packed: list[PackedRows]
+    basis: Basis | None
     dense: bool
     _kernels: RowOperations
     _storage: Storage
@@ -104,6 +106,8 @@ class Contents:
         held = dict(self._storage.tensors)
         for number, tier in enumerate(self.packed):
             held.update({f"packed.{number}.{name}": tensor for name, tensor in tier.tensors.items()})
+        if self.basis is not None:
+            held.update({f"basis.{name}": tensor for name, tensor in self.basis.tensors().items()})
         return held
 
     def check_step(self, keys: Tensor, values: Tensor) -> None:
@@ -142,12 +146,16 @@ class Contents:
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the table, spare slots included."""
-        return self._storage.nbytes + packing.nbytes(self.packed)
+        return self._storage.nbytes + packing.nbytes(self.packed) + self._basis_nbytes
 
     @property
     def kv_nbytes(self) -> int:
         """The part of `nbytes` that is keys and values, or stands for them: codes and their parameters."""
-        return self._storage.kv_nbytes + packing.nbytes(self.packed)
+        return self._storage.kv_nbytes + packing.nbytes(self.packed) + self._basis_nbytes
+
+    @property
+    def _basis_nbytes(self) -> int:
+        return 0 if self.basis is None else self.basis.nbytes
 
     @property
     def code_nbytes(self) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.table.basis import Basis
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import ranked, take_rows
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
@@ -128,12 +130,18 @@ class RowOperations:
         place = every - starts[head] + width - lengths[head]
         column.copy_(padded.reshape(-1).index_select(0, head * width + place.clamp(max=width - 1)))
 
-    def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
+    def encode(
+        self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor, basis: Basis | None = None
+    ) -> PackedRows:
         """Rows packed by a codec: of keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` those in the slots.
 
-        slots: LongTensor `[B, Hkv, R]`, in the order of their positions; -1 for rows that are nothing.
+        basis: for a codec that rotates; None for a fixed one. slots: LongTensor `[B, Hkv, R]`, in the order of their
+            positions; -1 for rows that are nothing.
         """
         empty, index = slots < 0, slots.clamp(min=0)
+        if isinstance(codec, RotatedCodec):
+            basis = basis or Basis.fixed(keys.shape[3], values.shape[3])
+            return RotatedRows.encode_in(codec, basis, take_rows(keys, index), take_rows(values, index))
         return PackedRows.encode(
             codec, take_rows(keys, index), take_rows(values, index), empty if bool(empty.any()) else None
         )

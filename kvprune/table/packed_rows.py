@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
 
 import torch
@@ -188,17 +188,17 @@ class PackedRows:
             self.tensors["block"] = number[block].to(_number_type(self.blocks))
 
     def select_batch(self, sequences: Tensor) -> PackedRows:
-        tensors = {name: tensor.index_select(0, sequences) for name, tensor in self.tensors.items()}
-        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
+        return self._like({name: tensor.index_select(0, sequences) for name, tensor in self.tensors.items()})
 
     def of_head(self, sequence: int, head: int) -> PackedRows:
         """The rows of one sequence and head, in storage of their own."""
         part = (slice(sequence, sequence + 1), slice(head, head + 1))
-        tensors = {name: tensor[part].clone() for name, tensor in self.tensors.items()}
-        return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
+        return self._like({name: tensor[part].clone() for name, tensor in self.tensors.items()})
 
     def clone(self) -> PackedRows:
-        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return self._like({name: tensor.clone() for name, tensor in self.tensors.items()})
+
+    def _like(self, tensors: dict[str, Tensor]) -> PackedRows:
         return PackedRows(self.codec, self.key_dim, self.value_dim, tensors, self.runs)
 
     # -- saved and restored ------------------------------------------------------------------------------------------
@@ -208,14 +208,8 @@ class PackedRows:
         return State({**facts, "runs": [list(astuple(run)) for run in self.runs]}, dict(self.tensors))
 
     @classmethod
-    def restored(
-        cls, saved: Saved, codecs: Sequence[Codec], heads: tuple[int, ...], key_dim: int, value_dim: int
-    ) -> PackedRows:
-        """The rows of a `state`. codecs: one of which it must be. heads: `(B, Hkv)`. Raises CacheError."""
-        told = saved.fact("codec", dict)
-        codec = next((codec for codec in codecs if asdict(codec) == told), None)
-        if codec is None:
-            raise saved.refused(f"is packed as {reprlib.repr(told)}, which the policy does not do")
+    def restored(cls, saved: Saved, codec: Codec, heads: tuple[int, ...], key_dim: int, value_dim: int) -> PackedRows:
+        """The rows of a `state` of this codec. heads: `(B, Hkv)`. Raises CacheError."""
         rows, blocks = saved.count("rows"), saved.count("blocks", least=1)
         groups = -(-value_dim // min(codec.channels or value_dim, value_dim))
         expected = {
@@ -241,10 +235,7 @@ class PackedRows:
 
     def stretches(self) -> Iterator[Stretch]:
         """All rows, in stretches that are small once decoded."""
-        codes = self.tensors["key_codes"]
-        limit = _BLOCK_BYTES.get(codes.device.type, _BLOCK_BYTES["cpu"])
-        size = max(1, limit // (4 * codes.shape[0] * codes.shape[1] * max(self.key_dim, self.value_dim, 1)))
-        first = 0
+        first, size = 0, self._most_rows()
         for run in self.runs:
             many = max(1, size // run.each)  # blocks at a time, or a part of one
             for block in range(0, run.blocks, many):
@@ -253,6 +244,12 @@ class PackedRows:
                 yield from (Stretch(slice(row, min(stop, row + size)), blocks) for row in range(start, stop, size))
             first = run.stop
         yield from (Stretch(slice(row, min(len(self), row + size)), None) for row in range(first, len(self), size))
+
+    def _most_rows(self) -> int:
+        """Rows of a stretch."""
+        codes = self.tensors["key_codes"]
+        limit = _BLOCK_BYTES.get(codes.device.type, _BLOCK_BYTES["cpu"])
+        return max(1, limit // (4 * codes.shape[0] * codes.shape[1] * max(self.key_dim, self.value_dim, 1)))
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """All keys and all values, by the block number of each row: to look at, and to test the faster ways with."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
+from kvprune.state import Saved
+from kvprune.table.basis import Basis
 from kvprune.table.packed_rows import PackedRows
+from kvprune.table.quantize import Codec
+from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import true_rows
 
 
@@ -51,6 +57,26 @@ def keep(tiers: list[PackedRows], kept: Tensor) -> list[Tensor]:
         first += size
     tiers[:] = [tier for tier in tiers if len(tier)]
     return order
+
+
+def turn(tiers: list[PackedRows], basis: Basis) -> None:
+    """Let rows of codes know the basis of the table that they are in; changes them."""
+    for tier in tiers:
+        if isinstance(tier, RotatedRows):
+            tier.basis = basis
+
+
+def restored(
+    saved: Saved, codecs: Sequence[Codec], heads: tuple[int, ...], key_dim: int, value_dim: int, basis: Basis
+) -> PackedRows:
+    """The rows of a tier's `state`. codecs: one of which it must be. heads: `(B, Hkv)`. Raises CacheError."""
+    told = saved.fact("codec", dict)
+    codec = next((codec for codec in codecs if asdict(codec) == told), None)
+    if codec is None:
+        raise saved.refused(f"is packed as {reprlib.repr(told)}, which the policy does not do")
+    if isinstance(codec, RotatedCodec):
+        return RotatedRows.restored_in(saved, codec, heads, key_dim, value_dim, basis)
+    return PackedRows.restored(saved, codec, heads, key_dim, value_dim)
 
 
 def nbytes(tiers: list[PackedRows]) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvprune.state import Saved, State
+from kvprune.table.basis import Basis
 from kvprune.table.flat import Flat
 from kvprune.table.quantize import Codec
 from kvprune.table.ragged_contents import RaggedContents
@@ -214,6 +215,10 @@ class RaggedTable(RaggedContents):
         if any(head.packed for head in self.heads):
             self._leave_flat()
 
+    def turn(self, basis: Basis) -> None:
+        for number, head in enumerate(self.heads):
+            head.turn(basis.of_head(*divmod(number, self.kv_heads)))
+
     # -- in which memory it is -------------------------------------------------------------------------------------
 
     def shrink(self, room: int) -> None:
@@ -232,6 +237,8 @@ class RaggedTable(RaggedContents):
         self.settle()
         if self._flat is not None:
             self._lay_out([head.capacity for head in self.heads])
+            for head in self.heads:
+                head.basis = head.basis and head.basis.clone()
         else:
             for head in self.heads:
                 head.leave_inference_mode()
@@ -259,6 +266,7 @@ class RaggedTable(RaggedContents):
         self.heads = [copy.copy(head) for head in heads]
         for head in self.heads:
             head.packed = []
+            head.basis = head.basis and head.basis.clone()
         self._lay_out([head.capacity for head in self.heads])
 
     # -- saved and restored ----------------------------------------------------------------------------------------
@@ -309,4 +317,6 @@ def _alone(table: TokenTable, row: int, head: int) -> TokenTable:
     tensors = {name: tensor[part] for name, tensor in table._storage.tensors.items()}
     alone._storage.fill(tensors, table.length, table.packed_length)
     alone.packed = [tier.of_head(row, head) for tier in table.packed]
+    if table.basis is not None:
+        alone.turn(table.basis.of_head(row, head))
     return alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvprune.table.basis import Basis
 from kvprune.table.flat import Flat
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
@@ -62,6 +63,11 @@ class RaggedContents(TokenTable):
         """Of all heads."""
         return [tier for head in self.heads for tier in head.packed]
 
+    @property
+    def basis(self) -> Basis | None:  # type: ignore[override]
+        """Of one head; each has its own."""
+        return self.heads[0].basis
+
     def row_totals(self) -> tuple[int, ...]:
         if not all(head.dense for head in self.heads):
             return tuple((self.positions >= 0).sum((1, 2)).tolist())
@@ -98,7 +104,13 @@ class RaggedContents(TokenTable):
 
     def tensors(self) -> dict[str, Tensor]:
         if self._flat is not None:
-            return self._flat.held()
+            bases = {
+                f"heads.{number}.basis.{name}": tensor
+                for number, head in enumerate(self.heads)
+                if head.basis is not None
+                for name, tensor in head.basis.tensors().items()
+            }
+            return {**self._flat.held(), **bases}
         return {
             f"heads.{number}.{name}": tensor
             for number, head in enumerate(self.heads)
@@ -126,7 +138,8 @@ class RaggedContents(TokenTable):
     @property
     def kv_nbytes(self) -> int:
         if self._flat is not None:
-            return self._flat.tensors["keys"].nbytes + self._flat.tensors["values"].nbytes
+            flat = self._flat.tensors["keys"].nbytes + self._flat.tensors["values"].nbytes
+            return flat + sum(head._basis_nbytes for head in self.heads)
         return sum(head.kv_nbytes for head in self.heads)
 
     @property

@@ -28,6 +28,7 @@ from torch import Tensor
 from kvprune.errors import PolicyError
 from kvprune.state import Saved, State
 from kvprune.table import packing
+from kvprune.table.basis import Basis
 from kvprune.table.contents import Contents
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
@@ -80,6 +81,8 @@ class TokenTable(Contents):
             for name, dtype in named.items():
                 tensors[f"{prefix}.{name}"] = torch.zeros(shape, dtype=dtype, device=keys.device)
         self._storage = Storage(tensors)
+        self.basis: Basis | None = None
+        """In which coordinates keys and values are packed, where a codec rotates them; see `turn`."""
         self._most_rows = self.length
         self._closed_length = 0  # of a packed table, when its rows last closed up
         self._given: dict[str, tuple[int, ...]] = {}  # by the prefix of a link of a chain
@@ -263,7 +266,7 @@ class TokenTable(Contents):
             if slots.shape[2]:
                 left.scatter_(2, torch.where(slots < 0, self.length, slots), False)
                 loose = (slots - self.packed_length).clamp(min=EMPTY)
-                new.append((slots, self.kernels.encode(codec, self.keys, self.values, loose)))
+                new.append((slots, self.kernels.encode(codec, self.keys, self.values, loose, self.basis)))
         if not new:
             return
         order = packing.add_to(self.packed, new)
@@ -272,6 +275,11 @@ class TokenTable(Contents):
         if not self.dense:
             self._close_up(self.positions >= 0)
         self._closed_length = self.length
+
+    def turn(self, basis: Basis) -> None:
+        """Pack rows in these coordinates from now on; those that are packed must be in them. Changes the table."""
+        self.basis = basis
+        packing.turn(self.packed, basis)
 
     def _close_up(self, kept: Tensor) -> None:
         """Keep these slots, bool `[B, Hkv, length]`: packed rows move as they are, and memory is freed."""
@@ -308,6 +316,8 @@ class TokenTable(Contents):
         self._storage.leave_inference_mode()
         for tier in self.packed:
             tier.tensors |= {name: tensor.clone() for name, tensor in tier.tensors.items() if tensor.is_inference()}
+        if self.basis is not None:
+            self.turn(self.basis.clone())
 
     # -- the batch changes -----------------------------------------------------------------------------------------
 
@@ -320,12 +330,16 @@ class TokenTable(Contents):
         rows = rows.to(self._storage.device)
         self._storage.select_batch(rows)
         self.packed = [tier.select_batch(rows) for tier in self.packed]
+        if self.basis is not None:
+            self.turn(self.basis.select_batch(rows))
 
     def fork(self) -> TokenTable:
         """An independent copy."""
         other = copy.copy(self)
         other._storage = self._storage.clone()
         other.packed = [tier.clone() for tier in self.packed]
+        if self.basis is not None:
+            other.turn(self.basis.clone())
         return other
 
     # -- saved and restored ----------------------------------------------------------------------------------------
@@ -347,6 +361,8 @@ class TokenTable(Contents):
             {name: self._storage.rows(name) for name in self._storage.tensors},
         )
         state.add_all("packed", (tier.state() for tier in self.packed))
+        if self.basis is not None:
+            state.add("basis", self.basis.state())
         return state
 
     def restore(self, saved: Saved, codecs: Iterable[Codec], tokens: int) -> None:
@@ -357,7 +373,12 @@ class TokenTable(Contents):
         length = saved.count("rows")
         spare = saved.count("spare", length + MOST_SPARE)
         heads, known = (self.batch_size, self.kv_heads), list(codecs)
-        self.packed = [PackedRows.restored(tier, known, heads, *self._dims()) for tier in saved.parts("packed")]
+        basis = saved.part("basis") if "basis" in saved.facts else None
+        self.basis = None if basis is None else Basis.restored(basis, heads, *self._dims())
+        known_basis = self.basis or Basis.fixed(*self._dims())
+        self.packed = [
+            packing.restored(tier, known, heads, *self._dims(), known_basis) for tier in saved.parts("packed")
+        ]
         packed_length = sum(map(len, self.packed))
         if packed_length > length:
             raise saved.refused(f"has {packed_length} packed rows of {length}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvprune.attention.mass import Scoring
 from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
+from kvprune.kernels.cpu import rotated
 from kvprune.kernels.cpu.arguments import (
     KINDS,
     LANES,
@@ -32,10 +33,12 @@ from kvprune.kernels.cpu.arguments import (
 )
 from kvprune.kernels.cpu.loading import library
 from kvprune.kernels.reference import Kernels
+from kvprune.table.basis import Basis
 from kvprune.table.operations import Columns, FlatColumns
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec, channel_scales, packed_bytes
 from kvprune.table.ragged import RaggedTable
+from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.token_table import TokenTable
 
 
@@ -100,7 +103,9 @@ class CPUKernels(Kernels):
         if (
             scoring.softcap is not None
             or not are_rows(keys, values)
-            or not all(are_codes(tier) for tier in table.packed)
+            or not all(
+                rotated.can_take(tier) if isinstance(tier, RotatedRows) else are_codes(tier) for tier in table.packed
+            )
             or needs_gradients(queries, keys)
         ):
             return super().packed_single_query(queries, table, scoring)
@@ -113,18 +118,26 @@ class CPUKernels(Kernels):
 
         first = 0
         for tier in table.packed:
-            codes = ctypes.byref(Tier.of_keys(tier))
-            self._c.packed_dots(weights, length, first, wide, codes, scale, tier.codec.bits, heads, group, threads)
+            if isinstance(tier, RotatedRows):
+                rotated.dots(self._c, weights, first, wide.view(batch, kv_heads, group, dim), scale, tier, threads)
+            else:
+                codes = ctypes.byref(Tier.of_keys(tier))
+                self._c.packed_dots(weights, length, first, wide, codes, scale, tier.codec.bits, heads, group, threads)
             first += len(tier)
         self._c.dots(weights, length, first, wide, keys, keys.stride(1), scale, loose, kind, heads, group, dim, threads)
         positions = None if table.dense else table.positions
         stride = 0 if positions is None else positions.stride(1)
         self._c.softmax(weights, positions, stride, sinks_of(scoring, batch), heads, group, length, threads)
 
-        parts = parts_of(loose) + sum(parts_of(len(tier)) for tier in table.packed)
+        parts = parts_of(loose) + sum(parts_of(len(tier)) for tier in table.packed if not isinstance(tier, RotatedRows))
         sums = torch.empty(heads * parts * group * value_dim)
+        turned: list[Tensor] = []
         first, part = 0, 0
         for tier in table.packed:
+            if isinstance(tier, RotatedRows):
+                turned.append(rotated.sums(self._c, weights, first, tier, threads))
+                first += len(tier)
+                continue
             codes = ctypes.byref(Tier.of_values(tier))
             self._c.packed_sums(
                 sums, parts, part, weights, length, first, codes, tier.codec.bits, heads, group, threads
@@ -136,6 +149,8 @@ class CPUKernels(Kernels):
         )  # fmt: skip
         output = torch.empty(batch, queries.shape[1], 1, value_dim)
         self._c.add_parts(output, sums, heads, parts, group * value_dim)
+        for each in turned:
+            output += each.view_as(output)
         return output.to(queries.dtype), weights
 
     # -- attention mass ----------------------------------------------------------------------------------------------
@@ -299,9 +314,11 @@ class CPUKernels(Kernels):
             return
         self._c.collect(column, padded.contiguous(), starts, lengths, padded.shape[1], len(lengths))
 
-    def encode(self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor) -> PackedRows:
-        if not can_encode(codec, keys, values) or not slots.numel():
-            return super().encode(codec, keys, values, slots)
+    def encode(
+        self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor, basis: Basis | None = None
+    ) -> PackedRows:
+        if isinstance(codec, RotatedCodec) or not can_encode(codec, keys, values) or not slots.numel():
+            return super().encode(codec, keys, values, slots, basis)
         (batch, kv_heads, rows), key_dim, value_dim = slots.shape, keys.shape[3], values.shape[3]
         heads, tokens, slots = batch * kv_heads, codec.tokens or rows, slots.contiguous()
         blocks, groups = -(-rows // tokens), -(-value_dim // (codec.channels or value_dim))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-_INTERFACE = 2  # as in rows.c
+_INTERFACE = 3  # as in rows.c
 
 
 class _Pointer:
@@ -43,6 +43,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "noisy_query": [_Pointer] * 4 + [c_long, c_uint32, c_long, c_float, c_float] + [c_long] * 4 + [c_int],
     "packed_dots": [_Pointer, c_long, c_long, _Pointer, c_void_p, c_float, c_int, c_long, c_long, c_int],
     "packed_sums": [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [c_void_p, c_int, c_long, c_long, c_int],
+    "rotated_dots": [_Pointer, c_long, c_long, _Pointer, _Pointer, c_void_p, c_long, c_long, c_int],
+    "rotated_sums": [_Pointer, _Pointer, c_long, c_long, c_void_p, c_long, c_long, c_int],
     "worst_rows": [_Pointer, _Pointer] + [c_long] * 3 + [_Pointer] + [c_long] * 6,
     "move_rows": [c_void_p, c_long, c_long, _Pointer, c_long, c_long],
     "channel_sizes": [_Pointer, c_void_p] + [c_long] * 2 + [c_int],

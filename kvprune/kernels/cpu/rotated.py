@@ -1,0 +1,63 @@
+"""Products with rows in the coordinates of a basis: queries and sums are turned here, the loops see only codes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.kernels.cpu.arguments import LANES, parts_of
+from kvprune.table.rotated_rows import STEPS, RotatedRows
+
+
+class Rotated(ctypes.Structure):
+    """`rotated` of rotated_query.c: keys or values."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("codes", "scale", "widths", "steps")),
+        *((name, c_int64) for name in ("rows", "dim", "row_bytes")),
+    )
+
+    @classmethod
+    def of(cls, rows: RotatedRows, kind: str) -> Rotated:
+        codes, scale, widths = (rows.tensors[f"{kind}_{name}"] for name in ("codes", "scale", "widths"))
+        addresses = (tensor.data_ptr() for tensor in (codes, scale, widths, _steps()))
+        return cls(*addresses, len(rows), rows.key_dim if kind == "key" else rows.value_dim, codes.shape[3])
+
+
+@cache
+def _steps() -> Tensor:
+    return torch.tensor(STEPS, dtype=torch.float32)
+
+
+def can_take(rows: RotatedRows) -> bool:
+    """Whether components are whole vectors, and all lies one behind another."""
+    whole = all(dim % LANES == 0 and dim <= 64 * LANES for dim in (rows.key_dim, rows.value_dim))
+    return whole and all(tensor.is_contiguous() for tensor in rows.tensors.values())
+
+
+def dots(c: Any, logits: Tensor, first: int, queries: Tensor, scale: float, rows: RotatedRows, threads: int) -> None:
+    """Write logits `[B, Hkv, G, S]`, from slot `first` on, of queries `[B, Hkv, G, D]` float32 with the rows."""
+    batch, heads, group, length = logits.shape
+    part, scaled = rows.basis.keys, queries * scale
+    turned = torch.matmul(scaled, part.turning(queries.device)).contiguous()
+    means = None if part.mean is None else torch.matmul(scaled, part.mean.float()[..., None]).contiguous()
+    held = ctypes.byref(Rotated.of(rows, "key"))
+    c.rotated_dots(logits, length, first, turned, means, held, batch * heads, group, threads)
+
+
+def sums(c: Any, weights: Tensor, first: int, rows: RotatedRows, threads: int) -> Tensor:
+    """Sums of the values `[B, Hkv, G, Dv]` float32, weighted by `[B, Hkv, G, S]` from slot `first` on."""
+    batch, heads, group, length = weights.shape
+    scratch = torch.empty(batch, heads, parts_of(len(rows)), group, rows.value_dim)
+    held = ctypes.byref(Rotated.of(rows, "value"))
+    c.rotated_sums(scratch, weights, length, first, held, batch * heads, group, threads)
+    part = rows.basis.values
+    total = torch.matmul(scratch.sum(2), part.turning(weights.device).transpose(-1, -2))
+    if part.mean is not None:
+        total += weights[..., first : first + len(rows)].sum(-1, keepdim=True) * part.mean.float()[:, :, None]
+    return total

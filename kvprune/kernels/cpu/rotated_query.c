@@ -1,0 +1,232 @@
+/* Attention of one query per sequence over rows in the coordinates of a basis: see rotated_rows.py. */
+
+#include "loops.h"
+
+/* Keys or values: codes [N, rows, row_bytes], float16 scales [N, rows], widths [N, dim / 16], and
+   steps by width. */
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scale;
+    const uint8_t *widths;
+    const float *steps;
+    int64_t rows, dim, row_bytes;
+} rotated;
+
+enum { MOST_GROUPS = 64 };
+
+INLINE words four_bits(const uint8_t *at) {
+    uint32_t low, high;
+    memcpy(&low, at, 4);
+    memcpy(&high, at + 4, 4);
+    const words upper = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+    const words both = ((((words){} + high) & upper) | (((words){} + low) & ~upper));
+    return both >> (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28} & 15;
+}
+
+INLINE words two_bits(const uint8_t *at) {
+    uint32_t two;
+    memcpy(&two, at, 4);
+    return ((words){} + two) >> (words){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30} & 3;
+}
+
+INLINE words one_bit(const uint8_t *at) {
+    uint16_t one;
+    memcpy(&one, at, 2);
+    return ((words){} + one) >> (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} & 1;
+}
+
+/* 16 codes of a width: parts of 4, 4 or 2, and 1 bit, 2 bytes for each bit. */
+INLINE floats group_at(const uint8_t *at, int width) {
+    words codes;
+    switch (width) {
+    case 1:
+        codes = one_bit(at);
+        break;
+    case 2:
+        codes = two_bits(at);
+        break;
+    case 3:
+        codes = two_bits(at) | one_bit(at + 4) << 2;
+        break;
+    case 4:
+        codes = four_bits(at);
+        break;
+    case 5:
+        codes = four_bits(at) | one_bit(at + 8) << 4;
+        break;
+    case 6:
+        codes = four_bits(at) | two_bits(at + 8) << 4;
+        break;
+    case 7:
+        codes = four_bits(at) | two_bits(at + 8) << 4 | one_bit(at + 12) << 6;
+        break;
+    default:
+        codes = four_bits(at) | four_bits(at + 8) << 4;
+    }
+    return __builtin_convertvector((ints)codes, floats);
+}
+
+/* The groups of a head that have bits: their widths, where they begin in a row, and their first components. */
+typedef struct {
+    int count, width[MOST_GROUPS];
+    long byte[MOST_GROUPS], first[MOST_GROUPS];
+} layout;
+
+INLINE layout layout_of(const rotated *r, long head) {
+    layout l = {0};
+    long byte = 0;
+    for (long group = 0; group < r->dim / LANES; group++) {
+        const int width = r->widths[head * (r->dim / LANES) + group];
+        if (width) {
+            l.width[l.count] = width;
+            l.byte[l.count] = byte;
+            l.first[l.count++] = group * LANES;
+        }
+        byte += 2 * width;
+    }
+    return l;
+}
+
+INLINE void rotated_dots(
+    float *logits, long S, const floats *folded, const float *constant, const rotated *r, const layout *l, long at,
+    long rows, const long G
+) {
+    for (long row = 0; row < rows; row++) {
+        const uint8_t *codes = r->codes + (at + row) * r->row_bytes;
+        floats sums[4];
+        for (long g = 0; g < G; g++)
+            sums[g] = all(0.0f);
+        for (int i = 0; i < l->count; i++) {
+            const floats key = group_at(codes + l->byte[i], l->width[i]);
+            for (long g = 0; g < G; g++)
+                sums[g] += folded[g * MOST_GROUPS + i] * key;
+        }
+        const float scale = half_at(r->scale, at + row);
+        for (long g = 0; g < G; g++)
+            logits[g * S + row] = scale * (sum_of(sums[g]) + constant[2 * g]) + constant[2 * g + 1];
+    }
+}
+
+/* Of turned queries [G, D] with the rows first .. stop - 1; what does not depend on a row goes into constants. */
+VECTORS static void dots_part(
+    float *logits, long S, const float *queries, const float *means, const rotated *r, long head, long first, long stop,
+    long G
+) {
+    const layout l = layout_of(r, head);
+    floats folded[4 * MOST_GROUPS];
+    float constant[8];
+    for (long g = 0; g < G;) {
+        const long some = G - g >= 4 ? 4 : G - g >= 2 ? 2 : 1;
+        for (long each = 0; each < some; each++) {
+            floats sum = all(0.0f);
+            for (int i = 0; i < l.count; i++) {
+                const floats query = load(queries + (g + each) * r->dim + l.first[i]) * r->steps[l.width[i]];
+                folded[each * MOST_GROUPS + i] = query;
+                sum += query * (0.5f * (float)((1 << l.width[i]) - 1));
+            }
+            constant[2 * each] = -sum_of(sum);
+            constant[2 * each + 1] = means ? means[g + each] : 0.0f;
+        }
+        const long at = head * r->rows + first;
+        if (some == 4)
+            rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, 4);
+        else if (some == 2)
+            rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, 2);
+        else
+            rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, 1);
+        g += some;
+    }
+}
+
+INLINE void rotated_sums(
+    float *output, const float *scaled, const rotated *r, const layout *l, long at, long rows, const long G
+) {
+    for (int i = 0; i < l->count; i++) {
+        floats sums[4];
+        for (long g = 0; g < G; g++)
+            sums[g] = all(0.0f);
+        const uint8_t *codes = r->codes + at * r->row_bytes + l->byte[i];
+#define EACH_ROW(WIDTH)                                                                                                \
+    case WIDTH:                                                                                                        \
+        for (long row = 0; row < rows; row++) {                                                                        \
+            const floats value = group_at(codes + row * r->row_bytes, WIDTH);                                          \
+            for (long g = 0; g < G; g++)                                                                               \
+                sums[g] += scaled[g * PART + row] * value;                                                             \
+        }                                                                                                              \
+        break;
+        switch (l->width[i]) {
+            EACH_ROW(1)
+            EACH_ROW(2)
+            EACH_ROW(3)
+            EACH_ROW(4)
+            EACH_ROW(5)
+            EACH_ROW(6)
+            EACH_ROW(7)
+            EACH_ROW(8)
+        }
+        for (long g = 0; g < G; g++)
+            store(output + g * r->dim + l->first[i], sums[g]);
+    }
+}
+
+VECTORS static void sums_part(
+    float *output, const float *weights, long S, const rotated *r, long head, long first, long stop, long G
+) {
+    const layout l = layout_of(r, head);
+    const long rows = stop - first, at = head * r->rows + first;
+    float scaled[4 * PART];
+    memset(output, 0, 4 * G * r->dim);
+    for (long g = 0; g < G;) {
+        const long some = G - g >= 4 ? 4 : G - g >= 2 ? 2 : 1;
+        float total[4] = {0};
+        for (long each = 0; each < some; each++)
+            for (long row = 0; row < rows; row++)
+                total[each] += scaled[each * PART + row] = weights[(g + each) * S + row] * half_at(r->scale, at + row);
+        float *own = output + g * r->dim;
+        if (some == 4)
+            rotated_sums(own, scaled, r, &l, at, rows, 4);
+        else if (some == 2)
+            rotated_sums(own, scaled, r, &l, at, rows, 2);
+        else
+            rotated_sums(own, scaled, r, &l, at, rows, 1);
+        for (long each = 0; each < some; each++)
+            for (int i = 0; i < l.count; i++) {
+                float *to = own + each * r->dim + l.first[i];
+                const float middle = 0.5f * (float)((1 << l.width[i]) - 1);
+                store(to, (load(to) - total[each] * middle) * r->steps[l.width[i]]);
+            }
+        g += some;
+    }
+}
+
+/* logits [N, G, S] from `offset` on: of turned and scaled queries [N, G, D] with rows; means [N, G], or NULL. */
+void kvprune_rotated_dots(
+    float *logits, long S, long offset, const float *queries, const float *means, const rotated *r, long N, long G,
+    int threads
+) {
+    const long parts = (r->rows + PART - 1) / PART;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long item = 0; item < N * parts; item++) {
+        long head = item / parts, first = item % parts * PART, stop = first + PART < r->rows ? first + PART : r->rows;
+        dots_part(
+            logits + head * G * S + offset + first, S, queries + head * G * r->dim, means ? means + head * G : NULL, r,
+            head, first, stop, G
+        );
+    }
+}
+
+/* partial sums [N, parts, G, Dv] of z of values; weights [N, G, S] from `offset` on. */
+void kvprune_rotated_sums(
+    float *scratch, const float *weights, long S, long offset, const rotated *r, long N, long G, int threads
+) {
+    const long parts = (r->rows + PART - 1) / PART;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long item = 0; item < N * parts; item++) {
+        long head = item / parts, p = item % parts, first = p * PART;
+        long stop = first + PART < r->rows ? first + PART : r->rows;
+        sums_part(
+            scratch + (head * parts + p) * G * r->dim, weights + head * G * S + offset + first, S, r, head, first, stop,
+            G
+        );
+    }
+}

@@ -1,0 +1,107 @@
+"""`Aging`: what policies share whose rows lose bits by age alone, and those that quantize in a basis."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import PolicyError
+from kvprune.policy.base import Decision, Policy
+from kvprune.policy.settings import check_count
+from kvprune.policy.step import Step
+from kvprune.table.basis import Basis
+from kvprune.table.quantize import Codec, is_width
+from kvprune.table.rotated_rows import RotatedCodec
+from kvprune.table.rows import EMPTY
+from kvprune.table.token_table import TokenTable
+
+_EXACT = 16
+# Generated tokens that are packed together.
+_TOGETHER = 32
+
+
+def learn_basis(table: TokenTable, step: Step) -> None:
+    """Take the table's basis from a prompt's queries, keys and values, once there are enough of them.
+
+    It stays when rows have been packed in it: a later prompt changes nothing. Changes the table.
+    """
+    if not step.prefill or table.packed or step.source is None or (table.basis is not None and table.basis.estimated):
+        return
+    asked = (step.query_positions >= 0).expand(table.batch_size, -1)
+    with torch.no_grad():
+        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, table.positions >= 0))
+
+
+def oldest(table: TokenTable, *, residual: int, together: int, sinks: int = 0) -> Tensor | None:
+    """Slots of the rows to pack, LongTensor `[B, Hkv, R]` by position, -1 for none; None where it is too early.
+
+    Of rows in full precision the newest `residual` stay, those at positions below `sinks`, and what does not make
+    another `together`.
+    """
+    if table.length - table.packed_length < residual + together + sinks:
+        return None
+    positions = table.positions[:, :, table.packed_length :]
+    old = positions >= sinks
+    ready = (old.sum(-1, keepdim=True) - residual).clamp(min=0) // together * together
+    most = int(ready.max())
+    if most == 0:
+        return None
+    last = torch.iinfo(torch.int32).max
+    slots = positions.masked_fill(~old, last).argsort(dim=-1)[:, :, :most] + table.packed_length
+    return slots.masked_fill(torch.arange(most, device=slots.device) >= ready, EMPTY)
+
+
+@dataclass(frozen=True)
+class Aging(Policy):
+    """Base of policies that keep every token, all but sinks and the newest at few bits, in the coordinates of a basis.
+
+    Settings:
+        bits: of a number of a key, on average: 2, 3, 4 or 8. value_bits: of a value; None for as many.
+        sinks: first tokens that stay exact. residual: newest tokens that stay exact; 32 more may wait.
+        edge_layers: so many of the first layers, and of the last, get edge_bits. edge_bits: 2, 3, 4, 8, or 16 for full
+            precision.
+    """
+
+    bits: int = 2
+    _: KW_ONLY
+    value_bits: int | None = None
+    sinks: int = 4
+    residual: int = 128
+    edge_layers: int = 0
+    edge_bits: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bits", "value_bits"):
+            bits = getattr(self, name)
+            if not is_width(bits) and (name == "bits" or bits is not None):
+                raise PolicyError(f"{name}={bits!r} is not supported: choose 2, 3, 4 or 8.")
+        if not is_width(self.edge_bits) and self.edge_bits != _EXACT:
+            raise PolicyError(f"edge_bits={self.edge_bits!r} is not supported: choose 2, 3, 4, 8, or 16 for exact.")
+        for name in ("sinks", "residual", "edge_layers"):
+            check_count(name, getattr(self, name), least=0)
+
+    def codec(self, depth: int, layers: int) -> Codec | None:
+        """Of the layer of this number, among so many; None where rows stay in full precision."""
+        if self.edge_layers <= depth < layers - self.edge_layers:
+            return RotatedCodec(self.bits, value_bits=self.value_bits)
+        return None if self.edge_bits == _EXACT else RotatedCodec(self.edge_bits)
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        layers = 2 * self.edge_layers + 1
+        found = (self.codec(depth, layers) for depth in range(self.edge_layers + 1))
+        return tuple(dict.fromkeys(codec for codec in found if codec is not None))
+
+    @property
+    def buffer(self) -> int:
+        return self.residual + self.sinks + _TOGETHER
+
+    def decide(self, table: TokenTable, step: Step) -> Decision | None:
+        codec = self.codec(step.depth, step.layers)
+        if codec is None:
+            return None
+        slots = oldest(table, residual=self.residual, together=_TOGETHER, sinks=self.sinks)
+        return None if slots is None else Decision(quantize=((codec, slots),))

@@ -1,0 +1,225 @@
+"""`Basis`: the coordinates in which keys and values of a head are quantized, where a codec rotates them.
+
+Of a head's keys, with mean m and C = E[q q^T] over its queries, the error of a logit is q.(k - k^), and its square on
+average (k - k^)^T C (k - k^). So C^(1/2) (k - m) is decorrelated: with U, lambda its eigenvectors and eigenvalues,
+
+    z = lambda^(-1/2) U^T C^(1/2) (k - m),     k = m + M z,     M = C^(-1/2) U lambda^(1/2),     E[z z^T] = 1
+
+and an error of z_i costs lambda_i times its square. Of values, likewise with C = 1. Codes are of z. What a query meets
+is M^T q, and what weights add up is turned once, by M: no key and no value is ever turned back. The mean of keys is one
+number for each query; that of values is added once.
+
+The formula is that of transform coding; OSCAR (arXiv 2605.17757) weighs by queries, KVTC (arXiv 2511.01815) and SVDq
+(arXiv 2502.15304) take principal components, all three from files. Here, a prompt's own queries, keys and values tell.
+Where they are too few, or nobody asks, M is the normalised Hadamard matrix, in blocks where D is no power of 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvprune.state import Saved, State
+
+# Statistics of more rows than these are no better.
+_MOST_ROWS = 2048
+# Eigenvalues are not taken to be smaller, relative to the largest.
+_LEAST_QUERY, _LEAST_KEY = 1e-3, 1e-4
+_LARGEST, _LEAST_SPAN = 65504.0, 1e-5  # of float16
+
+
+def lanes_of(dim: int) -> int:
+    """How many components share a width: 16, or 8, or all where neither divides the dim."""
+    return next((lanes for lanes in (16, 8) if dim % lanes == 0), dim)
+
+
+def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
+    """Orthogonal `[dim, dim]` float32: blocks of the largest power of two that divides `dim`."""
+    block = torch.ones(1, 1)
+    while dim % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block))).half().float().to(device)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Of keys, or of values. dim: D.
+
+    matrix: M, `[B, Hkv, D, D]` float16. mean: `[B, Hkv, D]` float16. spectrum: log2 of lambda, its mean over the
+    components that share a width, `[B, Hkv, groups]` float32. All None for a Hadamard matrix, which is the same
+    everywhere, and no mean.
+    """
+
+    dim: int
+    matrix: Tensor | None = None
+    mean: Tensor | None = None
+    spectrum: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"matrix": self.matrix, "mean": self.mean, "spectrum": self.spectrum}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def turning(self, device: torch.device) -> Tensor:
+        """M, float32, `[B, Hkv, D, D]` or `[D, D]`."""
+        return hadamard(self.dim, device) if self.matrix is None else self.matrix.float()
+
+    def of(self, rows: Tensor) -> Tensor:
+        """z of rows `[B, Hkv, R, D]` float32."""
+        if self.mean is not None:
+            rows = rows - self.mean.float()[:, :, None]
+        return torch.matmul(rows, torch.linalg.inv(self.turning(rows.device)).transpose(-1, -2))
+
+    def back(self, numbers: Tensor) -> Tensor:
+        """The rows that z `[B, Hkv, R, D]` stand for."""
+        rows = torch.matmul(numbers, self.turning(numbers.device).transpose(-1, -2))
+        return rows if self.mean is None else rows.add_(self.mean.float()[:, :, None])
+
+    def widths(self, bits: int, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """Bits of the components of every group, `[B, Hkv, groups]` uint8, `bits` on average.
+
+        Each bit more takes a quarter of an error, so the next one goes where lambda 4^-width is largest.
+        """
+        groups = self.dim // lanes_of(self.dim)
+        if self.spectrum is None:
+            return torch.full((*heads, groups), bits, dtype=torch.uint8, device=device)
+        gains = (self.spectrum[..., None] - 2.0 * torch.arange(8, device=device)).flatten(-2)
+        chosen = gains.topk(bits * groups, dim=-1).indices // 8
+        counts = torch.zeros_like(self.spectrum).scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+        return counts.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Of the keys and values of a layer. estimated: whether any of it is of a prompt's own numbers."""
+
+    keys: Coordinates
+    values: Coordinates
+    estimated: bool = False
+
+    @classmethod
+    def fixed(cls, key_dim: int, value_dim: int) -> Basis:
+        """Hadamard matrices, for which nothing has to be held."""
+        return cls(Coordinates(key_dim), Coordinates(value_dim))
+
+    @classmethod
+    def estimate(cls, queries: Tensor, keys: Tensor, values: Tensor, asked: Tensor, held: Tensor) -> Basis:
+        """From the queries of a step and the rows that are there, sequence by sequence and head by head.
+
+        queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`. values: `[B, Hkv, S, Dv]`. asked: bool `[B, L]`, False for
+        padding. held: bool `[B, Hkv, S]`, False for empty rows. A sequence of fewer than 2 D rows gets Hadamard.
+        """
+        batch, heads = keys.shape[:2]
+        grouped = queries.unflatten(1, (heads, -1))
+        of_keys, of_values, told = [], [], False
+        for row in range(batch):
+            for head in range(heads):
+                mine = held[row, head]
+                sampled = _finite(_some(keys[row, head][mine])), _finite(_some(values[row, head][mine]))
+                own = _finite(torch.cat([_some(each[asked[row]]) for each in grouped[row, head]]))
+                enough = len(sampled[0]) >= 2 * max(keys.shape[3], values.shape[3]) and len(own) > 0
+                told |= enough
+                of_keys.append(_principal(sampled[0], own.T @ own / max(len(own), 1), enough))
+                of_values.append(_principal(sampled[1], None, enough))
+        if not told:
+            return cls.fixed(keys.shape[3], values.shape[3])
+        return cls(_stacked(of_keys, heads), _stacked(of_values, heads), True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of it, by name."""
+        return {f"{name}_{kind}": tensor for kind, part in self._parts() for name, tensor in part.tensors().items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
+
+    def _parts(self) -> Iterator[tuple[str, Coordinates]]:
+        yield from (("keys", self.keys), ("values", self.values))
+
+    def _each(self, made: dict[str, Coordinates]) -> Basis:
+        return replace(self, keys=made["keys"], values=made["values"])
+
+    # -- it goes where its table goes --------------------------------------------------------------------------------
+
+    def select_batch(self, rows: Tensor) -> Basis:
+        """These sequences, in this order."""
+        return self._changed(lambda tensor: tensor.index_select(0, rows))
+
+    def of_head(self, sequence: int, head: int) -> Basis:
+        """Of one sequence and head, in storage of its own."""
+        return self._changed(lambda tensor: tensor[sequence : sequence + 1, head : head + 1].clone())
+
+    def clone(self) -> Basis:
+        return self._changed(torch.clone)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Basis:
+        return self._each(
+            {
+                kind: replace(part, **{name: change(tensor) for name, tensor in part.tensors().items()})
+                for kind, part in self._parts()
+            }
+        )
+
+    def state(self) -> State:
+        return State({"estimated": self.estimated}, self.tensors())
+
+    @classmethod
+    def restored(cls, saved: Saved, heads: tuple[int, ...], key_dim: int, value_dim: int) -> Basis:
+        """The basis of a `state`. heads: `(B, Hkv)`. Raises CacheError."""
+        fixed = cls.fixed(key_dim, value_dim)
+        if not saved.flag("estimated"):
+            return fixed
+        made = {}
+        for kind, part in fixed._parts():
+            dim, groups = part.dim, part.dim // lanes_of(part.dim)
+            shapes = {"matrix": (dim, dim), "mean": (dim,), "spectrum": (groups,)}
+            tensors = {
+                name: saved.tensor(
+                    f"{name}_{kind}", (*heads, *shape), torch.float32 if name == "spectrum" else torch.float16
+                )
+                for name, shape in shapes.items()
+            }
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                raise saved.refused(f"has numbers of its {kind} that are not finite")
+            made[kind] = replace(part, **tensors)
+        return replace(fixed._each(made), estimated=True)
+
+
+def _some(rows: Tensor) -> Tensor:
+    """At most so many of the rows as statistics need, evenly spaced, float32."""
+    if len(rows) > _MOST_ROWS:
+        rows = rows[torch.linspace(0, len(rows) - 1, _MOST_ROWS, device=rows.device).round().long()]
+    return rows.float()
+
+
+def _finite(rows: Tensor) -> Tensor:
+    return torch.nan_to_num(rows, nan=0.0).clamp_(-_LARGEST, _LARGEST)
+
+
+def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """M `[D, D]`, mean `[D]` and spectrum `[groups]` of the rows `[n, D]` of a head; see the head of this file."""
+    dim, lanes = rows.shape[1], lanes_of(rows.shape[1])
+    if not enough:
+        return hadamard(dim, rows.device), rows.new_zeros(dim), rows.new_zeros(dim // lanes)
+    mean = rows.mean(0).half().float()
+    weighted, back = rows - mean, None
+    if of_queries is not None:
+        sizes, vectors = torch.linalg.eigh(of_queries)
+        sizes = sizes.clamp(min=max(float(sizes[-1]) * _LEAST_QUERY, 1e-12))
+        back = vectors * sizes.rsqrt() @ vectors.T
+        weighted = weighted @ (vectors * sizes.sqrt() @ vectors.T)
+    sizes, vectors = torch.linalg.eigh(weighted.T @ weighted / len(rows))
+    sizes, vectors = sizes.flip(0), vectors.flip(1)
+    sizes = sizes.clamp(min=max(float(sizes[0]) * _LEAST_KEY, 1e-12))
+    turning = (vectors if back is None else back @ vectors) * sizes.sqrt()
+    span = turning.norm(dim=0)
+    if not _LEAST_SPAN < float(span.min()) <= float(span.max()) < _LARGEST:  # in float16, it would not turn back
+        return _principal(rows, None, False)
+    return turning, mean, sizes.log2().view(-1, lanes).mean(1)
+
+
+def _stacked(parts: list[tuple[Tensor, Tensor, Tensor]], heads: int) -> Coordinates:
+    matrix, mean, spectrum = (torch.stack(each).unflatten(0, (-1, heads)) for each in zip(*parts, strict=True))
+    return Coordinates(matrix.shape[3], matrix.half(), mean.half(), spectrum)

@@ -1,0 +1,385 @@
+"""Rows in the coordinates of a basis: against the formulas in numpy, and what must hold wherever the basis goes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import build, generate, left_padded, rows, shared, storage_nbytes, token_ids
+from torch import Tensor
+
+from kvprune import Adaptive, PolicyError, PrunedCache, Scoring, TokenTable
+from kvprune.attention import packed
+from kvprune.attention.softmax import single_query_attention
+from kvprune.cache.layer import PrunedLayer
+from kvprune.cache.models import cache_argument
+from kvprune.kernels import cpu
+from kvprune.kernels.cpu.kernels import CPU
+from kvprune.policies import H2O, KIVI, Spectral, ZipCache
+from kvprune.table.basis import Basis, hadamard, lanes_of
+from kvprune.table.rotated_rows import PARTS, STEPS, RotatedCodec, RotatedRows, code_bytes
+
+
+def tokens(batch: int, heads: int, rows: int, dims: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of two heads for each KV head, keys and values whose channels hang together and have a mean."""
+    random = torch.Generator().manual_seed(seed)
+
+    def correlated(heads: int, dim: int) -> Tensor:
+        mixed = torch.linalg.qr(torch.randn(heads, dim, dim, generator=random)).Q * torch.logspace(0, -0.7, dim)
+        return torch.randn(batch, heads, rows, dim, generator=random) @ mixed.mT + 2.0
+
+    queries = torch.randn(batch, 2 * heads, rows, dims[0], generator=random) * torch.linspace(0.7, 1.4, dims[0])
+    return queries, correlated(heads, dims[0]), correlated(heads, dims[1])
+
+
+def basis_of(queries: Tensor, keys: Tensor, values: Tensor) -> Basis:
+    asked = torch.ones(len(queries), queries.shape[2], dtype=torch.bool)
+    return Basis.estimate(queries, keys, values, asked, torch.ones(keys.shape[:3], dtype=torch.bool))
+
+
+# -- the basis ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (48, 16)], ids=str)
+def test_components_are_uncorrelated_and_cost_their_eigenvalue(dims):
+    """E[z z^T] = 1, and an error of z moves logits, or the output, by lambda times its square; from the formula."""
+    queries, keys, values = tokens(1, 2, 150, dims)
+    basis = basis_of(queries, keys, values)
+    for head in range(2):
+        asked = queries[0, 2 * head : 2 * head + 2].reshape(-1, dims[0]).double().numpy()
+        for part, held, own in ((basis.keys, keys, asked.T @ asked / len(asked)), (basis.values, values, None)):
+            exact = held[0, head].double().numpy()
+            turning, mean = part.matrix[0, head].double().numpy(), part.mean[0, head].double().numpy()
+            np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-3, atol=2e-3)
+            numbers = np.linalg.solve(turning, (exact - mean).T)
+            np.testing.assert_allclose(numbers @ numbers.T / 150, np.eye(part.dim), atol=3e-2)
+            own = np.eye(part.dim) if own is None else own
+            # What an error of one component costs is its own affair: M^T C M is diagonal, and holds the eigenvalues.
+            costs = turning.T @ own @ turning
+            eigenvalues = np.diag(costs)
+            assert (np.abs(costs - np.diag(eigenvalues)) <= 5e-3 * eigenvalues[0]).all()
+            assert (np.diff(eigenvalues) < 1e-2 * eigenvalues[:-1]).all()
+            groups = np.log2(eigenvalues).reshape(-1, lanes_of(part.dim)).mean(1)
+            np.testing.assert_allclose(part.spectrum[0, head].numpy(), groups, atol=3e-2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dim", [32, 80])
+def test_bits_go_where_the_next_one_helps_most(bits, dim):
+    """One bit after another, greedily, none beyond eight."""
+    queries, keys, values = tokens(1, 1, 200, (dim, dim))
+    part = basis_of(queries, keys, values).keys
+    widths = [0] * (dim // lanes_of(dim))
+    spectrum = part.spectrum[0, 0].tolist()
+    for _ in range(bits * len(widths)):
+        gains = [gain - 2 * width if width < 8 else -np.inf for gain, width in zip(spectrum, widths, strict=True)]
+        widths[int(np.argmax(gains))] += 1
+    assert part.widths(bits, (1, 1), keys.device)[0, 0].tolist() == widths
+
+
+@pytest.mark.parametrize("dim", [1, 6, 8, 48, 80, 128])
+def test_hadamard_in_blocks(dim):
+    """Orthogonal to float16, and of entries of one size within a block."""
+    turning = hadamard(dim)
+    torch.testing.assert_close(turning @ turning.T, torch.eye(dim), atol=2e-3, rtol=0)
+    assert len(turning[turning != 0].abs().unique()) == 1
+
+
+def test_too_few_rows_and_rows_that_do_not_vary_get_hadamard():
+    """Of each head by itself; and of all, nothing is held then."""
+    queries, keys, values = tokens(2, 1, 40, (8, 8))
+    few = Basis.estimate(
+        queries[:, :, :10], keys[:, :, :10], values[:, :, :10],
+        torch.ones(2, 10, dtype=torch.bool), torch.ones(2, 1, 10, dtype=torch.bool),
+    )  # fmt: skip
+    assert not few.estimated
+    assert few.nbytes == 0
+    held = torch.ones(2, 1, 40, dtype=torch.bool)
+    held[1, :, 9:] = False
+    mixed = Basis.estimate(queries, keys, values, torch.ones(2, 40, dtype=torch.bool), held)
+    assert mixed.estimated
+    assert torch.equal(mixed.keys.matrix[1, 0].float(), hadamard(8))
+    assert not torch.equal(mixed.keys.matrix[0, 0].float(), hadamard(8))
+    assert (
+        not basis_of(queries, torch.zeros_like(keys), torch.full_like(values, torch.nan))
+        .keys.matrix[0, 0]
+        .isnan()
+        .any()
+    )
+
+
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+def read_codes(row: bytes, widths: list[int], dim: int) -> list[int]:
+    """Codes of a row, bit by bit, as the head of `rotated_rows.py` says."""
+    codes, first, lanes = [], 0, lanes_of(dim)
+    for width in widths:
+        found = [0] * lanes
+        left = 0
+        for part in PARTS[width]:
+            for lane in range(lanes):
+                for bit in range(part):
+                    place = lane * part + bit
+                    found[lane] |= (row[first + place // 8] >> place % 8 & 1) << left + bit
+            first, left = first + -(-lanes * part // 8), left + part
+        codes += found
+    assert first == len(row)
+    return codes
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (32, 16), (48, 8), (6, 5)], ids=str)
+@pytest.mark.parametrize("estimated", [False, True])
+@pytest.mark.parametrize(("bits", "value_bits"), [(2, None), (3, 2), (4, None), (8, 4)])
+def test_rows_are_those_of_the_formula(bits, value_bits, dims, estimated):
+    """Codes read bit by bit; within half a step of z but at the ends; the scale is the best of those tried."""
+    queries, keys, values = tokens(1, 1, 100, dims)
+    basis = basis_of(queries, keys, values) if estimated else Basis.fixed(*dims)
+    codec = RotatedCodec(bits, value_bits=value_bits)
+    packed = RotatedRows.encode_in(codec, basis, keys, values)
+    assert basis.estimated == estimated
+    decoded = dict(zip(("key", "value"), packed.decoded(), strict=True))
+    for kind, held, part in (("key", keys, basis.keys), ("value", values, basis.values)):
+        turning = part.turning(keys.device).expand(1, 1, part.dim, part.dim)[0, 0].double().numpy()
+        mean = np.zeros(part.dim) if part.mean is None else part.mean[0, 0].double().numpy()
+        lanes = lanes_of(part.dim)
+        widths = np.repeat(packed.tensors[f"{kind}_widths"][0, 0].tolist(), lanes)
+        assert widths.sum() == codec.bits_of(kind) * part.dim
+        steps, middle = np.array(STEPS)[widths], (2.0**widths - 1) / 2
+        for at in range(0, 100, 9):
+            codes = np.array(
+                read_codes(
+                    bytes(packed.tensors[f"{kind}_codes"][0, 0, at].tolist()), widths[::lanes].tolist(), part.dim
+                )
+            )
+            scale = packed.tensors[f"{kind}_scale"][0, 0, at].double().item()
+            found = (codes - middle) * steps * scale
+            np.testing.assert_allclose(
+                decoded[kind][0, 0, at].double().numpy(), mean + turning @ found, rtol=1e-3, atol=2e-3
+            )
+            exact = np.linalg.solve(turning, held[0, 0, at].double().numpy() - mean)
+            inner = (codes > 0) & (codes < 2**widths - 1)
+            assert (
+                np.abs(found - exact)[inner] <= (steps * scale / 2)[inner] * 1.01 + 1e-3 * np.abs(exact).max()
+            ).all()
+            size = np.sqrt(np.mean(exact**2))
+            for multiple in (0.75, 1.0, 1.5, 2.5):
+                other = np.rint(exact / np.where(widths > 0, steps * size * multiple, np.inf) + middle)
+                other = (np.clip(other, 0, 2**widths - 1) - middle) * steps * size * multiple
+                assert ((exact - found) ** 2).sum() <= ((exact - other) ** 2).sum() * 1.01 + 1e-3
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (24, 10)], ids=str)
+@pytest.mark.parametrize("codec", [RotatedCodec(2), RotatedCodec(3, value_bits=2), RotatedCodec(8)], ids=str)
+def test_rows_go_and_move_as_they_are(codec, dims):
+    """Whatever is appended, kept or selected, rows decode as before, take what is foretold, and products are theirs."""
+    queries, keys, values = tokens(2, 2, 150, dims)
+    basis = basis_of(queries, keys, values)
+    packed = RotatedRows.encode_in(codec, basis, keys[:, :, :100], values[:, :, :100])
+    packed.append(RotatedRows.encode_in(codec, basis, keys[:, :, 100:], values[:, :, 100:]))
+    whole = RotatedRows.encode_in(codec, basis, keys, values)
+    assert all(torch.equal(packed.tensors[name], tensor) for name, tensor in whole.tensors.items())
+    held = sum(tensor.untyped_storage().nbytes() for tensor in packed.tensors.values())
+    groups = sum(dim // lanes_of(dim) for dim in dims)
+    assert held == 4 * (150 * codec.row_bytes(*dims) + groups)
+    assert basis.nbytes + 4 * groups == 4 * codec.block_bytes(*dims)
+    assert packed.code_nbytes == 4 * 150 * (
+        code_bytes(dims[0], codec.bits) + code_bytes(dims[1], codec.bits_of("value"))
+    )
+
+    before = packed.decoded()
+    kept = torch.rand(2, 2, 150, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, :, :40].sort(-1).values
+    packed.keep(kept, torch.zeros_like(kept, dtype=torch.bool))
+    for found, then in zip(packed.decoded(), before, strict=True):
+        torch.testing.assert_close(found, then.gather(2, kept[..., None].expand(-1, -1, -1, then.shape[3])))
+    keys, values = packed.decoded()
+    some, weights = torch.randn(2, 2, 3, dims[0]), torch.rand(2, 2, 3, 40)
+    torch.testing.assert_close(packed.dot_keys(some), some @ keys.mT, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(packed.sum_values(weights), weights @ values, atol=1e-3, rtol=1e-4)
+
+
+def test_more_bits_and_a_basis_of_its_own_are_nearer():
+    """Errors of logits fall with every bit, and where the spectrum is steep, far below those of a Hadamard matrix."""
+    queries, keys, values = tokens(1, 1, 400, (64, 64))
+
+    def errors(bits: int, basis: Basis) -> float:
+        found, _ = RotatedRows.encode_in(RotatedCodec(bits), basis, keys, values).decoded()
+        return float((queries @ (found - keys).mT).square().mean())
+
+    own, fixed = basis_of(queries, keys, values), Basis.fixed(64, 64)
+    assert errors(2, own) > errors(3, own) > errors(4, own) > errors(8, own)
+    assert errors(2, own) < 0.2 * errors(2, fixed)
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+def step(layer: PrunedLayer, given: tuple[Tensor, ...], valid: Tensor | None = None) -> Tensor:
+    queries, keys, values = given
+    layer.update(keys, values)
+    return layer.attend(queries, valid, Scoring(0.5))
+
+
+def test_what_is_packed_when():
+    """Sinks, the newest, and what does not make another 32 stay exact; first and last layers have bits of their own."""
+    given = tokens(1, 1, 110, (8, 8))
+    policy = Spectral(2, sinks=3, residual=10, edge_layers=1, edge_bits=8)
+    layer = PrunedLayer(policy, 0)
+    layer.planner.depth, layer.planner.pruned_layers = 1, 3
+    step(layer, tuple(part[:, :, :100] for part in given))
+    for at in range(100, 110):
+        step(layer, tuple(part[:, :, at : at + 1] for part in given))
+        packed_rows = (at + 1 - 3 - 10) // 32 * 32
+        assert layer.table.packed_length == packed_rows
+        assert layer.table.positions[0, 0, :packed_rows].tolist() == list(range(3, 3 + packed_rows))
+    assert [tier.codec for tier in layer.table.packed] == [RotatedCodec(2)]
+    assert policy.codecs == (RotatedCodec(8), RotatedCodec(2))
+    exact = Spectral(2, edge_layers=2, edge_bits=16)
+    assert exact.codecs == (RotatedCodec(2),)
+    assert exact.codec(1, 9) is None
+    assert exact.codec(7, 9) is None
+
+
+@pytest.mark.parametrize(
+    "policy", [Spectral(residual=4, sinks=1), KIVI(3, group_size=4, residual=4, rotate=True)], ids=str
+)
+def test_a_padded_batch_holds_what_each_sequence_holds_alone(policy):
+    """Every sequence has a basis and codes of its own."""
+    lengths, width = [60, 41, 12], 64
+    given = tokens(3, 2, width + 6, (8, 8))
+    valid = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    together = PrunedLayer(policy, 0)
+    step(together, tuple(part[:, :, :width] for part in given), valid)
+    alone = [PrunedLayer(policy, 0) for _ in lengths]
+    for row, length in enumerate(lengths):
+        step(alone[row], tuple(part[row : row + 1, :, width - length : width] for part in given))
+    for at in range(width, width + 6):
+        output = step(together, tuple(part[:, :, at : at + 1] for part in given))
+        for row, layer in enumerate(alone):
+            expected = step(layer, tuple(part[row : row + 1, :, at : at + 1] for part in given))
+            torch.testing.assert_close(
+                output[row], expected[0], atol=2e-2, rtol=0
+            )  # a code between two may fall otherwise
+    for row, layer in enumerate(alone):
+        own = together.table.positions[row] >= 0
+        for name, held in rows_of(layer.table, 0).items():
+            found = rows_of(together.table, row)[name]
+            assert (found[:, -held.shape[1] :] - held).abs().gt(1e-3).float().mean() < 0.01, name
+        assert int(own.sum()) == layer.table.positions.numel()
+
+
+def rows_of(table: TokenTable, row: int) -> dict[str, Tensor]:
+    """Decoded keys and values of a sequence, by position."""
+    order = table.positions[row].argsort(-1)[..., None]
+    return {
+        name: held[row].gather(1, order.expand(-1, -1, held.shape[3]))
+        for name, held in (("keys", table.all_keys()), ("values", table.all_values()))
+    }
+
+
+ROTATING = [
+    Spectral(residual=8, sinks=2),
+    KIVI(4, group_size=8, residual=4, rotate=True),
+    ZipCache(buffer=8, rotate=True),
+    H2O(40, recent=8) | KIVI(group_size=8, residual=8, rotate=True),
+    H2O(40, recent=8, share=Adaptive()) | Spectral(3, value_bits=2, residual=0, sinks=0),
+]
+
+
+@pytest.mark.parametrize("policy", ROTATING, ids=str)
+def test_the_basis_goes_where_its_table_goes(policy, tmp_path):
+    """Forks, files, beams and crops: the same tokens follow, and every byte is counted."""
+    model = shared()
+    batch = left_padded([90, 70], seed=3)
+    cache = PrunedCache(model, policy)
+    generate(model, batch, 4, **cache_argument(cache))
+    assert any(layer.table.packed for layer in cache.layers)
+    assert all(layer.table.basis is not None and layer.table.basis.estimated for layer in cache.layers)
+    assert cache.nbytes == storage_nbytes(cache)
+    fork = cache.fork()
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = PrunedCache.load(tmp_path / "cache.safetensors", model)
+    fork.reorder_cache(torch.tensor([1, 0]))
+    assert fork.nbytes == storage_nbytes(fork)
+    assert loaded.nbytes <= cache.nbytes
+    for layer, other, third in zip(cache.layers, fork.layers, loaded.layers, strict=True):
+        for name, tensor in layer.table.basis.tensors().items():
+            assert torch.equal(third.table.basis.tensors()[name], tensor)
+            if layer.table.basis.tensors()[name].shape[0] == 2:
+                assert torch.equal(other.table.basis.tensors()[name], tensor[[1, 0]])
+    more = token_ids(2, 3, seed=5)
+    with torch.no_grad():
+        one, two = (model(more, **cache_argument(each)).logits for each in (cache, loaded))
+        turned = model(more[[1, 0]], **cache_argument(fork)).logits
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(turned[[1, 0]], one, atol=1e-3, rtol=1e-3)
+
+
+def packed_output(table: TokenTable, query: Tensor) -> Tensor:
+    """Attention of a query to all keys and values as they decode."""
+    empty = table.positions < 0
+    return single_query_attention(query, table.all_keys(), table.all_values(), Scoring(0.4), empty, True)[0]
+
+
+def test_attention_is_that_to_decoded_rows():
+    """Over codes of several widths, with holes, and rows in full precision."""
+    queries, keys, values = tokens(2, 2, 90, (32, 16))
+    table = TokenTable(keys, values, torch.arange(90), {})
+    table.turn(basis_of(queries, keys, values))
+    slots = torch.arange(80).expand(2, 2, -1)
+    table.quantize([(RotatedCodec(2), slots[:, :, :50]), (RotatedCodec(4, value_bits=3), slots[:, :, 50:])])
+    table.evict(torch.tensor([7, 60]).expand(2, 2, -1))
+    query = queries[:, :, :1]
+    output, _ = packed.single_query(query, table, Scoring(0.4))
+    torch.testing.assert_close(output, packed_output(table, query), atol=1e-4, rtol=1e-3)
+
+
+def test_beams_and_assisted_decoding_and_half_precision():
+    """Generation goes through with all that moves tables; eight bits follow the stock model for a while."""
+    model, prompt = build("llama"), {"input_ids": token_ids(1, 60, seed=1)}
+    policy = KIVI(8, group_size=4, residual=4, rotate=True)
+    expected = generate(model, prompt, 6)
+    assert generate(model, prompt, 6, **cache_argument(PrunedCache(model, policy))).tolist() == expected.tolist()
+    beams = generate(model, prompt, 8, **cache_argument(PrunedCache(model, policy)), num_beams=3)
+    assert beams.shape[1] == 68
+    looked_up = PrunedCache(model, policy)
+    assert (
+        generate(model, prompt, 6, **cache_argument(looked_up), prompt_lookup_num_tokens=3).tolist()
+        == expected.tolist()
+    )
+    half = build("llama", dtype=torch.bfloat16)
+    cache = PrunedCache(half, Spectral(residual=4, sinks=1))
+    generate(half, prompt, 4, **cache_argument(cache))
+    assert all(torch.isfinite(each).all() for name, each in rows(cache, 0).items() if name in ("keys", "values"))
+
+
+def test_settings_that_cannot_be():
+    """Each says what was wrong, and what to write."""
+    for make in (
+        lambda: Spectral(5), lambda: Spectral(value_bits=1), lambda: Spectral(edge_bits=5), lambda: Spectral(sinks=-1),
+        lambda: KIVI(rotate=1), lambda: ZipCache(rotate="yes"), lambda: RotatedCodec(2, value_bits=7),
+    ):  # fmt: skip
+        with pytest.raises(PolicyError, match=r"not supported|True or False|at least 0"):
+            make()
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (32, 128)], ids=str)
+@pytest.mark.parametrize("estimated", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_compiled_loops_are_the_twin_of_pytorch(dims, estimated, bits, group):
+    """Of every width, over several parts of a tier, with holes, several tiers, and rows in full precision."""
+    if cpu.library() is None:
+        pytest.skip("no compiled loops")
+    queries, keys, values = tokens(2, 2, 330, dims)
+    table = TokenTable(keys, values, torch.arange(330), {})
+    if estimated:
+        table.turn(basis_of(queries, keys, values))
+    slots = torch.arange(320).expand(2, 2, -1)
+    table.quantize([(RotatedCodec(bits), slots[:, :, :300]), (RotatedCodec(2, value_bits=4), slots[:, :, 300:])])
+    table.evict(torch.tensor([7, 310]).expand(2, 2, -1))
+    query = torch.randn(2, 2 * group, 1, dims[0], generator=torch.Generator().manual_seed(0))
+    scoring = Scoring(0.3, sinks=torch.randn(2 * group))
+    found, expected = (each(query, table, scoring) for each in (CPU.packed_single_query, packed.single_query))
+    torch.testing.assert_close(found[1], expected[1], atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(found[0], expected[0], atol=2e-4, rtol=1e-3)
