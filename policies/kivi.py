@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from kvprune.errors import PolicyError
-from kvprune.policy.aging import learn_basis, oldest
+from kvprune.policy.aging import ROTATED_SINKS, learn_basis, oldest
 from kvprune.policy.base import Decision, Policy, Step
 from kvprune.policy.settings import check_count, check_flag
 from kvprune.table.quantize import Codec, is_width
@@ -27,7 +27,7 @@ class KIVI(Policy):
         bits: 2, 3, 4 or 8. group_size: tokens, and channels, that share parameters. residual: tokens.
         rotate: quantize principal components in place of channels, as the prompt's own queries, keys and values have
             them: `bits` on average, more where the spectrum is large, and one scale a row. Groups then say no more than
-            when rows are packed. See `Spectral`, which also keeps sinks.
+            when rows are packed, and the first 4 tokens stay exact. See `Spectral`.
     """
 
     bits: int = 2
@@ -52,12 +52,16 @@ class KIVI(Policy):
 
     @property
     def buffer(self) -> int:
-        return self.residual + self.group_size
+        return self.residual + self.group_size + self._sinks
+
+    @property
+    def _sinks(self) -> int:
+        return ROTATED_SINKS if self.rotate else 0
 
     def observe(self, table: TokenTable, step: Step) -> None:
         if self.rotate:
             learn_basis(table, step)
 
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
-        slots = oldest(table, residual=self.residual, together=self.group_size)
+        slots = oldest(table, residual=self.residual, together=self.group_size, sinks=self._sinks)
         return None if slots is None else Decision(quantize=tuple((codec, slots) for codec in self.codecs))

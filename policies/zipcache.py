@@ -10,7 +10,7 @@ from torch import Tensor
 from kvprune.attention.mass import GROUPS, RowWeights
 from kvprune.attention.noise import hash_word, hashed
 from kvprune.errors import PolicyError
-from kvprune.policy.aging import learn_basis
+from kvprune.policy.aging import ROTATED_SINKS, learn_basis
 from kvprune.policy.base import Decision, Policy, Step, in_order
 from kvprune.policy.budget import share
 from kvprune.policy.pooling import along_positions, max_pool
@@ -56,7 +56,7 @@ class ZipCache(Policy):
             paper. Smaller groups follow keys whose range moves with the position, for some bytes.
         kernel_size: odd; saliency is max-pooled over that many neighbouring positions before a prompt is packed.
         rotate: quantize principal components in place of channels, as in `KIVI(rotate=True)`; group_size then means
-            nothing.
+            nothing, and the first 4 tokens stay exact.
         group: how the attention of the query heads of a KV head is reduced, "mean" or "max". seed: of random probes.
     """
 
@@ -167,7 +167,9 @@ class ZipCache(Policy):
         if waiting == 0 or not (step.prefill or waiting >= self.buffer):
             return None
         positions = table.positions[:, :, table.packed_length :]
-        rows = waiting if table.dense else (positions >= 0).sum(-1, keepdim=True)
+        if self.rotate:  # as if sinks were not there
+            positions = positions.masked_fill(positions < ROTATED_SINKS, EMPTY)
+        rows = waiting if table.dense and not self.rotate else (positions >= 0).sum(-1, keepdim=True)
         saliency = table["saliency"] / table["probes"].clamp(min=1)
         if self.kernel_size > 1 and step.prefill:
             saliency = along_positions(saliency, positions, max_pool(self.kernel_size), fill=0.0)

@@ -18,6 +18,8 @@ from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
 
 _EXACT = 16
+# First tokens, whose keys and values are like no others': in a basis made for those, they would lose most.
+ROTATED_SINKS = 4
 # Generated tokens that are packed together.
 _TOGETHER = 32
 

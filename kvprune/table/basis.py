@@ -62,6 +62,10 @@ class Coordinates:
         named = {"matrix": self.matrix, "mean": self.mean, "spectrum": self.spectrum}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def of_tensors(self, tensors: dict[str, Tensor]) -> Coordinates:
+        """The same of these tensors."""
+        return Coordinates(self.dim, tensors.get("matrix"), tensors.get("mean"), tensors.get("spectrum"))
+
     def turning(self, device: torch.device) -> Tensor:
         """M, float32, `[B, Hkv, D, D]` or `[D, D]`."""
         return hadamard(self.dim, device) if self.matrix is None else self.matrix.float()
@@ -157,7 +161,7 @@ class Basis:
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Basis:
         return self._each(
             {
-                kind: replace(part, **{name: change(tensor) for name, tensor in part.tensors().items()})
+                kind: part.of_tensors({name: change(each) for name, each in part.tensors().items()})
                 for kind, part in self._parts()
             }
         )
@@ -183,7 +187,7 @@ class Basis:
             }
             if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise saved.refused(f"has numbers of its {kind} that are not finite")
-            made[kind] = replace(part, **tensors)
+            made[kind] = part.of_tensors(tensors)
         return replace(fixed._each(made), estimated=True)
 
 

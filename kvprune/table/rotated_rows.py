@@ -12,7 +12,7 @@ by no more than half a step. Nothing else belongs to a row, and nothing to a blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -30,6 +30,9 @@ from kvprune.table.rows import take_rows
 STEPS = (0.0, 1.4142, 1.0873, 0.7309, 0.4610, 0.2800, 0.1657, 0.0961, 0.0549)
 # Codes of w bits are held as parts of 4, 4 or 2, and 1 bit, one after another, lowest bits first.
 PARTS = ((0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1), (4, 0, 0), (4, 0, 1), (4, 2, 0), (4, 2, 1), (4, 4, 0))
+Quantizer = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""What `quantize` is."""
+
 # A row's scale is one of these multiples of the root mean square of its components.
 _SCALES = (0.75, 0.87, 1.0, 1.2, 1.5, 1.9, 2.5)
 _LARGEST = 65504.0  # of float16
@@ -87,16 +90,18 @@ class RotatedRows(PackedRows):
         """Of the table that the rows are in, which holds it."""
 
     @classmethod
-    def encode_in(cls, codec: RotatedCodec, basis: Basis, keys: Tensor, values: Tensor) -> RotatedRows:
-        """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`."""
+    def encode_in(
+        cls, codec: RotatedCodec, basis: Basis, keys: Tensor, values: Tensor, quantized: Quantizer | None = None
+    ) -> RotatedRows:
+        """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`. quantized: what does so faster."""
         tensors = {}
         for kind, rows, coordinates in (("key", keys, basis.keys), ("value", values, basis.values)):
             rows = torch.nan_to_num(rows.float(), nan=0.0).clamp_(-_LARGEST, _LARGEST)
             widths = coordinates.widths(codec.bits_of(kind), tuple(rows.shape[:2]), rows.device)
-            places = _Places.of(widths, coordinates.dim)
-            codes, tensors[f"{kind}_scale"] = places.quantized(coordinates.of(rows))
-            tensors[f"{kind}_codes"] = places.packed(codes, code_bytes(coordinates.dim, codec.bits_of(kind)))
-            tensors[f"{kind}_widths"] = widths
+            codes, scale = (quantized or quantize)(
+                coordinates.of(rows), widths, code_bytes(coordinates.dim, codec.bits_of(kind))
+            )
+            tensors |= {f"{kind}_codes": codes, f"{kind}_scale": scale, f"{kind}_widths": widths}
         return cls(codec, keys.shape[3], values.shape[3], tensors, basis)
 
     @property
@@ -227,8 +232,8 @@ class _Places:
         mask = ((1 << held) - 1)[..., None].expand_as(bit).flatten(-2)
         width = index[..., None].expand(*index.shape, lanes).flatten(-2)
         middle = ((1 << width).float() - 1) / 2
-        small = [each.unsqueeze(3).to(torch.uint8) for each in ((bit % 8).flatten(-2), mask, left)]
-        return cls(byte.unsqueeze(3), *small, steps[width].unsqueeze(2), middle.unsqueeze(2))
+        shift, mask, left = (each.unsqueeze(3).to(torch.uint8) for each in ((bit % 8).flatten(-2), mask, left))
+        return cls(byte.unsqueeze(3), shift, mask, left, steps[width].unsqueeze(2), middle.unsqueeze(2))
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Codes `[B, Hkv, r, D]` uint8 of rows `[B, Hkv, r, bytes]`."""
@@ -251,18 +256,29 @@ class _Places:
         """What codes stand for in a row of scale 1, float32."""
         return (codes - self.middle).mul_(self.step)
 
-    def quantized(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes uint8 of z `[B, Hkv, R, D]`, and scales `[B, Hkv, R]` float16."""
-        most = 2 * self.middle
-        size = numbers.square().mean(-1, keepdim=True).sqrt()
-        found, scale, least = numbers.new_zeros(numbers.shape), size.new_zeros(size.shape), None
-        for multiple in _SCALES:
-            tried = (size * multiple).clamp(max=_LARGEST).half().float()
-            steps = self.step * tried
-            codes = torch.where(steps > 0, numbers / steps, 0.0).add_(self.middle).round_()
-            codes = torch.minimum(codes.clamp_(min=0), most)
-            cost = (numbers - self.numbers(codes) * tried).square_().sum(-1, keepdim=True)
-            better = torch.ones_like(cost, dtype=torch.bool) if least is None else cost < least
-            found, scale = torch.where(better, codes, found), torch.where(better, tried, scale)
-            least = cost if least is None else torch.minimum(cost, least)
-        return found.to(torch.uint8), scale.squeeze(3).half()
+
+def scales_of(numbers: Tensor) -> Tensor:
+    """The scales to try for rows `[B, Hkv, R, D]`, float16 `[B, Hkv, R, so many]`."""
+    size = numbers.square().mean(-1, keepdim=True).sqrt()
+    return (size * torch.tensor(_SCALES, device=size.device)).clamp(max=_LARGEST).half()
+
+
+def quantize(numbers: Tensor, widths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Codes `[B, Hkv, R, size]` uint8, and scales `[B, Hkv, R]` float16, of z `[B, Hkv, R, D]` float32.
+
+    widths: `[B, Hkv, groups]` uint8. size: bytes of a row.
+    """
+    places = _Places.of(widths, numbers.shape[3])
+    counted, most = (places.step > 0).float(), 2 * places.middle
+    found, least = torch.zeros_like(numbers), numbers.new_full((*numbers.shape[:3], 1), torch.inf)
+    tried, scale = scales_of(numbers), numbers.new_zeros((*numbers.shape[:3], 1), dtype=torch.float16)
+    for each in tried.split(1, dim=-1):
+        steps = places.step * each.float()
+        codes = torch.where(steps > 0, numbers / steps, 0.0).add_(places.middle).round_()
+        codes = torch.minimum(codes.clamp_(min=0), most)
+        off = (numbers - places.numbers(codes) * each.float()).mul_(counted)  # what has no bits costs the same
+        cost = off.square_().sum(-1, keepdim=True)
+        better = cost < least
+        found, scale = torch.where(better, codes, found), torch.where(better, each, scale)
+        least = torch.minimum(cost, least)
+    return places.packed(found.to(torch.uint8), size), scale.squeeze(3)

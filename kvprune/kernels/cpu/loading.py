@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "packed_dots": [_Pointer, c_long, c_long, _Pointer, c_void_p, c_float, c_int, c_long, c_long, c_int],
     "packed_sums": [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [c_void_p, c_int, c_long, c_long, c_int],
     "rotated_dots": [_Pointer, c_long, c_long, _Pointer, _Pointer, c_void_p, c_long, c_long, c_int],
+    "rotated_encode": [c_void_p] + [_Pointer] * 5 + [c_long, c_long, c_int],
     "rotated_sums": [_Pointer, _Pointer, c_long, c_long, c_void_p, c_long, c_long, c_int],
     "worst_rows": [_Pointer, _Pointer] + [c_long] * 3 + [_Pointer] + [c_long] * 6,
     "move_rows": [c_void_p, c_long, c_long, _Pointer, c_long, c_long],

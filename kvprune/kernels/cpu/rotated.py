@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.kernels.cpu.arguments import LANES, parts_of
-from kvprune.table.rotated_rows import STEPS, RotatedRows
+from kvprune.kernels.cpu.arguments import LANES, parts_of, threads_for
+from kvprune.table.rotated_rows import STEPS, Quantizer, RotatedRows, scales_of
 
 
 class Rotated(ctypes.Structure):
@@ -38,6 +38,24 @@ def can_take(rows: RotatedRows) -> bool:
     """Whether components are whole vectors, and all lies one behind another."""
     whole = all(dim % LANES == 0 and dim <= 64 * LANES for dim in (rows.key_dim, rows.value_dim))
     return whole and all(tensor.is_contiguous() for tensor in rows.tensors.values())
+
+
+def quantizer(c: Any) -> Quantizer:
+    """`rotated_rows.quantize` as a compiled loop, for components that are whole vectors."""
+
+    def quantized(numbers: Tensor, widths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        batch, heads, rows, dim = numbers.shape
+        tried = scales_of(numbers)
+        codes = torch.empty(batch, heads, rows, size, dtype=torch.uint8)
+        scale = torch.empty(batch, heads, rows, dtype=torch.float16)
+        held = Rotated(None, None, widths.data_ptr(), _steps().data_ptr(), rows, dim, size)
+        c.rotated_encode(
+            ctypes.byref(held), codes, scale, numbers.contiguous(), tried.float(), tried, tried.shape[3],
+            batch * heads, threads_for(8 * numbers.numel()),
+        )  # fmt: skip
+        return codes, scale
+
+    return quantized
 
 
 def dots(c: Any, logits: Tensor, first: int, queries: Tensor, scale: float, rows: RotatedRows, threads: int) -> None:

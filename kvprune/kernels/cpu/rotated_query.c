@@ -87,25 +87,61 @@ INLINE layout layout_of(const rotated *r, long head) {
     return l;
 }
 
+/* Rows that are added up at a time: their sums stay in the nearest cache. */
+enum { TILE_ROWS = 16 };
+
 INLINE void rotated_dots(
     float *logits, long S, const floats *folded, const float *constant, const rotated *r, const layout *l, long at,
     long rows, const long G
 ) {
-    for (long row = 0; row < rows; row++) {
-        const uint8_t *codes = r->codes + (at + row) * r->row_bytes;
-        floats sums[4];
-        for (long g = 0; g < G; g++)
-            sums[g] = all(0.0f);
+    floats sums[4 * TILE_ROWS];
+    for (long first = 0; first < rows; first += TILE_ROWS) {
+        const long some = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+        memset(sums, 0, sizeof(floats) * G * TILE_ROWS);
         for (int i = 0; i < l->count; i++) {
-            const floats key = group_at(codes + l->byte[i], l->width[i]);
-            for (long g = 0; g < G; g++)
-                sums[g] += folded[g * MOST_GROUPS + i] * key;
+            const uint8_t *codes = r->codes + (at + first) * r->row_bytes + l->byte[i];
+#define EACH_KEY(WIDTH)                                                                                                \
+    case WIDTH:                                                                                                        \
+        for (long row = 0; row < some; row++) {                                                                        \
+            const floats key = group_at(codes + row * r->row_bytes, WIDTH);                                            \
+            for (long g = 0; g < G; g++)                                                                               \
+                sums[row * G + g] += folded[g * MOST_GROUPS + i] * key;                                                \
+        }                                                                                                              \
+        break;
+            switch (l->width[i]) {
+                EACH_KEY(1)
+                EACH_KEY(2)
+                EACH_KEY(3)
+                EACH_KEY(4)
+                EACH_KEY(5)
+                EACH_KEY(6)
+                EACH_KEY(7)
+                EACH_KEY(8)
+            }
         }
-        const float scale = half_at(r->scale, at + row);
-        for (long g = 0; g < G; g++)
-            logits[g * S + row] = scale * (sum_of(sums[g]) + constant[2 * g]) + constant[2 * g + 1];
+        for (long row = 0; row < some; row++) {
+            const float scale = half_at(r->scale, at + first + row);
+            for (long g = 0; g < G; g++)
+                logits[g * S + first + row] =
+                    scale * (sum_of(sums[row * G + g]) + constant[2 * g]) + constant[2 * g + 1];
+        }
     }
 }
+
+#define FOR_SO_MANY(CALL)                                                                                              \
+    switch (some) {                                                                                                    \
+    case 4:                                                                                                            \
+        CALL(4);                                                                                                       \
+        break;                                                                                                         \
+    case 3:                                                                                                            \
+        CALL(3);                                                                                                       \
+        break;                                                                                                         \
+    case 2:                                                                                                            \
+        CALL(2);                                                                                                       \
+        break;                                                                                                         \
+    default:                                                                                                           \
+        CALL(1);                                                                                                       \
+    }
 
 /* Of turned queries [G, D] with the rows first .. stop - 1; what does not depend on a row goes into constants. */
 VECTORS static void dots_part(
@@ -116,7 +152,7 @@ VECTORS static void dots_part(
     floats folded[4 * MOST_GROUPS];
     float constant[8];
     for (long g = 0; g < G;) {
-        const long some = G - g >= 4 ? 4 : G - g >= 2 ? 2 : 1;
+        const long some = G - g < 4 ? G - g : 4;
         for (long each = 0; each < some; each++) {
             floats sum = all(0.0f);
             for (int i = 0; i < l.count; i++) {
@@ -128,12 +164,8 @@ VECTORS static void dots_part(
             constant[2 * each + 1] = means ? means[g + each] : 0.0f;
         }
         const long at = head * r->rows + first;
-        if (some == 4)
-            rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, 4);
-        else if (some == 2)
-            rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, 2);
-        else
-            rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, 1);
+#define DOTS(COUNT) rotated_dots(logits + g * S, S, folded, constant, r, &l, at, stop - first, COUNT)
+        FOR_SO_MANY(DOTS)
         g += some;
     }
 }
@@ -177,18 +209,14 @@ VECTORS static void sums_part(
     float scaled[4 * PART];
     memset(output, 0, 4 * G * r->dim);
     for (long g = 0; g < G;) {
-        const long some = G - g >= 4 ? 4 : G - g >= 2 ? 2 : 1;
+        const long some = G - g < 4 ? G - g : 4;
         float total[4] = {0};
         for (long each = 0; each < some; each++)
             for (long row = 0; row < rows; row++)
                 total[each] += scaled[each * PART + row] = weights[(g + each) * S + row] * half_at(r->scale, at + row);
         float *own = output + g * r->dim;
-        if (some == 4)
-            rotated_sums(own, scaled, r, &l, at, rows, 4);
-        else if (some == 2)
-            rotated_sums(own, scaled, r, &l, at, rows, 2);
-        else
-            rotated_sums(own, scaled, r, &l, at, rows, 1);
+#define SUMS(COUNT) rotated_sums(own, scaled, r, &l, at, rows, COUNT)
+        FOR_SO_MANY(SUMS)
         for (long each = 0; each < some; each++)
             for (int i = 0; i < l.count; i++) {
                 float *to = own + each * r->dim + l.first[i];
@@ -198,6 +226,100 @@ VECTORS static void sums_part(
         g += some;
     }
 }
+
+/* -- packing ------------------------------------------------------------------------------------------------------ */
+
+/* In the first lane of either half, all bits of the half. */
+INLINE words joined(words x) {
+    x |= __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x |= __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x | __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+
+INLINE uint8_t *put_four(uint8_t *at, words codes) {
+    const words four = joined((codes & 15) << (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28});
+    memcpy(at, &(uint32_t){four[0]}, 4);
+    memcpy(at + 4, &(uint32_t){four[8]}, 4);
+    return at + 8;
+}
+
+INLINE uint8_t *put_two(uint8_t *at, words codes) {
+    const words two = joined((codes & 3) << (words){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
+    memcpy(at, &(uint32_t){two[0] | two[8]}, 4);
+    return at + 4;
+}
+
+INLINE void put_one(uint8_t *at, words codes) {
+    const words one = joined((codes & 1) << (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+    memcpy(at, &(uint16_t){one[0] | one[8]}, 2);
+}
+
+/* group_at the other way round. */
+INLINE void put_group(uint8_t *at, words codes, int width) {
+    int done = 0;
+    if (width >= 4)
+        at = put_four(at, codes), done = 4;
+    if (width == 8)
+        at = put_four(at, codes >> 4), done = 8;
+    else if (width & 2)
+        at = put_two(at, codes >> done), done += 2;
+    if (width < 8 && width & 1)
+        put_one(at, codes >> done);
+}
+
+INLINE floats code_of(floats x, float inverse, float middle) {
+    const floats code = clamped(x * inverse + middle, 0.0f, 2.0f * middle) + 12582912.0f; /* rounds, half to even */
+    return code - 12582912.0f;
+}
+
+/* Of rows first .. stop - 1 of a head, numbers [rows, D]: of the scales tried, the one whose codes come nearest. */
+VECTORS static void encode_part(
+    const rotated *r, uint8_t *codes, uint16_t *scales, const float *numbers, const float *tried, const uint16_t *tried_half,
+    long count, long head, long first, long stop
+) {
+    const layout l = layout_of(r, head);
+    for (long row = head * r->rows + first; row < head * r->rows + stop; row++) {
+        const float *own = numbers + row * r->dim;
+        float least = INFINITY;
+        long best = 0;
+        for (long t = 0; t < count; t++) {
+            const float scale = tried[row * count + t];
+            floats error = all(0.0f);
+            for (int i = 0; i < l.count; i++) {
+                const float step = r->steps[l.width[i]] * scale, middle = 0.5f * (float)((1 << l.width[i]) - 1);
+                const floats x = load(own + l.first[i]);
+                const floats code = code_of(x, step > 0.0f ? 1.0f / step : 0.0f, middle);
+                const floats off = x - (code - middle) * step;
+                error += off * off;
+            }
+            const float cost = sum_of(error);
+            if (cost < least)
+                least = cost, best = t;
+        }
+        const float scale = tried[row * count + best];
+        scales[row] = tried_half[row * count + best];
+        for (int i = 0; i < l.count; i++) {
+            const float step = r->steps[l.width[i]] * scale, middle = 0.5f * (float)((1 << l.width[i]) - 1);
+            const floats code = code_of(load(own + l.first[i]), step > 0.0f ? 1.0f / step : 0.0f, middle);
+            put_group(codes + row * r->row_bytes + l.byte[i], (words)__builtin_convertvector(code, ints), l.width[i]);
+        }
+    }
+}
+
+/* Codes and scales of z [N, rows, D]; tried [N, rows, count] scales, float32, and the same as float16. */
+void kvprune_rotated_encode(
+    const rotated *r, uint8_t *codes, uint16_t *scales, const float *numbers, const float *tried,
+    const uint16_t *tried_half, long count, long N, int threads
+) {
+    const long parts = (r->rows + PART - 1) / PART;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long item = 0; item < N * parts; item++) {
+        long head = item / parts, first = item % parts * PART, stop = first + PART < r->rows ? first + PART : r->rows;
+        encode_part(r, codes, scales, numbers, tried, tried_half, count, head, first, stop);
+    }
+}
+
+/* -- entries ------------------------------------------------------------------------------------------------------ */
 
 /* logits [N, G, S] from `offset` on: of turned and scaled queries [N, G, D] with rows; means [N, G], or NULL. */
 void kvprune_rotated_dots(
