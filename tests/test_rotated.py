@@ -13,7 +13,7 @@ from kvprune.attention import packed
 from kvprune.attention.softmax import single_query_attention
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
-from kvprune.kernels import cpu
+from kvprune.kernels import TORCH, cpu
 from kvprune.kernels.cpu.kernels import CPU
 from kvprune.policies import H2O, KIVI, Spectral, ZipCache
 from kvprune.table.basis import Basis, hadamard, lanes_of
@@ -383,3 +383,21 @@ def test_compiled_loops_are_the_twin_of_pytorch(dims, estimated, bits, group):
     found, expected = (each(query, table, scoring) for each in (CPU.packed_single_query, packed.single_query))
     torch.testing.assert_close(found[1], expected[1], atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(found[0], expected[0], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [(64, 16), (32, 128)], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rows_are_packed_alike_by_compiled_loops(dims, bits):
+    """Scales are the same, and codes but for numbers that lie between two; rows that are nothing included."""
+    if cpu.library() is None:
+        pytest.skip("no compiled loops")
+    queries, keys, values = tokens(2, 2, 300, dims)
+    keys[0, 0, 5], values[1, 1, 7] = 0.0, float("nan")
+    basis = basis_of(queries, keys, values)
+    slots = torch.arange(300).expand(2, 2, -1).clone()
+    slots[0, 1, 290:] = -1
+    found, expected = (each.encode(RotatedCodec(bits), keys, values, slots, basis) for each in (CPU, TORCH))
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert (found.tensors[name] == tensor).float().mean() > 0.995, name

@@ -94,7 +94,7 @@ class RotatedRows(PackedRows):
         cls, codec: RotatedCodec, basis: Basis, keys: Tensor, values: Tensor, quantized: Quantizer | None = None
     ) -> RotatedRows:
         """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`. quantized: what does so faster."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for kind, rows, coordinates in (("key", keys, basis.keys), ("value", values, basis.values)):
             rows = torch.nan_to_num(rows.float(), nan=0.0).clamp_(-_LARGEST, _LARGEST)
             widths = coordinates.widths(codec.bits_of(kind), tuple(rows.shape[:2]), rows.device)
