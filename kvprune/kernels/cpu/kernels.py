@@ -105,7 +105,10 @@ class CPUKernels(Kernels):
             scoring.softcap is not None
             or not are_rows(keys, values)
             or not all(
-                rotated.can_take(tier) if isinstance(tier, RotatedRows) else are_codes(tier) for tier in table.packed
+                rotated.are_there(self._c) and rotated.can_take(tier)
+                if isinstance(tier, RotatedRows)
+                else are_codes(tier)
+                for tier in table.packed
             )
             or needs_gradients(queries, keys)
         ):
@@ -319,6 +322,8 @@ class CPUKernels(Kernels):
         self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor, basis: Basis | None = None
     ) -> PackedRows:
         if not can_encode(codec, keys, values) or not slots.numel():
+            return super().encode(codec, keys, values, slots, basis)
+        if isinstance(codec, RotatedCodec) and not rotated.are_there(self._c):
             return super().encode(codec, keys, values, slots, basis)
         if isinstance(codec, RotatedCodec):
             index, basis = slots.clamp(min=0), basis or Basis.fixed(keys.shape[3], values.shape[3])

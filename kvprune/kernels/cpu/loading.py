@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-_INTERFACE = 3  # as in rows.c
+_INTERFACE = 2  # as in rows.c; of what an older build lacks, PyTorch does the work
 
 
 class _Pointer:
@@ -73,6 +73,7 @@ def library() -> Any:
 class _Library:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         for name, arguments in _SIGNATURES.items():
-            function = getattr(loaded, f"kvprune_{name}")
-            function.argtypes = arguments
+            function = getattr(loaded, f"kvprune_{name}", None)
+            if function is not None:
+                function.argtypes = arguments
             setattr(self, name, function)

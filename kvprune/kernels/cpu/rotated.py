@@ -34,6 +34,11 @@ def _steps() -> Tensor:
     return torch.tensor(STEPS, dtype=torch.float32)
 
 
+def are_there(c: Any) -> bool:
+    """Whether the library was compiled with these loops."""
+    return c.rotated_encode is not None
+
+
 def can_take(rows: RotatedRows) -> bool:
     """Whether components are whole vectors, and all lies one behind another."""
     whole = all(dim % LANES == 0 and dim <= 64 * LANES for dim in (rows.key_dim, rows.value_dim))
