@@ -433,8 +433,9 @@ def test_the_file_is_plain_safetensors(kept_file):
     assert (metadata["format"], metadata["version"]) == ("kvprune.cache", "1")
     assert header["seen"] == 40
     assert header["policy"] == {"policy": "a2sf", "settings": {
-        "budget": 16, "sinks": 2, "recent": 3, "interval": 1, "group": "mean", "kernel_size": 1, "seed": 0,
-        "positions": "original", "share": "Uniform()", "forgetting_factor": 0.95, "epsilon": 1e-4,
+        "budget": 16, "sinks": 2, "recent": 3, "interval": 1, "group": "mean", "kernel_size": 1,
+        "ahead": None, "seed": 0, "positions": "original", "value_aware": False, "share": "Uniform()",
+        "forgetting_factor": 0.95, "epsilon": 1e-4,
     }}  # fmt: skip
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -101,7 +101,7 @@ def switch_attention(model: Any) -> None:
         if not base.startswith(PREFIX):
             _decoder(model).set_attn_implementation(register(base))
         if hasattr(type(model), _BATCHES):
-            setattr(model, _BATCHES, partial(_init_continuous_batching, model))
+            setattr(model, _BATCHES, _Batching(model))
 
 
 def restore(model: Any) -> None:
@@ -118,10 +118,23 @@ def restore(model: Any) -> None:
         vars(model).pop(_BATCHES, None)
 
 
-def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own, of a switched model: it takes attentions by name, and has the model's own ones alone."""
-    restore(model)
-    return getattr(model, _BATCHES)(*args, **kwargs)
+class _Batching:
+    """transformers' own `init_continuous_batching` of a switched model, after giving it back its own attention.
+
+    Continuous batching takes attentions by name, and knows the model's own ones alone. The model is held weakly, since
+    this is an attribute of it: a model that nobody uses any more is to be freed at once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        restore(model)
+        return getattr(model, _BATCHES)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the model has its own
+        return _Batching, (self._model(),)
 
 
 @contextmanager
