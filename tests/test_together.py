@@ -16,8 +16,13 @@ PROMPT, QUESTION, NEW = 60, 52, 12
 
 def policies():
     """Every registered policy that works in the layers alone, and chains."""
-    texts = [name for name in names() if name not in ("full", "kivi")]
-    texts += ["a2sf:kernel_size=5,interval=4", "kivi:bits=2,residual=32", "a2sf:budget=0.8 | zipcache:buffer=8"]
+    texts = [name for name in names() if name not in ("full", "kivi", "kvcrush")]
+    texts += [
+        "a2sf:kernel_size=5,interval=4",
+        "kivi:bits=2,residual=32",
+        "a2sf:budget=0.8 | zipcache:buffer=8",
+        "a2sf | kvcrush",
+    ]
     found = {text: parse(text, budget=0.7) for text in texts}
     return {text: policy for text, policy in found.items() if shareable(PrunedCache(families.shared(), policy))}
 

@@ -34,11 +34,12 @@ POLICIES = {
     "ZipCache": "zipcache",
     "KIVI 2 bit": "kivi:bits=2",
     "KIVI 4 bit": "kivi:bits=4",
+    "Spectral 2 bit": "spectral:bits=2",
     "A2SF | ZipCache": "a2sf | zipcache",
     "SnapKV | KIVI 2 bit": "snapkv | kivi:bits=2",
     "SnapKV adaptive | KIVI 2 bit": "snapkv:share=adaptive | kivi:bits=2",
 }
-WITHOUT_BUDGET = ("Full", "ZipCache", "KIVI 2 bit", "KIVI 4 bit")
+WITHOUT_BUDGET = ("Full", "ZipCache", "KIVI 2 bit", "KIVI 4 bit", "Spectral 2 bit")
 # Of heads that compete, which kvpress attends to as if nothing had gone.
 WRAPPED_PRESSES = {"kvpress AdaKV": ("AdaKVPress", "SnapKVPress")}
 PRESSES = {

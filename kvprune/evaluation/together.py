@@ -33,7 +33,9 @@ from kvprune.errors import CacheError, KVPruneError
 
 def shareable(cache: PrunedCache) -> bool:
     """Whether all of a cache's work is in the layers of a forward pass, and all of its layers are pruned."""
-    return cache.prompt_filter is None and cache.replay is None and len(cache.pruned_layers) == len(cache.layers)
+    stops = any(part.stops_tokens for part in cache.policy.parts())
+    beside = cache.prompt_filter is not None or cache.replay is not None or stops
+    return not beside and len(cache.pruned_layers) == len(cache.layers)
 
 
 class _Known(Sdpa):
