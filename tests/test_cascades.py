@@ -16,6 +16,7 @@ from families import (
     feed,
     generate,
     kept,
+    kept_everywhere,
     left_padded,
     sequence,
     shared,
@@ -29,9 +30,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
 from kvprune import CacheError, PolicyError, UnsupportedModelError
+from kvprune.cache import step as layer_step
 from kvprune.cache.models import cache_argument
 from kvprune.passes.schedule import share_after
 from kvprune.policies import A2SF, KIVI, GemFilter, KVzip, LazyLLM, SpAtten
+from kvprune.table.ragged import RaggedTable
 
 LAYERS = 6
 SCHEDULE = ((0.34, 0.7), (0.5, 0.5), (0.84, 0.3))
@@ -124,6 +127,11 @@ class Brute:
 
 class BruteSpAtten(Brute):
     """By `given`, all the attention that tokens were given so far."""
+
+    def hide(self, tokens: set[int]) -> None:
+        left = {old: new for new, old in enumerate(i for i in sorted(self.states) if i not in tokens)}
+        self.given = {left[i]: each for i, each in self.given.items() if i in left}
+        super().hide(tokens)
 
     @torch.no_grad()
     def step(self, ids: list[int]) -> Tensor:
@@ -306,6 +314,15 @@ def test_beams_read_what_their_tokens_would_alone(policy):
 
 
 @pytest.mark.parametrize("policy", [LAZY, SpAtten(SCHEDULE, recent=4)], ids=["revived", "spatten"])
+def test_it_is_saved_when_the_longest_sequence_has_gone(tmp_path, policy):
+    cache = prompted(policy, (40, 9), steps=0)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = PrunedCache.load(tmp_path / "cache.safetensors", deep())
+    torch.testing.assert_close(goes_on(loaded, 1), goes_on(cache, 1), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("policy", [LAZY, SpAtten(SCHEDULE, recent=4)], ids=["revived", "spatten"])
 def test_it_is_saved_and_goes_on_where_it_was(tmp_path, policy):
     cache = prompted(policy)
     assert cache.layers[0].ledger is not None
@@ -391,17 +408,51 @@ def test_a_pass_that_fails_leaves_what_stopped_as_it_was():
     )
 
 
-@pytest.mark.parametrize("policy", [LAZY, GONE], ids=["revived", "gone"])
-def test_a_mask_may_hide_tokens_later(policy):
+def test_a_pass_that_fails_before_its_first_keys_leaves_the_next_one_as_it_was():
+    cache = prompted(GONE, (24,), steps=0)
+    other = cache.fork()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = deep().model.layers[0].self_attn.q_proj.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(deep(), token_ids(1, 5), cache)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(step(deep(), token_ids(1, 1), cache), step(deep(), token_ids(1, 1), other))
+    assert cache.seen_tokens == 25
+    assert cache.layers[0].tokens == (25,)
+
+
+def test_what_was_closed_up_cannot_be_taken_back_by_columns():
+    """Two turns padded on opposite sides: the newest rows of a sequence are not in the newest slots any more."""
+    ids, mask = token_ids(2, 120), torch.ones(2, 120, dtype=torch.long)
+    mask[1, :50] = 0
+    mask[0, 60:110] = 0
+    cache = PrunedCache(deep(), EVERYTHING)
+    feed(deep(), {"input_ids": ids, "attention_mask": mask}, cache, [60, 60])
+    before = [kept(cache, layer, row) for layer in range(LAYERS) for row in (0, 1)]
+    with pytest.raises(CacheError, match="cannot crop"):
+        cache.crop(-30)
+    assert [kept(cache, layer, row) for layer in range(LAYERS) for row in (0, 1)] == before
+
+
+@pytest.mark.parametrize("first", [1, 5])
+@pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4)], ids=["revived", "gone", "spatten"])
+def test_a_mask_may_hide_tokens_later(policy, first):
+    """In a step of a generated token, and in one of a turn."""
     model = deep()
-    brute, cache = Brute(model, policy), PrunedCache(model, policy)
+    brute = (BruteSpAtten if isinstance(policy, SpAtten) else Brute)(model, policy)
+    cache = PrunedCache(model, policy)
     ids, mask = token_ids(1, 40), torch.ones(1, 40, dtype=torch.long)
     mask[:, 5:13] = 0
     feed(model, {"input_ids": ids, "attention_mask": torch.ones(1, 24, dtype=torch.long)}, cache, [24])
     brute.step(ids[0, :24].tolist())
     brute.hide(set(range(5, 13)))
     begin = 24
-    for size in (1, 5, 1, 1):
+    for size in (first, 6 - first, 1, 1):
         logits = feed(model, {"input_ids": ids, "attention_mask": mask}, cache, [size], begin=begin)
         expected = brute.step(ids[0, begin : begin + size].tolist())
         torch.testing.assert_close(logits[0, -1], expected, atol=2e-4, rtol=1e-4)
@@ -409,17 +460,25 @@ def test_a_mask_may_hide_tokens_later(policy):
         begin += size
 
 
-def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds():
+@pytest.mark.parametrize("policy", [LAZY, SpAtten(SCHEDULE, recent=4)], ids=["revived", "spatten"])
+def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds(policy, monkeypatch):
+    """Heads come to hold different numbers of rows, and it all is as if shorter ones had empty slots instead."""
     model = deep()
-    cache = PrunedCache(model, LAZY | A2SF(9, sinks=2, recent=4))
-    ids = token_ids(1, 30)
-    for size in (20, 1, 1, 1, 5, 1, 1):
-        step(model, ids[:, :size], cache)
+    cache, padded = (PrunedCache(model, policy | A2SF(9, sinks=2, recent=4)) for _ in range(2))
+    ids, ragged = token_ids(1, 30), 0
+    for size in (20, *(1,) * 8, 5, *(1,) * 4):
+        logits = step(model, ids[:, :size], cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(layer_step, "keep_rows", lambda table, slots, room: table.compact(slots, room) or table)
+            torch.testing.assert_close(step(model, ids[:, :size], padded), logits, atol=1e-4, rtol=1e-4)
+        assert kept_everywhere(cache) == kept_everywhere(padded)
+        ragged += sum(isinstance(layer.table, RaggedTable) for layer in cache.layers)
         for layer in range(LAYERS):
             for head in kept(cache, layer):
                 assert len(head) == len({*head}) <= 9
                 assert head[-1] == cache.seen_tokens - 1
-    assert storage_nbytes(cache) == cache.nbytes
+    assert (ragged > 0) == isinstance(policy, SpAtten)
+    assert cache.nbytes == storage_nbytes(cache)
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,12 @@ class Ledger:
         batch, most = len(tokens), max(tokens)
         score = None
         if saved.has("score"):
-            (_, width), _ = _shaped(saved, "score", 2)
-            score = saved.tensor("score", (batch, min(width, most)), torch.float32)
+            (_, width), _ = _shaped(saved, "score", 2)  # of sequences that are gone, which may have been longer
+            score = saved.tensor("score", (batch, width), torch.float32)
         if not saved.has("positions"):
             return cls(score)
         (_, held), _ = _shaped(saved, "positions", 2)
-        shape = batch, min(held, most)
+        shape = batch, held
         (*_, width), dtype = saved.numbers("states", ndim=3)
         names = saved.fact("arguments", list)
         if not all(isinstance(name, str) for name in names):

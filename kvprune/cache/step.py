@@ -166,8 +166,9 @@ class LayerStep(CacheLayerMixin):
             output = attended.output
             self._observe(seen, plans, queries, scoring, attended)
             self._decide(plans, prefill=prefill)
-            if passage is not None and valid is not None:
-                self.table.close_up(self.planner.room(self.table), self.seen)  # type: ignore[union-attr, arg-type]
+            padded = passage is not None and valid is not None
+            if padded and self.table.close_up(self.planner.room(self.table), self.seen):  # type: ignore[union-attr, arg-type]
+                self.last_eviction = self.seen  # the newest slots are not those of the newest columns any more
         return output.transpose(1, 2).contiguous().to(device)
 
     def _hide(self, past: Past, table: TokenTable) -> None:

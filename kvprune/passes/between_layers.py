@@ -54,7 +54,8 @@ class Between:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         hidden = given["hidden_states"]
         if not self.index:
-            cache.trip = cache.cascade.trip(cache, hidden, given["attention_mask"])
+            cache.expect(None, None)  # what a pass that failed before its first keys has left there
+            cache.trip = cache.cascade.trip(cache, hidden, given.get("attention_mask"))
         if cache.trip is None:
             return None
         taken = cache.trip.enter(self.index, hidden, given)

@@ -27,6 +27,7 @@ from kvprune.cache.selection import FilteredStep
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.passage import Passage
 from kvprune.table.rows import EMPTY
+from kvprune.table.token_table import TokenTable
 
 
 class Trip:
@@ -94,7 +95,7 @@ class Trip:
             self.tokens,
             self.added,
             active=None if self.begins else self.active,
-            above=None if self.begins or self.revives or last else self.cache.layers[index + 1].table,
+            above=None if self.begins or self.revives or last else self._above(index),
             out_of_order=self._out_of_order,
             score=self.score,
         )
@@ -106,6 +107,17 @@ class Trip:
         taken = {name: self._take(name, value) for name, value in given.items()}
         states = stream.gather(1, self.at[..., None].expand(-1, -1, stream.shape[2]))
         return taken | {"hidden_states": states, "attention_mask": self._mask}
+
+    def _above(self, index: int) -> TokenTable:
+        """The table of the next layer, its rows where they will be once that layer knows what the mask hides."""
+        table = self.cache.layers[index + 1].table
+        past = None if self.looked is None else self.looked.past
+        if past is None:
+            return table
+        held = table.positions
+        moved = past.on(held.device)[:, None].expand(-1, table.kv_heads, -1)
+        new = moved.gather(2, held.clamp(min=0).long()).to(held.dtype)
+        return table.with_positions(new.masked_fill(held < 0, EMPTY))
 
     def _choose(self, index: int) -> None:
         """Find out which columns the layer computes: the new ones, as one, or those of `at`."""

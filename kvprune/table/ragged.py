@@ -115,6 +115,13 @@ class RaggedTable(RaggedContents):
         other._flat, other._shown = None, {}
         return other
 
+    def with_positions(self, positions: Tensor) -> TokenTable:
+        other = copy.copy(self)
+        own = zip(self.heads, positions.flatten(0, 1), strict=True)
+        other.heads = [head.with_positions(whole[len(whole) - head.length :][None, None]) for head, whole in own]
+        other._flat, other._shown = None, {}
+        return other
+
     def _count(self, added: int) -> None:
         """Note that every head has so many rows more in its tensors."""
         for head in self.heads:

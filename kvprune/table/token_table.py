@@ -193,14 +193,16 @@ class TokenTable(Contents):
         if first:
             self.compact(self._storage.slots(first, self.length))
 
-    def close_up(self, room: int, most: int) -> None:
+    def close_up(self, room: int, most: int) -> bool:
         """Free empty slots, and leave `room` spare ones, once every head has many, or there are more than `most` slots.
 
-        Changes the table.
+        Changes the table. True if it has: rows are then in other slots than those they came into.
         """
         held = self.positions >= 0
-        if not self.dense and (self.length > most or self.length - int(held.sum(-1).max()) >= MOST_HOLES):
-            self.compact(true_rows(held), room)
+        if self.dense or not (self.length > most or self.length - int(held.sum(-1).max()) >= MOST_HOLES):
+            return False
+        self.compact(true_rows(held), room)
+        return True
 
     def move(self, positions: Tensor) -> None:
         """Give rows other positions; those that get -1 are dropped. Changes the table.
