@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from kvprune import CacheError, Chat, HistoryWarning, KVPruneError, PrunedCache, QuestionWarning, ask
 from kvprune.cache.models import cache_argument
+from kvprune.chat.templates import around
 from kvprune.demo import load
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policies import A2SF, KIVI, Full, KVzip, SnapKV
@@ -228,6 +229,40 @@ def test_an_answer_may_be_stopped(fed):
         chat.model.generation_config.eos_token_id = ends
 
 
+def test_one_answer_is_written_at_a_time(tmp_path):
+    """What would change the conversation meanwhile is refused, and nothing is lost."""
+    chat = a_chat()
+    chat.model.generation_config.eos_token_id, ends = None, chat.model.generation_config.eos_token_id
+    try:
+        stream = chat.stream(opening(), max_new_tokens=5000)
+        next(stream)
+        for change in (
+            lambda: chat.say(embedded().questions[1], max_new_tokens=4),
+            lambda: next(chat.stream(embedded().questions[1])),
+            lambda: chat.read("the old mill"),
+            lambda: chat.save(tmp_path / "chat"),
+            lambda: setattr(chat, "policy", "kivi"),
+        ):
+            with pytest.raises(KVPruneError, match="still being written"):
+                change()
+        assert chat.policy == Full()
+        stream.close()
+        assert len(chat.messages) == 2
+        expected = answered_anew(chat.tokenizer, chat.messages, embedded().questions[1])
+        assert chat.say(embedded().questions[1], max_new_tokens=4) == expected[1]
+    finally:
+        chat.model.generation_config.eos_token_id = ends
+
+
+def test_a_document_that_is_read_before_a_stream_begins_is_part_of_it():
+    chat = a_chat()
+    stream = chat.stream("question bold fox:", max_new_tokens=4)
+    chat.read("note bold fox: oak bell one.")
+    list(stream)
+    assert chat.messages[0]["content"].startswith("note bold fox")
+    assert chat.last.note is None
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +310,23 @@ def test_what_cannot_be_said():
         a_chat("{{ messages[0]['content'] | upper }}").read("a text")
     assert chat.cache.seen_tokens == 0
     assert chat.messages == ()
+
+
+def test_a_template_of_one_turn_gives_its_one_answer():
+    chat = a_chat("{{ raise_exception('one turn') if messages | length > 1 else messages[0]['content'] }}")
+    text = chat.say(opening(), max_new_tokens=4)
+    assert chat.messages[-1]["content"].strip() == text
+    messages = chat.messages
+    with pytest.raises(KVPruneError, match="one turn"):
+        chat.say("and now?")
+    assert chat.messages == messages
+
+
+@pytest.mark.parametrize("said", ["is it?", "said: oak bell one. true?", "oak bell one.\n\nwhat?", "oak bell one.\n\n"])
+def test_a_document_ends_where_it_ends_whatever_is_said_of_it(said):
+    tokenizer, document = speaking("<u>{{ messages[0]['content'] | trim }}</u>"), "oak bell one."
+    before, rest = around(tokenizer, (), document, said, tokenizer.chat_template)
+    assert (before, rest) == (f"<u>{document}", f"\n\n{said.rstrip()}</u>")
 
 
 def test_a_message_of_the_system_comes_first():

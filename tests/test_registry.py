@@ -46,6 +46,7 @@ from kvprune.policies import (
     ZipVL,
 )
 from kvprune.policy import registry
+from kvprune.policy.registry import from_description
 
 BUILT_IN = {
     "a2sf": A2SF,
@@ -231,6 +232,14 @@ def test_a_policy_prints_as_it_is_made(name):
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_description_opens_no_file(tmp_path):
+    description = {"policy": "kvzip", "settings": {"level": "head", "heads": str(tmp_path / "heads")}}
+    for each in (description, [{"policy": "full", "settings": {}}, description | {"policy": "KVzip-plus"}]):
+        with pytest.raises(PolicyError, match="names a file"):
+            from_description(each)
+    assert from_description(description | {"settings": {"level": "head", "heads": [[0.5]]}}).heads == ((0.5,),)
 
 
 def test_chains_are_flat_and_in_order():

@@ -202,6 +202,23 @@ def test_the_least_recently_used_leave_memory_and_disk(embedded, tmp_path):
     assert metrics.value("kept_bytes", "disk") <= 2 * file
 
 
+def test_files_of_others_stay_where_they_are(embedded, tmp_path):
+    others = [tmp_path / name for name in ("talk.safetensors", f"{'0' * 63}g.safetensors", f"{'0' * 64}.json")]
+    ours = tmp_path / f"{'0' * 64}.safetensors"
+    for path in (*others, ours):
+        path.write_bytes(b"something")
+    metrics = Metrics()
+    Prefixes(embedded[0], metrics, memory=0, folder=tmp_path, disk=0).close()
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+    assert metrics.value("kept_bytes", "disk") == metrics.value("prefixes", "disk") == 0
+
+
+def test_what_cannot_be_removed_is_left(embedded, tmp_path):
+    (tmp_path / f"{'0' * 64}.safetensors").mkdir()  # no unlink removes a folder
+    Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=0).close()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_is_taken_is_a_fork(embedded):
     prefixes = Prefixes(embedded[0], Metrics(), memory=2**30)
     first, _ = prefixes.take(KEYDIFF, documents(1)[0])
@@ -248,6 +265,8 @@ WRONG = {
     "a fraction must lie in": {"budget": 1.5},
     "KIVI(bits=2) takes no other budget": {"policy": "kivi", "budget": 0.5},
     "A2SF(budget=0.1) takes no other budget": {"policy": "a2sf:budget=0.1", "budget": 0.5},
+    "heads names a file of the server": {"policy": "full | kvzip:level=head, Heads = x,heads =/etc/hostname"},
+    "heads names a file": {"policy": "KVzip-plus:heads=/etc/hostname", "budget": 0.5},
     "leave at least the last one out": {"prefix": 2},
     "temperature: Input should be less than": {"temperature": 3},
     "n is not served here": {"n": 2},

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -79,7 +80,7 @@ class Chat:
         """What was said, in turns that are complete: each has a "role" and its "content"."""
         self.last: Turn | None = None
         """What the last answer took."""
-        self._settings = settings
+        self._settings, self._turning = settings, threading.Lock()
         self._template = template_of(tokenizer)
         self._document: str | None = None
         if system is not None:
@@ -94,7 +95,8 @@ class Chat:
 
     @policy.setter
     def policy(self, policy: Policy | str) -> None:
-        self.cache = PrunedCache(self.model, policy, **self._settings)
+        with self._alone():
+            self.cache = PrunedCache(self.model, policy, **self._settings)
 
     @property
     def report(self) -> CacheReport:
@@ -109,21 +111,22 @@ class Chat:
         Returns how many tokens were read. Warns with QuestionWarning where the policy looks for a question, since there
         is none yet. Raises KVPruneError for an empty document, or one that the template changes.
         """
-        document = _checked(document, "the document")
-        if self._template is not None:
-            document = document.strip()  # most templates do
-        whole = document if self._document is None else f"{self._document}{BETWEEN}{document}"
-        if self._template is None:
-            text = written(self.tokenizer, [*self.messages, _user(whole)], None, answering=False)
-        else:
-            text = around(self.tokenizer, self.messages, whole, "\x00", self._template)[0]
-        ids, _ = self._prepare(text)
-        warn_of(self.policy, stacklevel=2)
-        count = len(ids) - self.cache.seen_tokens
-        read(self.model, self.cache, ids[self.cache.seen_tokens :])
-        self._document = whole
-        self.cache.transcript = self._transcript(ids, text)
-        return count
+        with self._alone():
+            document = _checked(document, "the document")
+            if self._template is not None:
+                document = document.strip()  # most templates do
+            whole = document if self._document is None else f"{self._document}{BETWEEN}{document}"
+            if self._template is None:
+                text = written(self.tokenizer, [*self.messages, _user(whole)], None, answering=False)
+            else:
+                text = around(self.tokenizer, self.messages, whole, "\x00", self._template)[0]
+            ids, _ = self._prepare(text)
+            warn_of(self.policy, stacklevel=2)
+            count = len(ids) - self.cache.seen_tokens
+            read(self.model, self.cache, ids[self.cache.seen_tokens :])
+            self._document = whole
+            self.cache.transcript = self._transcript(ids, text)
+            return count
 
     def say(
         self,
@@ -138,44 +141,54 @@ class Chat:
         write: gets the answer in pieces as it comes. generation: more of `model.generate`, such as `do_sample=True,
         temperature=0.7`; without, the likeliest tokens are taken. A turn that raises, or is interrupted, has not been.
 
-        Raises KVPruneError for nothing said, and for several answers at a time (beams).
+        Raises KVPruneError for nothing said, for several answers at a time (beams), and, as all that changes a
+        conversation does, while an answer is being written.
         """
-        return self._answer(self._said(text, generation), write, max_new_tokens=max_new_tokens, **generation)
+        said = _said(text, generation)
+        with self._alone():
+            return self._answer(said, write, max_new_tokens=max_new_tokens, **generation)
 
     def stream(self, text: str, *, max_new_tokens: int = 512, **generation: Any) -> Iterator[str]:
         """As `say`, in pieces as they come. Who stops to iterate stops the answer; what has come of it was said."""
-        return self._stream(self._said(text, generation), max_new_tokens=max_new_tokens, **generation)
+        return self._stream(_said(text, generation), max_new_tokens=max_new_tokens, **generation)
 
     def _stream(self, said: str, **generation: Any) -> Iterator[str]:
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        stopped, failed = threading.Event(), []
+        stopped, ended, failed = threading.Event(), threading.Event(), []
 
         def answer() -> None:
             try:
-                self._answer(said, pieces.put, stopped=stopped, **generation)
+                with self._alone():
+                    self._answer(said, pieces.put, stopped=stopped, **generation)
             except BaseException as error:
                 failed.append(error)
             finally:
+                ended.set()
                 pieces.put(None)
 
-        thread = threading.Thread(target=answer, name="kvprune chat", daemon=True)
-        thread.start()
+        threading.Thread(target=answer, name="kvprune chat", daemon=True).start()
         try:
             while (piece := pieces.get()) is not None:
                 yield piece
         finally:
             stopped.set()
-            thread.join()
+            while not ended.is_set():
+                with suppress(KeyboardInterrupt):  # who is in haste waits for the token too, or the next turn could not
+                    ended.wait()
         if failed:
             raise failed[0]
 
-    def _said(self, text: str, generation: dict[str, Any]) -> str:
-        """The content of the message. Raises KVPruneError before anything has changed."""
-        several = [name for name in ("num_beams", "num_return_sequences") if generation.get(name, 1) != 1]
-        if several:
-            raise KVPruneError(f"a conversation goes on with one answer: leave {', '.join(several)} out.")
-        said = _checked(text, "what is said")
-        return said if self._document is None else f"{self._document}{BETWEEN}{said}"
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One at a time changes the conversation. Raises KVPruneError while another does."""
+        if not self._turning.acquire(blocking=False):
+            raise KVPruneError(
+                "an earlier answer is still being written: iterate its stream to the end, or close() it."
+            )
+        try:
+            yield
+        finally:
+            self._turning.release()
 
     @torch.no_grad()
     def _answer(
@@ -187,7 +200,8 @@ class Chat:
         stopped: threading.Event | None = None,
         **generation: Any,
     ) -> str:
-        messages = (*self.messages, _user(said))
+        content = said if self._document is None else f"{self._document}{BETWEEN}{said}"
+        messages = (*self.messages, _user(content))
         prompt = written(self.tokenizer, messages, self._template, answering=True)
         ids, note = self._prepare(prompt)
         before, forks, started, first = self.cache.seen_tokens, [], time.perf_counter(), []
@@ -265,7 +279,10 @@ class Chat:
         """After an answer: is it what the next turn will show of it? before: what a fork had read."""
         known = self.cache.transcript
         assert known is not None
-        following = written(self.tokenizer, [*self.messages, _user("?")], self._template, answering=True)
+        try:
+            following = written(self.tokenizer, [*self.messages, _user("?")], self._template, answering=True)
+        except KVPruneError:
+            return None  # of no other turn: the answer was given all the same
         if self._going_on(known, following) is not None:
             return None
         self._rewrites = True  # whatever the template did so far
@@ -292,10 +309,11 @@ class Chat:
 
     def save(self, path: str | os.PathLike[str], *, trust_model: bool = False) -> None:
         """Write the conversation to a file, cache, messages and chat template; see `PrunedCache.save`."""
-        if self.cache.transcript is None:  # nothing was said, or something went wrong: the next turn reads all of it
-            self.cache = PrunedCache(self.model, self.policy, **self._settings)
-            self.cache.transcript = self._transcript(torch.empty(0, dtype=torch.int64), "")
-        self.cache.save(path, trust_model=trust_model)
+        with self._alone():
+            if self.cache.transcript is None:  # nothing was said, or it went wrong: the next turn reads all of it
+                self.cache = PrunedCache(self.model, self.policy, **self._settings)
+                self.cache.transcript = self._transcript(torch.empty(0, dtype=torch.int64), "")
+            self.cache.save(path, trust_model=trust_model)
 
     @classmethod
     def load(
@@ -331,6 +349,7 @@ class Chat:
         if known is None:
             raise CacheError("this cache does not know what it has read, or more has come since.")
         chat = cls.__new__(cls)
+        chat._turning = threading.Lock()
         chat.model, chat.tokenizer, chat.cache, chat._settings = cache.model, tokenizer, cache, settings
         chat.messages, chat._document, chat._template = known.messages, known.document, known.template
         chat.last, chat._rewrites = None, rewrites_history(tokenizer, known.template)
@@ -345,6 +364,14 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), self._stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _said(text: str, generation: dict[str, Any]) -> str:
+    """What is said, if it can be. Raises KVPruneError before anything has changed."""
+    several = [name for name in ("num_beams", "num_return_sequences") if generation.get(name, 1) != 1]
+    if several:
+        raise KVPruneError(f"a conversation goes on with one answer: leave {', '.join(several)} out.")
+    return _checked(text, "what is said")
 
 
 def _user(content: str) -> Message:

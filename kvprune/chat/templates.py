@@ -56,10 +56,15 @@ def around(tokenizer: Any, messages: Sequence[Message], document: str, said: str
     """A prompt in which a user says something of a document: the part that ends with the document, and the rest."""
     message = {"role": "user", "content": f"{document}{BETWEEN}{said}"}
     prompt = written(tokenizer, [*messages, message], template, answering=True)
-    before, found, rest = prompt.rpartition(document)
+    both = document + BETWEEN
+    # What is said may quote the document, and a template may cut what is said.
+    before, found, _ = prompt.rpartition(both + said.rstrip())
+    if not found:
+        before, found, _ = prompt.rpartition(both)
     if not found:
         raise KVPruneError("the chat template changes the document: write the prompt out yourself, and leave chat out.")
-    return before + document, rest
+    end = len(before) + len(document)
+    return prompt[:end], prompt[end:]
 
 
 def rewrites_history(tokenizer: Any, template: str | None) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,9 @@ class Decision:
 @dataclass(frozen=True)
 class Policy(metaclass=SettingsType):
     """Base of all policies: keeps everything and asks for nothing."""
+
+    files: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may name a file: for text that a person writes, never for requests or saved caches."""
 
     def __post_init__(self) -> None:
         """Numbers of other kinds become ints and floats: numpy's wrap around, and no file can say Fraction(1, 3)."""

@@ -154,6 +154,8 @@ def from_description(description: Any) -> Policy:
     name, settings = description["policy"], description["settings"]
     if not isinstance(name, str) or not isinstance(settings, dict):
         raise PolicyError(f"{description!r} describes no policy.")
+    if any(isinstance(settings.get(each), str) for each in find(name).files):
+        raise PolicyError(f"{name} names a file, and saved caches hold what such a file says themselves.")
     try:
         return get(name, **{setting: _hashable(value) for setting, value in settings.items()})
     except PolicyError:

@@ -15,6 +15,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -39,6 +40,7 @@ from kvprune.serving.metrics import Metrics
 
 logger = logging.getLogger("kvprune.serving")
 _ENDING = ".safetensors"
+_OURS = re.compile(rf"[0-9a-f]{{64}}\{_ENDING}")  # others may keep files in the same folder
 _ABANDONED = 3600  # seconds after which a file half written is of nobody any more
 
 
@@ -69,9 +71,9 @@ class Prefixes:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _sweep(folder)
+                self._trim()
             except OSError as error:
                 raise KVPruneError(f"cannot keep caches in {folder}: {error}") from error
-            self._trim()
 
     def take(self, policy: Policy, ids: Sequence[int]) -> tuple[PrunedCache, bool]:
         """A cache of one's own that has read these tokens, and whether it was there already."""
@@ -176,16 +178,21 @@ class Prefixes:
 
     def _trim(self) -> None:
         folder = self._folder or Path()
-        found = [(path, path.stat()) for path in folder.glob(f"*{_ENDING}")]
-        files = sorted(found, key=lambda each: each[1].st_mtime)
-        total = sum(facts.st_size for _, facts in files)
-        while total > self._disk:
-            path, facts = files.pop(0)
-            path.unlink(missing_ok=True)
-            total -= facts.st_size
-            self._metrics.add("evictions_total", 1, "disk")
+        files = []
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name):
+                with suppress(OSError):  # another server of this folder may have removed it
+                    files.append((path, path.stat()))
+        total, count = sum(facts.st_size for _, facts in files), len(files)
+        for path, facts in sorted(files, key=lambda each: each[1].st_mtime):
+            if total <= self._disk:
+                break
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                total, count = total - facts.st_size, count - 1
+                self._metrics.add("evictions_total", 1, "disk")
         self._metrics.put("kept_bytes", total, "disk")
-        self._metrics.put("prefixes", len(files), "disk")
+        self._metrics.put("prefixes", count, "disk")
 
 
 def _sweep(folder: Path) -> None:

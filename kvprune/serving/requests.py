@@ -130,7 +130,8 @@ class TextRequest(_Request):
 def policy_of(request: _Request, default: Policy, default_text: str, default_budget: str) -> Policy:
     """The policy that a request asks for. Raises RequestError.
 
-    Registered ones alone: text that comes from elsewhere must not import modules, as `package.module:Class` would.
+    Registered ones alone, and no settings that name files: text that comes from elsewhere must not import modules, as
+    `package.module:Class` would, nor tell what files there are.
     """
     if request.policy is None and request.budget is None:
         return default
@@ -139,7 +140,9 @@ def policy_of(request: _Request, default: Policy, default_text: str, default_bud
     try:
         if request.policy is not None:
             for link in text.split("|"):
-                find(link.partition(":")[0])
+                name, _, rest = link.partition(":")
+                if named := find(name).files & {each.partition("=")[0].strip() for each in rest.split(",")}:
+                    raise PolicyError(f"{min(named)} names a file of the server: leave it out.")
         policy = parse(text, budget=budget)
     except PolicyError as error:
         raise RequestError(str(error), param="policy") from None
