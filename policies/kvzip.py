@@ -67,6 +67,7 @@ class KVzip(ReplayedEviction):
     answer_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", _scores_of(self.heads))  # first: what replays asks whether there are any
         super().__post_init__()
         check_count("chunk", self.chunk, least=1)
         for name in ("first_ids", "later_ids", "answer_ids"):
@@ -78,7 +79,6 @@ class KVzip(ReplayedEviction):
             raise PolicyError(f'level is "row" or "head", not {self.level!r}.')
         if self.heads and self.level != "head":
             raise PolicyError('scores of heads are for level="head": say so, or leave heads out.')
-        object.__setattr__(self, "heads", _scores_of(self.heads))
         self._replay  # noqa: B018 - raises for settings without meaning
 
     @classmethod
@@ -150,7 +150,7 @@ def _scores_of(heads: Any) -> tuple[tuple[float, ...], ...]:
         return HeadScores.load(heads).scores
     try:
         scores = tuple(tuple(float(score) for score in layer) for layer in heads)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         scores = ((-1.0,),)
     if not all(layer and all(0 <= score < math.inf for score in layer) for layer in scores):
         raise PolicyError(f"heads are scores of at least 0 for the KV heads of each layer, not {heads!r}.")

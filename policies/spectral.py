@@ -27,4 +27,5 @@ class Spectral(Aging):
     """
 
     def observe(self, table: TokenTable, step: Step) -> None:
-        learn_basis(table, step)
+        if self.codec(step.depth, step.layers) is not None:
+            learn_basis(table, step)

@@ -163,8 +163,8 @@ class ZipCache(Policy):
     # -- precision ---------------------------------------------------------------------------------------------------
 
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
-        waiting = table.length - table.packed_length
-        if waiting == 0 or not (step.prefill or waiting >= self.buffer):
+        waiting = table.length - table.packed_length - (ROTATED_SINKS if self.rotate else 0)
+        if waiting <= 0 or not (step.prefill or waiting >= self.buffer):
             return None
         positions = table.positions[:, :, table.packed_length :]
         if self.rotate:  # as if sinks were not there

@@ -500,7 +500,10 @@ def test_scores_of_heads_are_those_of_their_best_rows(tmp_path):
     path = tmp_path / "heads.json"
     heads.save(path)
     assert HeadScores.load(path, model) == heads
-    assert policy(level="head", heads=str(path)) == policy(level="head", heads=heads.scores)
+    for known in (str(path), torch.tensor(heads.scores, dtype=torch.float64)):
+        assert policy(level="head", heads=known) == policy(level="head", heads=heads.scores)
+    with pytest.raises(PolicyError, match="scores of at least 0"):
+        policy(level="head", heads=torch.ones(3))
     with pytest.raises(CacheError, match="of another model"):
         HeadScores.load(path, build("llama", rms_norm_eps=1e-3, hidden_size=64))
     with pytest.raises(PolicyError, match=r"scores of 2 \+ 2 heads|scores of .* heads, and"):

@@ -85,6 +85,17 @@ def test_hadamard_in_blocks(dim):
     assert len(turning[turning != 0].abs().unique()) == 1
 
 
+def test_a_hadamard_matrix_is_made_once():
+    """And serves where gradients are wanted, though it was made where none are."""
+    hadamard.cache_clear()
+    with torch.inference_mode():
+        turning = hadamard(12)
+    assert hadamard(12) is turning
+    some = torch.ones(1, 1, 1, 12, requires_grad=True)
+    (Basis.fixed(12, 12).keys.back(some) ** 2).sum().backward()
+    assert some.grad is not None
+
+
 def test_too_few_rows_and_rows_that_do_not_vary_get_hadamard():
     """Of each head by itself; and of all, nothing is held then."""
     queries, keys, values = tokens(2, 1, 40, (8, 8))
@@ -238,6 +249,25 @@ def test_what_is_packed_when():
     assert exact.codecs == (RotatedCodec(2),)
     assert exact.codec(1, 9) is None
     assert exact.codec(7, 9) is None
+    assert Spectral(2, edge_layers=10**9).codecs == (RotatedCodec(4), RotatedCodec(2))
+
+
+def test_layers_that_pack_nothing_hold_no_basis():
+    cache = PrunedCache(shared(), Spectral(2, edge_layers=1, edge_bits=16, residual=4, sinks=1))
+    generate(shared(), left_padded([90]), 2, **cache_argument(cache))
+    learnt = [layer.table.basis is not None for layer in cache.layers]
+    assert learnt == [Spectral(2, edge_layers=1, edge_bits=16).codec(at, len(learnt)) is not None
+                      for at in range(len(learnt))]  # fmt: skip
+
+
+def test_tokens_beside_exact_sinks_wait_until_the_buffer_is_full():
+    """Every `buffer` generated tokens are packed together, as the blocks of probes are counted."""
+    given = tokens(1, 1, 52, (8, 8))
+    layer = PrunedLayer(ZipCache(buffer=5, rotate=True), 0)
+    step(layer, tuple(part[:, :, :40] for part in given))
+    for generated in range(1, 13):
+        step(layer, tuple(part[:, :, 39 + generated : 40 + generated] for part in given))
+        assert layer.table.packed_length == 36 + generated // 5 * 5
 
 
 @pytest.mark.parametrize(
@@ -383,6 +413,13 @@ def test_compiled_loops_are_the_twin_of_pytorch(dims, estimated, bits, group):
     found, expected = (each(query, table, scoring) for each in (CPU.packed_single_query, packed.single_query))
     torch.testing.assert_close(found[1], expected[1], atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(found[0], expected[0], atol=2e-4, rtol=1e-3)
+
+
+def test_rows_too_long_for_compiled_loops_are_packed_without_them():
+    keys = torch.randn(1, 1, 8, 1040, generator=torch.Generator().manual_seed(0))
+    found = CPU.encode(RotatedCodec(2), keys, keys, torch.arange(8).expand(1, 1, -1))
+    expected = RotatedRows.encode_in(RotatedCodec(2), Basis.fixed(1040, 1040), keys, keys)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
 @pytest.mark.parametrize("dims", [(64, 16), (32, 128)], ids=str)

@@ -6,13 +6,26 @@ import math
 
 import pytest
 import torch
-from families import build, feed, kept, left_padded, shared
+from families import assert_same_rows, build, feed, kept, left_padded, shared, token_ids
 from torch import Tensor
 
 from kvprune import Adaptive, PolicyError, PrunedCache, UnsupportedModelError
 from kvprune.attention.outputs import Outputs
+from kvprune.cache.models import cache_argument
 from kvprune.cache.turning import attention_of
-from kvprune.policies import A2SF, AdaKV, CriticalAdaKV, CriticalKV, KeyDiff, Knorm, KVzip, SnapKV, ZipCache, parse
+from kvprune.policies import (
+    A2SF,
+    AdaKV,
+    CriticalAdaKV,
+    CriticalKV,
+    DropKV,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    SnapKV,
+    ZipCache,
+    parse,
+)
 from kvprune.policy.ranking import VALUE_SIZE
 from kvprune.policy.registry import described, from_description
 
@@ -102,6 +115,23 @@ def test_packed_rows_keep_their_sizes():
     assert table.packed
     sizes = table["0." + VALUE_SIZE]
     assert (sizes[table.positions >= 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "policy", [DropKV(0.4, window=4, sinks=1), SnapKV(0.4, window=4, sinks=1, interval=1)], ids=str
+)
+def test_padding_behind_a_prompt_asks_nothing(policy):
+    """The newest queries decide, and go on deciding, wherever the padding of a shorter prompt stands."""
+    model = shared()
+    ids, mask = token_ids(2, 30, seed=3), torch.arange(30) < torch.tensor([[30], [22]])
+    together, alone = (PrunedCache(model, policy) for _ in range(2))
+    with torch.no_grad():
+        model(ids, attention_mask=mask.long(), **cache_argument(together))
+        model(ids[1:, :22], **cache_argument(alone))
+    assert_same_rows(together, alone, 1, atol=1e-5)
+    remembered = [cache.layers[0].remembered for cache in (together, alone)]
+    if alone.layers[0].remembered is not None:
+        assert torch.equal(remembered[0].positions[1], remembered[1].positions[0])
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ class Asked:
         0 for keys that a query does not see, and all of a row that is padding. So exact because small differences from
         1 count in what is made of them. Packed keys are decoded for it.
         """
-        states, positions = self.queries.states, self.queries.positions
         if self.earlier is not None and (count > len(self.queries) or self.queries.valid is not None):
             states, positions = self.earlier.followed_by(self.queries)
-        states, positions = states[:, :, -count:], positions[:, -count:]
+            states, positions = states[:, :, -count:], positions[:, -count:]
+        else:
+            states, positions = self.queries.newest(count)
         keys, places = self.table.all_keys(), self.table.positions
         for block in row_blocks(states.shape[2], 2 * states[:, :, 0, 0].numel() * keys.shape[2], states.device):
             logits = row_logits(states[:, :, block], keys, self.scoring).double()

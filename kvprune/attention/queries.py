@@ -82,6 +82,14 @@ class Queries:
         first = self.first if isinstance(self.first, int) else self.first.view(-1, 1)
         return torch.where(newest < 0, first - 1, newest)
 
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """States and positions of the newest `count` queries of each sequence; padding moves to the front."""
+        if self.valid is None:
+            return self.states[:, :, -count:], self.positions[:, -count:]
+        positions, order = self.positions.sort(dim=1)
+        order = order[:, None, -count:, None].expand(-1, self.states.shape[1], -1, self.states.shape[3])
+        return self.states.gather(2, order), positions[:, -count:]
+
     def part(self, start: int, stop: int) -> Queries:
         """The queries `start .. stop - 1` of this step, in tensors of their own."""
         states = self.states[:, :, start:stop].clone()
@@ -295,10 +303,12 @@ class Remembered:
     @classmethod
     def newest(cls, count: int, earlier: Remembered | None, queries: Queries) -> Remembered:
         """The newest `count` queries, of this step and, where it has fewer, of earlier ones."""
-        states, positions = queries.states, queries.positions
         if earlier is not None and min(queries.tokens) < count:
             states, positions = earlier.followed_by(queries)
-        return cls(states[:, :, -count:].clone(), positions[:, -count:].clone())
+            states, positions = states[:, :, -count:], positions[:, -count:]
+        else:
+            states, positions = queries.newest(count)
+        return cls(states.clone(), positions.clone())
 
     def moved(self, positions: Tensor) -> Remembered:
         """The same queries where tokens have moved, positions `[B, tokens]`, -1 for those that are gone."""

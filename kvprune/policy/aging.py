@@ -94,7 +94,7 @@ class Aging(Policy):
     @property
     def codecs(self) -> tuple[Codec, ...]:
         layers = 2 * self.edge_layers + 1
-        found = (self.codec(depth, layers) for depth in range(self.edge_layers + 1))
+        found = (self.codec(depth, layers) for depth in (0, self.edge_layers))
         return tuple(dict.fromkeys(codec for codec in found if codec is not None))
 
     @property

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,12 +37,14 @@ def lanes_of(dim: int) -> int:
     return next((lanes for lanes in (16, 8) if dim % lanes == 0), dim)
 
 
+@lru_cache(16)
 def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
-    """Orthogonal `[dim, dim]` float32: blocks of the largest power of two that divides `dim`."""
-    block = torch.ones(1, 1)
-    while dim % (2 * len(block)) == 0:
-        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block))).half().float().to(device)
+    """Orthogonal `[dim, dim]` float32: blocks of the largest power of two that divides `dim`. Not to be written to."""
+    with torch.inference_mode(False):  # or steps that want gradients could not use what another has made
+        block = torch.ones(1, 1, device="cpu")
+        while dim % (2 * len(block)) == 0:
+            block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+        return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block))).half().float().to(device)
 
 
 @dataclass(frozen=True)

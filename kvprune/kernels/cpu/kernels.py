@@ -323,7 +323,8 @@ class CPUKernels(Kernels):
     ) -> PackedRows:
         if not can_encode(codec, keys, values) or not slots.numel():
             return super().encode(codec, keys, values, slots, basis)
-        if isinstance(codec, RotatedCodec) and not rotated.are_there(self._c):
+        fits = rotated.are_there(self._c) and rotated.fits(keys.shape[3], values.shape[3])
+        if isinstance(codec, RotatedCodec) and not fits:
             return super().encode(codec, keys, values, slots, basis)
         if isinstance(codec, RotatedCodec):
             index, basis = slots.clamp(min=0), basis or Basis.fixed(keys.shape[3], values.shape[3])

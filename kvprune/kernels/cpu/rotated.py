@@ -39,10 +39,14 @@ def are_there(c: Any) -> bool:
     return c.rotated_encode is not None
 
 
+def fits(*dims: int) -> bool:
+    """Whether components are whole vectors, and no more of them than the loops have room for."""
+    return all(dim % LANES == 0 and dim <= 64 * LANES for dim in dims)
+
+
 def can_take(rows: RotatedRows) -> bool:
-    """Whether components are whole vectors, and all lies one behind another."""
-    whole = all(dim % LANES == 0 and dim <= 64 * LANES for dim in (rows.key_dim, rows.value_dim))
-    return whole and all(tensor.is_contiguous() for tensor in rows.tensors.values())
+    """Whether rows fit, and all lies one behind another."""
+    return fits(rows.key_dim, rows.value_dim) and all(tensor.is_contiguous() for tensor in rows.tensors.values())
 
 
 def quantizer(c: Any) -> Quantizer:
