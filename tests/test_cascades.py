@@ -490,6 +490,7 @@ def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds(policy
         (lambda: LAZY | GemFilter(8), PolicyError, "Keep one"),
         (lambda: LAZY | KIVI(), PolicyError, "out of order"),
         (lambda: LAZY | KVzip(0.5), PolicyError, "again"),
+        (lambda: LAZY | A2SF("4kB"), PolicyError, "budget in bytes"),
         (lambda: LazyLLM(((0.5, 0.5), (0.7, 0.6))), PolicyError, "no more tokens"),
         (lambda: LazyLLM(((0.7, 0.5), (0.5, 0.4))), PolicyError, "ascend"),
         (lambda: LazyLLM(((0.5, 0.0),)), PolicyError, "above 0"),

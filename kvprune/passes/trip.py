@@ -105,7 +105,8 @@ class Trip:
             return None
         stream = self._stream(hidden)
         taken = {name: self._take(name, value) for name, value in given.items()}
-        states = stream.gather(1, self.at[..., None].expand(-1, -1, stream.shape[2]))
+        at = self.at.to(stream.device)
+        states = stream.gather(1, at[..., None].expand(-1, -1, stream.shape[2]))
         return taken | {"hidden_states": states, "attention_mask": self._mask}
 
     def _above(self, index: int) -> TokenTable:
@@ -193,10 +194,11 @@ class Trip:
         """What the model goes on with, for all of its columns. output: of the layer, of those that it computed."""
         self.frontier = torch.where(self.go, index + 1, self.frontier)
         if self.stream is not None:
+            self.stream = self.stream.to(output.device)  # where the layer is, on a model spread over several devices
             if self.at is None:
                 self.stream[:, self.width : -1] = output
             else:
-                at = self.at[..., None].expand(-1, -1, output.shape[2])
+                at = self.at.to(output.device)[..., None].expand(-1, -1, output.shape[2])
                 self.stream.scatter_(1, at, output.to(self.stream.dtype))
                 output = self.stream[:, self.width : -1].clone()  # which somebody may hold, as output_hidden_states
         onward = self.passage.onward

@@ -366,7 +366,9 @@ def _check_with_stopping(stopping: Policy, links: tuple[Policy, ...]) -> None:
             else "shows rows at their places in the cache, which tokens that stopped have none in" if link.renumbers
             else "reads the prompt again, through layers that lack some of it" if link.replay is not None
             else "shares rows out over heads or layers that hold different tokens" if link.decides_together
-            or getattr(share, "scope", "head") != "head" else None
+            or getattr(share, "scope", "head") != "head"
+            else "has a budget in bytes, and nobody knows beforehand what tokens that stopped will take of it"
+            if getattr(getattr(link, "_budget", None), "kind", "") == "bytes" else None
         )  # fmt: skip
         if reason is not None:
             raise PolicyError(f"{link} {reason}, so it cannot follow {name}: use one of them alone.")
