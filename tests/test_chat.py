@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import DynamicCache
 
 from kvprune import CacheError, Chat, HistoryWarning, KVPruneError, PrunedCache, QuestionWarning, ask
 from kvprune.cache.models import cache_argument
 from kvprune.chat.templates import around
+from kvprune.chat.terminal import Terminal
 from kvprune.demo import load
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policies import A2SF, KIVI, Full, KVzip, SnapKV
@@ -254,6 +256,22 @@ def test_one_answer_is_written_at_a_time(tmp_path):
         chat.model.generation_config.eos_token_id = ends
 
 
+def test_an_interrupted_command_ends_itself_alone(tmp_path, monkeypatch, capsys):
+    chat = a_chat()
+    terminal = Terminal(chat, Console(), max_new_tokens=2)
+    (tmp_path / "text").write_text("the old mill")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat, "read", stop)
+        terminal.serve(f"/read {tmp_path / 'text'}")
+    assert "(stopped)" in capsys.readouterr().out
+    terminal.serve("hello")
+    assert chat.messages[-2]["content"] == "hello"
+
+
 def test_a_document_that_is_read_before_a_stream_begins_is_part_of_it():
     chat = a_chat()
     stream = chat.stream("question bold fox:", max_new_tokens=4)
@@ -373,6 +391,15 @@ def test_a_saved_conversation_goes_on(template, tmp_path, fed):
         said.append(other.say("question bold fox:", max_new_tokens=4))
         assert fed == once
     assert len(set(said)) == 1
+
+
+def test_a_cache_whose_model_is_gone_has_no_conversation(monkeypatch):
+    chat = a_chat()
+    chat.say(opening(), max_new_tokens=2)
+    held = chat.cache.fork()
+    monkeypatch.setattr(held, "_model", lambda: None)
+    with pytest.raises(CacheError, match="model of this cache is gone"):
+        Chat.of(held, chat.tokenizer)
 
 
 def test_what_was_saved_of_nothing_and_of_a_document(tmp_path):

@@ -16,15 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kvprune import KVPruneError, PrunedCache, cli, demo
+from kvprune import CacheError, KVPruneError, PrunedCache, cli, demo
 from kvprune.cache.models import cache_argument
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policy.registry import parse
 from kvprune.serving.app import Options, Server, application
 from kvprune.serving.command import amount
+from kvprune.serving.engine import Job, Settings
 from kvprune.serving.metrics import Metrics
 from kvprune.serving.prefixes import Prefixes
-from kvprune.serving.writing import Chance, Text
+from kvprune.serving.prompts import Prompt
+from kvprune.serving.writing import Chance, Text, processors
 
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
 KEY, NAME, POLICY = "sesame", "small", "snapkv:budget=64"
@@ -255,6 +257,57 @@ def test_a_damaged_file_is_read_anew(embedded, tmp_path):
     assert take() == (kept, True)
 
 
+def test_a_file_that_cannot_be_read_now_is_not_removed(embedded, tmp_path, monkeypatch):
+    def no_more_files(*_, **__):
+        raise CacheError("too many open files")
+
+    Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30).take(KEYDIFF, documents(1)[0])
+    wait_for(lambda: [each for each in tmp_path.iterdir() if each.suffix == ".safetensors"])
+    prefixes = Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30)
+    with monkeypatch.context() as patched:
+        patched.setattr(PrunedCache, "load", no_more_files)
+        patched.setattr(PrunedCache, "save", no_more_files)
+        assert not prefixes.take(KEYDIFF, documents(1)[0])[1]
+        prefixes.close()
+    again = Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30)
+    assert again.take(KEYDIFF, documents(1)[0])[1]
+
+
+def test_a_slow_disk_holds_the_model_up(embedded, tmp_path, monkeypatch, caplog):
+    """No more copies wait for their file than two, whatever else goes wrong with them."""
+    goes_on, forks, fork = threading.Event(), [], PrunedCache.fork
+
+    def slow(*_, **__):
+        assert goes_on.wait(60)
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(PrunedCache, "save", slow)
+    monkeypatch.setattr(PrunedCache, "fork", lambda cache: (forks.append(1), fork(cache))[1])
+    prefixes = Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(lambda: [prefixes.take(KEYDIFF, ids) for ids in documents(5)])
+        wait_for(lambda: len(forks) == 4)  # two that were taken, and two to be written
+        time.sleep(0.2)
+        assert len(forks) == 4
+        goes_on.set()
+        assert len(taken.result(60)) == 5
+    prefixes.close()
+    assert caplog.text.count("could not be saved: RuntimeError") == 5
+
+
+def test_who_is_gone_when_the_prefix_is_read_costs_no_answer(server, monkeypatch):
+    engine, job = server.engine, Job(0, Prompt((5, 6), (7,)), KEYDIFF, Settings(4), None)
+    take = engine._prefixes.take
+
+    def leaves(*asked):
+        job.called_off.set()
+        return take(*asked)
+
+    monkeypatch.setattr(engine._prefixes, "take", leaves)
+    monkeypatch.setattr(engine._model, "generate", lambda *_, **__: pytest.fail("it was answered"))
+    assert engine._answer(job) is None
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -275,6 +328,10 @@ WRONG = {
     "messages.0.role": {"messages": [{"role": "wizard", "content": "hi"}]},
     "this server writes up to 1024": {"max_tokens": 5000},
     "more than the 8192": {"messages": [{"role": "user", "content": "note " * 8200}]},
+    "are more than the 8192 that this model was made for: shorten them.": {
+        "messages": [{"role": "user", "content": "note " * 8200}],
+        "policy": "streaming_llm:positions=cache",
+    },
     "bytes hold": {"budget": "1KiB"},
     "up to 16 strings": {"stop": [""]},
 }
@@ -295,6 +352,9 @@ def test_a_mistake_is_answered_with_what_to_write(server, message):
     [
         (b"{", "/v1/completions", KEY, 400),
         (b"[]", "/v1/completions", KEY, 400),
+        (b"[" * 200_000, "/v1/completions", KEY, 400),
+        (rb'{"\ud800": 1}', "/v1/completions", KEY, 400),
+        (rb'{"model": "small", "prompt": "\ud800"}', "/v1/completions", KEY, 400),
         (b" " * (17 * 2**20), "/v1/completions", KEY, 413),
         (b"{}", "/v1/completions", "wrong", 401),
         (b"{}", "/v1/embeddings", KEY, 404),
@@ -339,6 +399,13 @@ def test_more_than_may_wait_are_refused_and_who_hangs_up_frees_the_place(server,
     settled(server)
     assert server.metrics.value("requests_total", "called off") == off + 3
     assert server.metrics.value("kept_bytes", "running") == 0
+
+
+def test_a_full_server_prepares_no_prompt(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "_room", 0)
+    monkeypatch.setattr(server, "_prepared", lambda _: pytest.fail("it was prepared"))
+    with pytest.raises(openai.RateLimitError):
+        chat(server)
 
 
 def test_who_hangs_up_before_the_answer_calls_it_off(server, endless):
@@ -407,6 +474,25 @@ def test_the_command_serves_what_it_is_told(monkeypatch, tmp_path):
     assert (served["host"], served["port"], served["app"].title) == ("127.0.0.1", 1234, "kvprune")
 
 
+@pytest.mark.parametrize(
+    ("options", "environment", "told"),
+    [
+        (["--api-key", ""], {}, "the API key is empty"),
+        (["--api-key", " "], {}, "the API key is empty"),
+        ([], {"KVPRUNE_API_KEY": ""}, "the API key is empty"),
+        ([], {"KVPRUNE_LOG": "verbose"}, "KVPRUNE_LOG is 'VERBOSE'"),
+        (["--policy", "a2sf:budget=0.1", "--budget", "0.5"], {}, "takes no other budget"),
+    ],
+)
+def test_the_command_refuses_what_it_could_not_keep(monkeypatch, options, environment, told):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: pytest.fail("it was served"))
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "demo", *options])
+    assert result.exit_code != 0
+    assert told in str(result.exception) + result.output
+
+
 def test_bytes_are_written_with_a_unit():
     assert amount("2GiB", "--cache-memory") == 2**31
     with pytest.raises(KVPruneError, match="--cache-memory is 'much'"):
@@ -436,6 +522,16 @@ def test_pieces_make_the_text_up_to_a_stop(text, stop):
     seen = text[:ends]
     assert "".join(pieces) == seen[: min((seen.find(each) for each in stop if each in seen), default=len(seen))]
     assert writing.stopped == any(each in text for each in stop)
+
+
+def test_next_to_no_temperature_is_none():
+    assert processors(0.0, 1.0, 1) == processors(1e-30, 0.5, 1) == []
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    chosen = logits
+    for each in processors(1e-5, 0.9, 1):
+        chosen = each(None, chosen)
+    assert int(chosen.argmax()) == 1
+    assert not chosen.isnan().any()
 
 
 def test_samples_have_the_probabilities_of_the_logits():

@@ -348,6 +348,8 @@ class Chat:
         known = cache.transcript
         if known is None:
             raise CacheError("this cache does not know what it has read, or more has come since.")
+        if cache.model is None:
+            raise CacheError("the model of this cache is gone: keep it, or save the cache and load it for another.")
         chat = cls.__new__(cls)
         chat._turning = threading.Lock()
         chat.model, chat.tokenizer, chat.cache, chat._settings = cache.model, tokenizer, cache, settings

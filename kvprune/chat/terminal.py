@@ -28,7 +28,7 @@ What you write is said to the model, and these are commands:
   /report        what each layer holds
   /help          this
   /quit          leave, as the end of input does
-Ctrl-C stops an answer; what has come of it was said."""
+Ctrl-C stops a command, or an answer; what has come of that was said."""
 
 
 class Terminal:
@@ -85,6 +85,8 @@ class Terminal:
                     self._commands[name](rest.strip())
                 else:
                     raise KVPruneError(f"there is no command {name}: /help lists those there are.")
+        except KeyboardInterrupt:  # it ends what runs, and /quit the program
+            print(" (stopped)")
         except KVPruneError as error:
             self._console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 

@@ -51,6 +51,11 @@ class Options:
     api_key: str | None = None
     body_bytes: int = 16 * 2**20
 
+    def __post_init__(self) -> None:
+        """Raises KVPruneError for a key that is empty, which would be none."""
+        if self.api_key is not None and not self.api_key.strip():
+            raise KVPruneError("the API key is empty: give one, or leave --api-key and KVPRUNE_API_KEY out.")
+
 
 class Server:
     """A model, its name and what it is served with. Raises KVPruneError for a policy or a folder that cannot be."""
@@ -68,6 +73,7 @@ class Server:
 
     async def submit(self, request: ChatRequest | TextRequest) -> Job:
         """Let a request wait for its turn. Raises KVPruneError."""
+        self.engine.check_room()  # whoever is refused anyway should not cost a tokenizer's time
         # Templates and tokenizers of long prompts take a while, and others are being answered.
         return self.engine.submit(*await asyncio.to_thread(self._prepared, request))
 
@@ -102,12 +108,14 @@ class Server:
                 f"the prompt has {prompt} tokens: this server reads up to {self.options.max_prompt_tokens}.",
                 param="prompt",
             )
-        if self.window is None or policy.renumbers:  # then rows are seen side by side, however many tokens came
+        # Rows that are numbered anew are seen side by side, however many tokens are written; a prompt is read before.
+        if self.window is None or (policy.renumbers and prompt <= self.window):
             return asked or most
         if prompt + (asked or 1) > self.window:
+            instead = ', or take a policy with positions="cache"' if prompt <= self.window else ""
             raise RequestError(
                 f"a prompt of {prompt} tokens and an answer of up to {asked or 1} are more than the {self.window} that "
-                'this model was made for: shorten them, or take a policy with positions="cache".',
+                f"this model was made for: shorten them{instead}.",
                 param="max_tokens" if asked and prompt < self.window else "prompt",
             )
         return asked or min(most, self.window - prompt)
@@ -243,9 +251,13 @@ async def _json(request: Request, most: int) -> Any:
         if len(body) > most:
             raise RequestError(f"the body is longer than {most:,} bytes: send a shorter prompt.", status=413)
     try:
-        return json.loads(body)
-    except ValueError:
+        read = json.loads(body)
+        json.dumps(
+            read, ensure_ascii=False
+        ).encode()  # half a surrogate pair is no text that could be read, or answered
+    except (ValueError, RecursionError):
         raise RequestError("the body is no JSON.") from None
+    return read
 
 
 async def _whole(pieces: AsyncIterator[str | Done]) -> tuple[str, Done]:

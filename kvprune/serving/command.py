@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvprune.errors import KVPruneError
+from kvprune.errors import KVPruneError, PolicyError
 
 KEY = "KVPRUNE_API_KEY"
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -28,7 +28,9 @@ def serve(
         str, typer.Option(help='A model folder or hub name; "demo" is the embedded model, "smollm2" a real one.')
     ],
     policy: Annotated[str, typer.Option(help="Of requests that name none.")] = "a2sf:kernel_size=21",
-    budget: Annotated[str, typer.Option(help="Of policies that have one, where the request names none.")] = "0.25",
+    budget: Annotated[
+        str | None, typer.Option(help="Of policies that have one, where the request names none. Default: 0.25.")
+    ] = None,
     prefix: Annotated[
         int, typer.Option(min=0, help="How many first messages of a chat are compressed by themselves, and kept.")
     ] = 0,
@@ -67,15 +69,22 @@ def serve(
     import logging
 
     from kvprune.evaluation.models import load
-    from kvprune.policy.registry import parse
+    from kvprune.policy.registry import parse, takes_budget
 
+    level = os.environ.get("KVPRUNE_LOG", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise KVPruneError(f"KVPRUNE_LOG is {level!r}: write DEBUG, INFO, WARNING or ERROR.")
+    if api_key is None:  # typer takes a variable that is there and empty for none
+        api_key = os.environ.get(KEY)
     options = Options(
-        policy, budget, prefix, parallel, queue, max_prompt_tokens, max_new_tokens,
+        policy, budget or "0.25", prefix, parallel, queue, max_prompt_tokens, max_new_tokens,
         amount(cache_memory, "--cache-memory"), cache_dir, amount(cache_disk, "--cache-disk"), api_key,
     )  # fmt: skip
-    parse(policy, budget=budget)  # before the model loads: a mistake should not cost minutes
+    chosen = parse(policy, budget=options.budget)  # before the model loads: a mistake should not cost minutes
+    if budget is not None and not takes_budget(policy):
+        raise PolicyError(f"{chosen} takes no other budget: leave --budget out, or put a policy before it that evicts.")
     template = _read(chat_template) if chat_template else None
-    logging.basicConfig(level=os.environ.get("KVPRUNE_LOG", "INFO"), format="%(levelname)s:     %(message)s")
+    logging.basicConfig(level=level, format="%(levelname)s:     %(message)s")
     loaded = load(model, dtype=dtype, device_map=device_map)
     if template is not None:
         loaded.tokenizer.chat_template = template

@@ -128,14 +128,18 @@ class Engine:
 
     def submit(self, prompt: Prompt, policy: Policy, settings: Settings) -> Job:
         """Let a request wait for its turn. To be called in the event loop. Raises BusyError."""
-        if len(self._open) >= self._room:
-            self._metrics.add("requests_total", 1, "refused")
-            raise BusyError(f"{len(self._open)} requests are waiting or running, and no more may: try again later.")
+        self.check_room()
         job = Job(next(self._numbers), prompt, policy, settings, asyncio.get_running_loop())
         self._open[job.number] = job
         self._metrics.add("waiting")
         job.turn = self._pool.submit(self._run, job)
         return job
+
+    def check_room(self) -> None:
+        """Raises BusyError where no more may wait."""
+        if len(self._open) >= self._room:
+            self._metrics.add("requests_total", 1, "refused")
+            raise BusyError(f"{len(self._open)} requests are waiting or running, and no more may: try again later.")
 
     def call_off(self, job: Job) -> None:
         """Nobody wants the answer any more: stop at the next token, or, while it waits, free its place at once."""
@@ -176,7 +180,8 @@ class Engine:
                 return
             done = self._answer(job)
             outcome = "called off" if job.called_off.is_set() else "answered"
-            job.tell(done)
+            if done is not None:
+                job.tell(done)
         except KVPruneError as error:
             outcome = "refused"
             job.tell(error)
@@ -195,9 +200,12 @@ class Engine:
         seconds = time.perf_counter() - job.came
         logger.info("request %d: %s, %d prompt tokens, %.2f s", job.number, outcome, len(job.prompt), seconds)
 
-    def _answer(self, job: Job) -> Done:
+    def _answer(self, job: Job) -> Done | None:
+        """None if nobody wants it any more when its prefix has been read."""
         prefix, settings = job.prompt.prefix, job.settings
         cache, known = self._prefixes.take(job.policy, prefix) if prefix else (None, False)
+        if job.called_off.is_set():
+            return None
         cache = cache or PrunedCache(self._model, job.policy)
         text = Text(self._tokenizer, settings.stop)
         writing = _Writing(job, text, cache, self._metrics)

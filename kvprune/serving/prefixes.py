@@ -19,6 +19,7 @@ import re
 import shutil
 import threading
 import time
+import traceback
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -34,13 +35,14 @@ from kvprune.errors import CacheError, KVPruneError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import described
 from kvprune.saving import PrunedCache
-from kvprune.saving.files import FORMAT
+from kvprune.saving.files import FORMAT, VERSION
 from kvprune.saving.fingerprint import fingerprint, unknown
 from kvprune.serving.metrics import Metrics
 
 logger = logging.getLogger("kvprune.serving")
 _ENDING = ".safetensors"
 _OURS = re.compile(rf"[0-9a-f]{{64}}\{_ENDING}")  # others may keep files in the same folder
+_WRITING = 2  # prefixes that wait for their file or are being written, each a copy beside what memory may hold
 _ABANDONED = 3600  # seconds after which a file half written is of nobody any more
 
 
@@ -48,7 +50,8 @@ class Prefixes:
     """The prefixes of one model.
 
     Args:
-        memory: most bytes of caches in memory, by their `nbytes`; those of running requests are beside it.
+        memory: most bytes of caches in memory, by their `nbytes`; those of running requests are beside it, and up to
+            two that are being written to files.
         folder: where files are, for this model and others; None for none.
         disk: most bytes of all files in the folder.
 
@@ -62,9 +65,10 @@ class Prefixes:
         self._held: OrderedDict[str, tuple[PrunedCache, int]] = OrderedDict()  # the least recently used first
         self._lock = threading.Lock()
         self._turns: dict[str, tuple[threading.Lock, int]] = {}
+        self._unwritten = threading.Semaphore(_WRITING)
         self._writer = ThreadPoolExecutor(1, "kvprune-writer")
         facts = fingerprint(model)
-        self._identity = json.dumps(facts, sort_keys=True)
+        self._identity = json.dumps([VERSION, facts], sort_keys=True)  # files of another kvprune stay its own
         if folder is not None:
             if (reason := unknown(facts)) is not None:
                 raise KVPruneError(f"caches of this model cannot be saved, {reason}: leave --cache-dir out.")
@@ -85,7 +89,7 @@ class Prefixes:
             if kept is None:
                 source, kept = "read", self._read(policy, ids)
                 if self._folder is not None:
-                    self._writer.submit(self._save, key, kept.fork())
+                    self._write(key, kept)
             if source != "memory":
                 self._hold(key, kept)
             taken = kept.fork()
@@ -158,23 +162,34 @@ class Prefixes:
             return None
         try:
             cache = PrunedCache.load(path, self._model, policy=policy)
-        except CacheError:
-            logger.warning("the saved prefix %s is damaged and is read anew", path.name)
+        except CacheError as error:  # the file stays until a whole one takes its place: the fault may not be its own
+            logger.warning("a saved prefix is read anew: %s", error)
             self._metrics.add("damaged_total")
-            path.unlink(missing_ok=True)
             return None
         with suppress(OSError):
             os.utime(path)  # it was used: others go first
         return cache
 
+    def _write(self, key: str, cache: PrunedCache) -> None:
+        self._unwritten.acquire()  # a disk that is slower than the model holds it up, rather than filling the memory
+        try:
+            self._writer.submit(self._save, key, cache.fork())
+        except BaseException:
+            self._unwritten.release()
+            raise
+
     def _save(self, key: str, cache: PrunedCache) -> None:
-        if self._folder is None:
-            return
+        assert self._folder is not None
         try:
             cache.save(self._folder / (key + _ENDING))
             self._trim()
         except (CacheError, OSError) as error:
             logger.warning("a prefix could not be saved: %s", error)
+        except Exception as error:  # nobody asks the future; its message may hold what somebody wrote
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("a prefix could not be saved: %s\n%s", type(error).__name__, where)
+        finally:
+            self._unwritten.release()
 
     def _trim(self) -> None:
         folder = self._folder or Path()

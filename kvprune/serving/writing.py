@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
+_COLDEST = 1e-5  # logits divided by less lose the digits that noise is made of
+
 
 class Text:
     """Tokens as text, piece by piece: what `add` and `end` return makes, joined, the answer up to a stop string.
@@ -82,8 +84,8 @@ class Chance(LogitsProcessor):
 
 
 def processors(temperature: float, top_p: float, seed: int | None) -> list[Any]:
-    """What makes greedy `generate()` sample; nothing at temperature 0."""
-    if temperature == 0:
+    """What makes greedy `generate()` sample; nothing at temperature 0, or next to it."""
+    if temperature < _COLDEST:
         return []
     nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
     return [TemperatureLogitsWarper(float(temperature)), *nucleus, Chance(seed)]
