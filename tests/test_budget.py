@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvprune import Budget, BudgetError, Chain, Everywhere, KVPruneError, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, TOVA, Random, SnapKV, StreamingLLM
+from kvprune.policies import A2SF, H2O, TOVA, Random, SnapKV, Spectral, StreamingLLM
 
 # -- what may be written -----------------------------------------------------------------------------------------------
 
@@ -184,6 +184,20 @@ def test_bytes_are_never_exceeded(make, lengths, size):
     batch = left_padded([length + 30 for length in lengths])
     for _ in stepwise(shared(), batch, cache, [max(lengths)] + [1] * 30):
         assert cache.nbytes <= size
+
+
+@pytest.mark.parametrize("edge_layers", [1, 3])
+def test_bytes_hold_where_some_layers_pack_nothing(edge_layers):
+    """Layers in full precision are paid as such, those that pack as they do, and all together fit."""
+    size, model = 80_000, build("llama", num_hidden_layers=5)
+    ageing = Spectral(2, sinks=2, residual=4, edge_layers=edge_layers, edge_bits=16)
+    cache = PrunedCache(model, A2SF(f"{size}B", sinks=2, recent=3) | ageing)
+    for _ in stepwise(model, left_padded([440]), cache, [400] + [1] * 40):
+        assert cache.nbytes <= size
+    assert cache.nbytes > size // 2
+    lengths = [layer.table.length for layer in cache.layers]
+    assert max(lengths) < 400
+    assert (lengths[2] > lengths[0]) == (edge_layers == 1)
 
 
 @every_policy

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import assert_same_rows, build, feed, kept, left_padded, shared, token_ids
+from families import assert_same_rows, build, feed, kept, left_padded, shared, storage_nbytes, token_ids
 from torch import Tensor
 
 from kvprune import Adaptive, PolicyError, PrunedCache, UnsupportedModelError
@@ -44,15 +44,16 @@ def sizes_by_hand(projection: torch.nn.Module, values: Tensor, query_heads: int)
     return found
 
 
+@pytest.mark.parametrize("length", [3, 5])  # of which the first are few, for heads of 8 numbers
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()
-def test_sizes_are_those_of_the_output_projection(family):
+def test_sizes_are_those_of_the_output_projection(family, length):
     """Of plain linear layers and of others, whatever their bias, for each query head by itself."""
     model = shared(family)
     attention = attention_of(model, 0)
     projection = attention.o_proj if family == "llama" else attention.c_proj
     heads = 2 if family == "llama" else 4
-    values = torch.randn(2, heads, 3, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(2, heads, length, 8, generator=torch.Generator().manual_seed(0))
     found = Outputs(attention).sizes(values, 4)
     torch.testing.assert_close(found, sizes_by_hand(projection, values, 4))
 
@@ -132,6 +133,13 @@ def test_padding_behind_a_prompt_asks_nothing(policy):
     remembered = [cache.layers[0].remembered for cache in (together, alone)]
     if alone.layers[0].remembered is not None:
         assert torch.equal(remembered[0].positions[1], remembered[1].positions[0])
+
+
+def test_nothing_of_a_projection_stays():
+    """Of a layer that is no plain linear one either: what can be reached from the cache is what it counts."""
+    cache = PrunedCache(shared("gpt2"), SnapKV(0.5, window=3, sinks=1, value_aware=True))
+    feed(shared("gpt2"), left_padded([22]), cache, [20, 1, 1])
+    assert storage_nbytes(cache) == cache.nbytes
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,17 @@ def output_rows(projection: torch.nn.Module, query_heads: int, dim: int) -> Tens
     if type(projection) is torch.nn.Linear and weight.device.type != "meta":
         weight = getattr(weight, "to_local", lambda: weight)()  # of tensor parallelism: the heads that are here
         return weight.detach().T.unflatten(0, (query_heads, dim))
-    # Whatever kind of layer it is: transposed, quantized, with adapters.
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    units = torch.eye(query_heads * dim, dtype=dtype, device=weight.device)
-    return (projection(units) - projection(torch.zeros_like(units[:1]))).unflatten(0, (query_heads, dim))
+    units = torch.eye(query_heads * dim, dtype=_numbers_of(weight), device=weight.device)
+    return _without_bias(projection, units).unflatten(0, (query_heads, dim))
+
+
+def _without_bias(projection: torch.nn.Module, inputs: Tensor) -> Tensor:
+    """What a layer of whatever kind, transposed, quantized or with adapters, makes of inputs `[n, Hq * Dv]`."""
+    return projection(inputs) - projection(torch.zeros_like(inputs[:1]))
+
+
+def _numbers_of(weight: Tensor) -> torch.dtype:
+    return weight.dtype if weight.dtype.is_floating_point else torch.float32
 
 
 def output_norms(module: torch.nn.Module, values: Tensor, query_heads: int) -> Tensor:
@@ -52,32 +59,40 @@ def output_norms(module: torch.nn.Module, values: Tensor, query_heads: int) -> T
 class Outputs:
     """The output projection of one layer, for policies that weigh values by what they add to the output.
 
-    A plain linear layer is read whenever it is asked for; what another makes of unit vectors is remembered.
+    It is read whenever it is asked for, and nothing of it is kept: adapters may be switched, and a cache would hold
+    bytes that nobody counts. A layer that is not plain is asked for a few values themselves, for many of unit vectors.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         """module: of the layer's attention, which is not kept alive. Raises UnsupportedModelError."""
         self._projection = weakref.ref(output_projection(module))
-        self._remembered: Tensor | None = None
 
     def sizes(self, values: Tensor, query_heads: int) -> Tensor:
         """L1 norm of what each value adds to the output, mean over query heads, `[B, Hkv, S]` float32.
 
         values: `[B, Hkv, S, Dv]`. query_heads: of this process.
         """
-        rows = self._rows(query_heads, values.shape[3])
-        return output_sizes(rows, values.to(rows.device)).to(values.device)
-
-    def _rows(self, query_heads: int, dim: int) -> Tensor:
-        if self._remembered is not None:
-            return self._remembered
         projection = self._projection()
         if projection is None:
             raise PolicyError("the model of this cache is gone, and values are weighed by it: keep it with the cache.")
-        rows = output_rows(projection, query_heads, dim)
-        if type(projection) is not torch.nn.Linear:
-            self._remembered = rows
-        return rows
+        few = values.shape[0] * values.shape[2] < values.shape[3]
+        if few and type(projection) is not torch.nn.Linear:
+            return _sizes_of_few(projection, values, query_heads)
+        rows = output_rows(projection, query_heads, values.shape[3])
+        return output_sizes(rows, values.to(rows.device)).to(values.device)
+
+
+def _sizes_of_few(projection: torch.nn.Module, values: Tensor, query_heads: int) -> Tensor:
+    """`Outputs.sizes` by letting each query head put each value through the layer, alone."""
+    (batch, heads, length, dim), weight = values.shape, next(projection.parameters())
+    apart = torch.zeros(
+        batch, length, query_heads, query_heads, dim, dtype=_numbers_of(weight), device=weight.device
+    )  # fmt: skip
+    each = torch.arange(query_heads, device=apart.device)
+    group = query_heads // heads
+    apart[:, :, each, each] = values.repeat_interleave(group, dim=1).transpose(1, 2).to(apart)
+    sizes = _without_bias(projection, apart.view(-1, query_heads * dim)).abs().sum(-1, dtype=torch.float32)
+    return sizes.view(batch, length, heads, group).mean(-1).transpose(1, 2).to(values.device)
 
 
 def output_sizes(rows: Tensor, values: Tensor) -> Tensor:

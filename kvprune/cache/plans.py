@@ -14,9 +14,11 @@ from kvprune.attention.queries import Attended, Queries, Remembered
 from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.cache.steady import Steady
 from kvprune.errors import PolicyError
+from kvprune.policy.aging import ROTATED_SINKS
 from kvprune.policy.base import Policy, Step, per_sequence
 from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.policy.passage import Passage
+from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import MOST_HOLES, TokenTable
 
@@ -96,6 +98,7 @@ class Planner:
         )
         """What is run again before a prompt is decided, and the prefixes of the columns that it fills."""
         self.codecs = policy.codecs
+        self._own_codecs = tuple(codec for part in self.policies for codec in part.codecs_at(depth, pruned_layers))
         self.static_decode = len(self.policies) == 1 and self.policies[0].static_decode
         self.layer = layer
         self.depth = depth
@@ -198,11 +201,12 @@ class Planner:
 
     def _costs(self, table: TokenTable) -> tuple[int, int]:
         """Bytes of one row of this layer, and of what is no row that a budget rules."""
-        if not (self.codecs and self._evicts):  # then nobody asks what a packed row costs
+        if not (self._own_codecs and self._evicts):  # then nobody asks what a packed row costs
             return table.token_bytes, 0
-        waiting = self._buffer + _LEAST_ROOM
-        packed = max(table.packed_row_bytes(codec) for codec in self.codecs)  # any row may be one of many bits
-        parameters = sum(table.block_bytes(codec) for codec in self.codecs)
+        sinks = ROTATED_SINKS if any(isinstance(codec, RotatedCodec) for codec in self._own_codecs) else 0
+        waiting = self._buffer + sinks + _LEAST_ROOM
+        packed = max(table.packed_row_bytes(codec) for codec in self._own_codecs)  # any row may be one of many bits
+        parameters = sum(table.block_bytes(codec) for codec in self._own_codecs)
         return packed, waiting * table.token_bytes + parameters + MOST_HOLES * packed
 
     def observe(

@@ -97,6 +97,10 @@ class Aging(Policy):
         found = (self.codec(depth, layers) for depth in (0, self.edge_layers))
         return tuple(dict.fromkeys(codec for codec in found if codec is not None))
 
+    def codecs_at(self, depth: int, layers: int) -> tuple[Codec, ...]:
+        codec = self.codec(depth, layers)
+        return () if codec is None else (codec,)
+
     @property
     def buffer(self) -> int:
         return self.residual + self.sinks + _TOGETHER

@@ -149,6 +149,10 @@ class Policy(metaclass=SettingsType):
         """The codecs that it packs rows with; none for a policy that leaves them in full precision."""
         return ()
 
+    def codecs_at(self, depth: int, layers: int) -> tuple[Codec, ...]:
+        """Those of `codecs` that the layer of this number, among so many, packs rows with."""
+        return self.codecs
+
     @property
     def buffer(self) -> int:
         """Of a policy that packs rows: most rows that wait in full precision while tokens are generated."""
