@@ -11,13 +11,13 @@ from kvprune.attention.mass import GROUPS, RowWeights
 from kvprune.attention.noise import hash_word, hashed
 from kvprune.errors import PolicyError
 from kvprune.policy.aging import ROTATED_SINKS, learn_basis
-from kvprune.policy.base import Decision, Policy, Step, in_order
+from kvprune.policy.base import Decision, Policy, Step
 from kvprune.policy.budget import share
 from kvprune.policy.pooling import along_positions, max_pool
 from kvprune.policy.settings import check_count, check_flag, check_kernel, check_number, check_seed
 from kvprune.table.quantize import Codec, is_width
 from kvprune.table.rotated_rows import RotatedCodec
-from kvprune.table.rows import EMPTY, ranked, top_rows, true_rows
+from kvprune.table.rows import EMPTY, in_order, ranked, top_rows, true_rows
 from kvprune.table.token_table import TokenTable
 
 _UNSIGNED = 0xFFFFFFFF

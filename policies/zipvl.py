@@ -11,11 +11,11 @@ from torch import Tensor
 from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
 from kvprune.policies.zipcache import ZipCache
-from kvprune.policy.base import Decision, Policy, Step, in_order
+from kvprune.policy.base import Decision, Policy, Step
 from kvprune.policy.settings import check_count, check_number
 from kvprune.policy.shares import NEVER_KEPT
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import ranked, top_rows, true_rows
+from kvprune.table.rows import in_order, ranked, top_rows, true_rows
 from kvprune.table.token_table import TokenTable
 
 

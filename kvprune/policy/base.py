@@ -391,14 +391,3 @@ def per_sequence(counts: tuple[int, ...], device: torch.device) -> int | Tensor:
 @lru_cache(maxsize=16)
 def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(counts, device=device).view(-1, 1, 1)
-
-
-def in_order(slots: Tensor, positions: Tensor, first: int = 0) -> Tensor:
-    """Slots `[B, Hkv, R]` in the order of their positions, -1 last, all of them moved up by `first`.
-
-    positions: of the rows that the slots count, `[B, Hkv, rows]`.
-    """
-    last = torch.iinfo(torch.int32).max
-    order = positions.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, last).argsort(dim=-1)
-    slots = slots.gather(2, order)
-    return torch.where(slots < 0, slots, slots + first)

@@ -79,3 +79,14 @@ def picked(counts: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
     if len(set(counts)) == 1:
         return counts[:1] * len(rows)
     return tuple(counts[row] for row in rows.tolist())
+
+
+def in_order(slots: Tensor, positions: Tensor, first: int = 0) -> Tensor:
+    """Slots `[B, Hkv, R]` in the order of their positions, -1 last, all of them moved up by `first`.
+
+    positions: of the rows that the slots count, `[B, Hkv, rows]`.
+    """
+    last = torch.iinfo(torch.int32).max
+    order = positions.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, last).argsort(dim=-1)
+    slots = slots.gather(2, order)
+    return torch.where(slots < 0, slots, slots + first)
