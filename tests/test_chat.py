@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from functools import cache
 from types import SimpleNamespace
@@ -254,6 +255,28 @@ def test_one_answer_is_written_at_a_time(tmp_path):
         assert chat.say(embedded().questions[1], max_new_tokens=4) == expected[1]
     finally:
         chat.model.generation_config.eos_token_id = ends
+
+
+def test_who_interrupts_twice_waits_until_the_answer_has_stopped(monkeypatch):
+    haste = []
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            if haste:
+                haste.pop()
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(threading, "Event", Event)
+    chat = a_chat()
+    monkeypatch.setattr(chat.model.generation_config, "eos_token_id", None)
+    stream = chat.stream(opening(), max_new_tokens=5000)
+    next(stream)
+    haste.append("now")
+    stream.close()
+    assert not haste
+    assert len(chat.messages) == 2
+    chat.policy = "full"  # nothing is being written
 
 
 def test_an_interrupted_command_ends_itself_alone(tmp_path, monkeypatch, capsys):
