@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class KVzip(ReplayedEviction):
             goes on with the last 8 tokens of the chunk before. answer_ids: what ends it and begins the answer.
     """
 
-    files: ClassVar[frozenset[str]] = frozenset({"heads"})
+    files = frozenset({"heads"})
     _: KW_ONLY
     group: str = "max"
     interval: int | None = None

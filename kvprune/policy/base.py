@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Decision:
 class Policy(metaclass=SettingsType):
     """Base of all policies: keeps everything and asks for nothing."""
 
-    files: ClassVar[frozenset[str]] = frozenset()
+    files = frozenset[str]()
     """Settings that may name a file: for text that a person writes, never for requests or saved caches."""
 
     def __post_init__(self) -> None:
