@@ -44,27 +44,67 @@ INLINE ints load_ints(const void *from) {
 
 INLINE void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
 
+/* Comparisons, half by half: GCC 12 takes those of a vector apart, number by number, that is wider than a register. */
+typedef float floats8 __attribute__((vector_size(4 * LANES / 2)));
+typedef int32_t ints8 __attribute__((vector_size(4 * LANES / 2)));
+
+INLINE floats8 low_half(floats x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+
+INLINE floats8 high_half(floats x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+INLINE ints ints_of(ints8 low, ints8 high) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+INLINE ints greater(floats a, floats b) {
+    return ints_of(low_half(a) > low_half(b), high_half(a) > high_half(b));
+}
+
+INLINE ints equal(floats a, floats b) { return ints_of(low_half(a) == low_half(b), high_half(a) == high_half(b)); }
+
 INLINE floats pick(ints where, floats a, floats b) { return (floats)((where & (ints)a) | (~where & (ints)b)); }
 
-INLINE floats larger(floats a, floats b) { return pick(a > b, a, b); }
+INLINE floats larger(floats a, floats b) { return pick(greater(a, b), a, b); }
 
-INLINE floats smaller(floats a, floats b) { return pick(a < b, a, b); }
+INLINE floats smaller(floats a, floats b) { return pick(greater(b, a), a, b); }
 
 INLINE floats clamped(floats x, float least, float most) { return smaller(larger(x, all(least)), all(most)); }
 
 /* Where 0 <= places <= query. GCC 12 takes comparisons of ints apart, so the signs are made to say it. */
 INLINE ints seen(ints places, int32_t query) { return ~(((query - places) | places) >> 31); }
 
-INLINE float sum_of(floats x) {
-    typedef float floats8 __attribute__((vector_size(32)));
+/* Sums that grow from one turn of a loop to the next: GCC 12 leaves a vector in memory there that is wider than a
+   register, and keeps its halves. */
+typedef struct {
+    floats8 low, high;
+} pair;
+
+INLINE pair pair_of(floats x) { return (pair){low_half(x), high_half(x)}; }
+
+INLINE floats floats_of(pair x) {
+    return __builtin_shufflevector(x.low, x.high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+INLINE void add(pair *sum, floats x) {
+    sum->low += low_half(x);
+    sum->high += high_half(x);
+}
+
+INLINE void add_product(pair *sum, floats a, floats b) {
+    sum->low += low_half(a) * low_half(b);
+    sum->high += high_half(a) * high_half(b);
+}
+
+INLINE float sum_of_pair(pair x) {
     typedef float floats4 __attribute__((vector_size(16)));
-    floats8 eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    floats8 eight = x.low + x.high;
     floats4 four =
         __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
     four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
     return four[0] + four[1];
 }
+
+INLINE float sum_of(floats x) { return sum_of_pair(pair_of(x)); }
 
 INLINE float largest_of(floats x) {
     x = larger(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -107,7 +147,7 @@ INLINE floats exp_of(floats x) {
     series = series * part + 2.402211972e-1f;
     series = series * part + 6.931469671e-1f;
     series = series * part + 1.0f;
-    return pick(x > -87.0f, series * (floats)(((ints)shifted << 23) + 0x3f800000), all(0.0f));
+    return pick(greater(x, all(-87.0f)), series * (floats)(((ints)shifted << 23) + 0x3f800000), all(0.0f));
 }
 
 /* log of normal positive numbers, to 3e-7 of itself: of m 2**e with m in [sqrt(1/2), sqrt(2)), a series in m - 1. */
@@ -142,33 +182,6 @@ INLINE floats load_as(const void *from, long index, int kind) {
     ints large = ((ints)(0x7bff - magnitude)) >> 31; /* infinities and NaN */
     x = pick(large, (floats)((magnitude << 13) | 0x7f800000), x);
     return (floats)((words)x | sign);
-}
-
-/* The 16 codes from place `first` on of a row of `count` codes, see quantize.pack; 3 bits are stored as 2 and 1. */
-INLINE words codes_at(const uint8_t *row, long first, long count, int bits) {
-    if (bits == 8) {
-        typedef uint8_t bytes __attribute__((vector_size(LANES)));
-        bytes eight;
-        memcpy(&eight, row + first, sizeof eight);
-        return __builtin_convertvector(eight, words);
-    }
-    if (bits == 4) {
-        uint32_t low, high;
-        memcpy(&low, row + first / 2, 4);
-        memcpy(&high, row + first / 2 + 4, 4);
-        const words upper = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
-        words both = ((((words){} + high) & upper) | (((words){} + low) & ~upper));
-        return both >> (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28} & 15;
-    }
-    uint32_t two;
-    memcpy(&two, row + first / 4, 4);
-    words codes = ((words){} + two) >> (words){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30} & 3;
-    if (bits == 3) {
-        uint16_t one;
-        memcpy(&one, row + count / 4 + first / 8, 2);
-        codes |= (((words){} + one) >> (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} & 1) << 2;
-    }
-    return codes;
 }
 
 INLINE float float_of(uint32_t bits) {

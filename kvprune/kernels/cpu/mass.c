@@ -15,8 +15,31 @@ INLINE void transpose(float *columns, const void *keys, int kind, long stride, l
                                                          : half_at(halves_, key * stride + d);
 }
 
-/* Products of `count` <= 4 rows of queries with a tile of keys. */
-INLINE void tile_dots(floats products[4][4], const float *columns, const float *queries, long D, const int count) {
+/* Whether 32 registers of 16 numbers hold the products of four rows with a whole tile. Elsewhere there is room for one
+   part of it, of 16 keys, at a time. */
+INLINE int is_wide(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx512f");
+#else
+    return 0;
+#endif
+}
+
+/* Products of `count` <= 4 rows of queries with `parts` parts of a tile of keys, all of them or one. */
+INLINE void tile_dots(
+    floats products[4][4], const float *columns, const float *queries, long D, const int count, const int parts
+) {
+    if (parts == 1) {
+        pair sums[4];
+        for (int row = 0; row < count; row++)
+            sums[row] = pair_of(all(0.0f));
+        for (long d = 0; d < D; d++)
+            for (int row = 0; row < count; row++)
+                add_product(&sums[row], all(queries[row * D + d]), load(columns + d * TILE));
+        for (int row = 0; row < count; row++)
+            products[row][0] = floats_of(sums[row]);
+        return;
+    }
     for (int row = 0; row < count; row++)
         for (int part = 0; part < 4; part++)
             products[row][part] = all(0.0f);
@@ -39,16 +62,30 @@ INLINE floats below(long limit, floats x) {
 /* Add to the mass of a tile of keys what `count` <= 4 rows of queries give it. */
 INLINE void add_mass(
     float *mass, const float *columns, const float *queries, const float *lse, const float *weights,
-    const int64_t *limits, long first, long D, const int count
+    const int64_t *limits, long first, long D, const int count, const int parts
 ) {
-    floats products[4][4];
-    tile_dots(products, columns, queries, D, count);
-    for (int part = 0; part < 4; part++) {
-        floats sum = load(mass + part * LANES);
-        for (int row = 0; row < count; row++)
-            sum += below(limits[row] - first - part * LANES, weights[row] * exp_of(products[row][part] - lse[row]));
-        store(mass + part * LANES, sum);
+    for (int from = 0; from < 4; from += parts) {
+        floats products[4][4];
+        tile_dots(products, columns + from * LANES, queries, D, count, parts);
+        for (int part = 0; part < parts; part++) {
+            const long key = (from + part) * LANES;
+            floats sum = load(mass + key);
+            for (int row = 0; row < count; row++)
+                sum += below(limits[row] - first - key, weights[row] * exp_of(products[row][part] - lse[row]));
+            store(mass + key, sum);
+        }
     }
+}
+
+INLINE void add_rows(
+    float *mass, const float *columns, const float *queries, const float *lse, const float *weights,
+    const int64_t *limits, long first, long begin, long R, long D, const int parts
+) {
+    long row = begin;
+    for (; row + 4 <= R; row += 4)
+        add_mass(mass, columns, queries + row * D, lse + row, weights + row, limits + row, first, D, 4, parts);
+    for (; row < R; row++)
+        add_mass(mass, columns, queries + row * D, lse + row, weights + row, limits + row, first, D, 1, parts);
 }
 
 VECTORS static void mass_of_tile(
@@ -62,11 +99,10 @@ VECTORS static void mass_of_tile(
         begin++; /* those before see none of it: limits ascend */
     for (long g = 0; g < G; g++) {
         const float *rows = queries + g * R * D, *of_rows = lse + g * R;
-        long row = begin;
-        for (; row + 4 <= R; row += 4)
-            add_mass(sums, columns, rows + row * D, of_rows + row, weights + row, limits + row, first, D, 4);
-        for (; row < R; row++)
-            add_mass(sums, columns, rows + row * D, of_rows + row, weights + row, limits + row, first, D, 1);
+        if (is_wide())
+            add_rows(sums, columns, rows, of_rows, weights, limits, first, begin, R, D, 4);
+        else
+            add_rows(sums, columns, rows, of_rows, weights, limits, first, begin, R, D, 1);
     }
     memcpy(mass, sums, 4 * count);
 }
@@ -93,48 +129,60 @@ void kvprune_mass_from_lse(
 /* Of `count` <= 4 rows: the weights of their noisy softmax into `scratch` [4, seen], and their sums into mass. */
 INLINE void add_noisy_mass(
     float *mass, float *scratch, const float *columns, const float *queries, const uint32_t *key_words,
-    const uint32_t *row_words, const float *lse, const float *weights, const int64_t *limits, long D, const int count
+    const uint32_t *row_words, const float *lse, const float *weights, const int64_t *limits, long D, const int count,
+    const int parts
 ) {
     const long seen = (limits[count - 1] + TILE - 1) / TILE * TILE;
-    floats totals[4];
+    pair totals[4];
     for (int row = 0; row < count; row++)
-        totals[row] = all(0.0f);
-    for (long first = 0; first < seen; first += TILE) {
+        totals[row] = pair_of(all(0.0f));
+    for (long begin = 0; begin < seen; begin += parts * LANES) {
         floats products[4][4];
-        tile_dots(products, columns + first * D, queries, D, count);
-        for (int part = 0; part < 4; part++) {
-            const long key = first + part * LANES;
+        tile_dots(products, columns + begin / TILE * TILE * D + begin % TILE, queries, D, count, parts);
+        for (int part = 0; part < parts; part++) {
+            const long key = begin + part * LANES;
             words of_keys = (words)load_ints(key_words + key);
             for (int row = 0; row < count; row++) {
                 floats weight = exp_of(products[row][part] - lse[row]) / exponential(of_keys ^ row_words[row]);
                 weight = below(limits[row] - key, weight);
-                totals[row] += weight;
+                add(&totals[row], weight);
                 store(scratch + row * seen + key, weight);
             }
         }
     }
     for (int row = 0; row < count; row++) {
-        const float part = weights[row] / sum_of(totals[row]);
+        const float part = weights[row] / sum_of_pair(totals[row]);
         for (long key = 0; key < seen; key += LANES)
             store(mass + key, load(mass + key) + part * load(scratch + row * seen + key));
     }
+}
+
+INLINE void add_noisy_rows(
+    float *mass, float *scratch, const float *columns, const float *queries, const uint32_t *key_words,
+    const uint32_t *row_words, const float *lse, const float *weights, const int64_t *limits, long rows, long D,
+    const int parts
+) {
+    long row = 0;
+    for (; row + 4 <= rows; row += 4)
+        add_noisy_mass(
+            mass, scratch, columns, queries + row * D, key_words, row_words + row, lse + row, weights + row,
+            limits + row, D, 4, parts
+        );
+    for (; row < rows; row++)
+        add_noisy_mass(
+            mass, scratch, columns, queries + row * D, key_words, row_words + row, lse + row, weights + row,
+            limits + row, D, 1, parts
+        );
 }
 
 VECTORS static void noisy_mass_of_rows(
     float *mass, float *scratch, const float *columns, const float *queries, const uint32_t *key_words,
     const uint32_t *row_words, const float *lse, const float *weights, const int64_t *limits, long rows, long D
 ) {
-    long row = 0;
-    for (; row + 4 <= rows; row += 4)
-        add_noisy_mass(
-            mass, scratch, columns, queries + row * D, key_words, row_words + row, lse + row, weights + row,
-            limits + row, D, 4
-        );
-    for (; row < rows; row++)
-        add_noisy_mass(
-            mass, scratch, columns, queries + row * D, key_words, row_words + row, lse + row, weights + row,
-            limits + row, D, 1
-        );
+    if (is_wide())
+        add_noisy_rows(mass, scratch, columns, queries, key_words, row_words, lse, weights, limits, rows, D, 4);
+    else
+        add_noisy_rows(mass, scratch, columns, queries, key_words, row_words, lse, weights, limits, rows, D, 1);
 }
 
 VECTORS static void transposed(float *columns, const void *keys, int kind, long stride, long count, long D) {

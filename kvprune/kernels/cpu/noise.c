@@ -36,7 +36,7 @@ INLINE float noisy_row(
             return 1.0f;
         }
     }
-    floats sums = all(0.0f);
+    pair sums = pair_of(all(0.0f));
     for (long key = 0; key < keys; key += LANES) {
         const long count = keys - key < LANES ? keys - key : LANES;
         floats weight = exp_of(load_some(row + key, count, -INFINITY) - top);
@@ -45,10 +45,10 @@ INLINE float noisy_row(
             words hash = (words)load_some_ints(columns + key, count, 0) ^ word;
             weight = pick(seen(places, query), weight / exponential(hash), all(0.0f));
         }
-        sums += weight;
+        add(&sums, weight);
         store_some(row + key, weight, count);
     }
-    const float total = sum_of(sums) + expf(sink - top);
+    const float total = sum_of_pair(sums) + expf(sink - top);
     return total > 0.0f ? total : 1.0f; /* of padding, which sees nothing */
 }
 
@@ -86,11 +86,11 @@ VECTORS static void add_noisy_query(
     float temperature, float share, long keys
 ) {
     const float cold = 1.0f / temperature;
-    floats sums = all(0.0f);
+    pair sums = pair_of(all(0.0f));
     for (long key = 0; key < keys; key += LANES) {
         const long count = keys - key;
         floats p = load_some(probabilities + key, count, 0.0f);
-        ints possible = p > 1e-37f; /* so the logarithm is that of a normal number */
+        ints possible = greater(p, all(1e-37f)); /* so the logarithm is that of a normal number */
         p = pick(possible, p, all(1.0f));
         floats noise = exponential(mix((words)load_some_ints(positions + key, count, -1) ^ COLUMN) ^ word);
         if (scale == 1.0f)
@@ -100,10 +100,10 @@ VECTORS static void add_noisy_query(
         else if (temperature != 1.0f)
             p = exp_of(cold * log_of(p));
         p = pick(possible, p, all(0.0f));
-        sums += p;
+        add(&sums, p);
         store_some(weights + key, p, count);
     }
-    const float total = sum_of(sums), part = total > 0.0f ? share / total : 0.0f;
+    const float total = sum_of_pair(sums), part = total > 0.0f ? share / total : 0.0f;
     for (long key = 0; key < keys; key += LANES)
         store_some(
             mass + key, load_some(mass + key, keys - key, 0.0f) + part * load_some(weights + key, keys - key, 0.0f),

@@ -1,22 +1,22 @@
 /* Attention of one query per sequence over packed rows: see packed_rows.py. */
 
-#include "loops.h"
+#include "codes.h"
 
 INLINE void code_dots(
     float *logits, long S, const float *folded, const float *constant, const uint8_t *codes, long rows, long row_bytes,
     const long G, long D, const int bits
 ) {
     for (long row = 0; row < rows; row++) {
-        floats sums[4];
+        pair sums[4];
         for (long g = 0; g < G; g++)
-            sums[g] = all(0.0f);
+            sums[g] = pair_of(all(0.0f));
         for (long d = 0; d < D; d += LANES) {
             floats key = __builtin_convertvector((ints)codes_at(codes + row * row_bytes, d, D, bits), floats);
             for (long g = 0; g < G; g++)
-                sums[g] += load(folded + g * D + d) * key;
+                add_product(&sums[g], load(folded + g * D + d), key);
         }
         for (long g = 0; g < G; g++)
-            logits[g * S + row] = sum_of(sums[g]) + constant[g];
+            logits[g * S + row] = sum_of_pair(sums[g]) + constant[g];
     }
 }
 
@@ -24,16 +24,16 @@ INLINE void code_sums(
     float *output, const float *weights, long stride, const uint8_t *codes, long rows, long row_bytes, long d,
     const long G, long D, const int bits
 ) {
-    floats sums[4];
+    pair sums[4];
     for (long g = 0; g < G; g++)
-        sums[g] = all(0.0f);
+        sums[g] = pair_of(all(0.0f));
     for (long row = 0; row < rows; row++) {
         floats value = __builtin_convertvector((ints)codes_at(codes + row * row_bytes, d, D, bits), floats);
         for (long g = 0; g < G; g++)
-            sums[g] += weights[g * stride + row] * value;
+            add_product(&sums[g], all(weights[g * stride + row]), value);
     }
     for (long g = 0; g < G; g++)
-        store(output + g * D + d, sums[g]);
+        store(output + g * D + d, floats_of(sums[g]));
 }
 
 #define FOR_EACH_WIDTH(CALL, G)                                                                                        \

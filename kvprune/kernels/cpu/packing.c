@@ -1,6 +1,6 @@
 /* Packing rows: see PackedRows.encode, whose numbers these are bit for bit. */
 
-#include "loops.h"
+#include "codes.h"
 
 #define LARGEST 65504.0f /* of float16 */
 
@@ -10,7 +10,7 @@ INLINE floats rounded_down(floats x) {
     const words exponent = (words)larger(magnitude, all(0x1p-14f)) & 0x7f800000; /* below 2**-14, spacing is even */
     const floats steps = x * (floats)((264u << 23) - exponent); /* the last of a float16's 10 bits is one step */
     floats whole = __builtin_convertvector(__builtin_convertvector(steps, ints), floats);
-    whole -= pick(whole > steps, all(1.0f), all(0.0f));
+    whole -= pick(greater(whole, steps), all(1.0f), all(0.0f));
     return whole * (floats)(exponent - (10u << 23));
 }
 
@@ -34,37 +34,8 @@ INLINE void parameters_for(floats *scale, floats *zero_point, floats lowest, flo
 
 /* Adding 1.5 * 2**23 rounds to a whole number, half to even, found in the low bits. */
 INLINE words codes_for(floats x, floats scale, floats zero_point, float levels) {
-    const floats step = pick(scale > 0.0f, scale, all(1.0f));
+    const floats step = pick(greater(scale, all(0.0f)), scale, all(1.0f));
     return (words)(clamped((x - zero_point) / step, 0.0f, levels) + 12582912.0f) - 0x4b400000;
-}
-
-/* In the first lane of either half, all bits of the half. */
-INLINE words joined(words x) {
-    x |= __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x |= __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return x | __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-}
-
-/* codes_at the other way round. */
-INLINE void put_codes(uint8_t *row, words codes, long first, long count, int bits) {
-    if (bits == 8) {
-        typedef uint8_t bytes __attribute__((vector_size(LANES)));
-        const bytes eight = __builtin_convertvector(codes, bytes);
-        memcpy(row + first, &eight, sizeof eight);
-        return;
-    }
-    if (bits == 4) {
-        const words four = joined(codes << (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28});
-        memcpy(row + first / 2, &(uint32_t){four[0]}, 4);
-        memcpy(row + first / 2 + 4, &(uint32_t){four[8]}, 4);
-        return;
-    }
-    const words two = joined((codes & 3) << (words){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
-    memcpy(row + first / 4, &(uint32_t){two[0] | two[8]}, 4);
-    if (bits == 3) {
-        const words one = joined((codes >> 2) << (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
-        memcpy(row + count / 4 + first / 8, &(uint16_t){one[0] | one[8]}, 2);
-    }
 }
 
 /* The rows to pack: of every head those in `slots` [N, R], -1 for nothing, `tokens` of them to a block. What a row that
@@ -93,7 +64,7 @@ INLINE picked rows_of(const selection *s, long head) {
 INLINE floats numbers_at(picked p, long row, long d) {
     const int64_t slot = p.slots[row] < 0 ? 0 : p.slots[row];
     const floats x = load_as(p.first + slot * p.row_bytes, d, p.kind);
-    return clamped(pick(x == x, x, all(0.0f)), -LARGEST, LARGEST);
+    return clamped(pick(equal(x, x), x, all(0.0f)), -LARGEST, LARGEST);
 }
 
 INLINE long end_of_block(const selection *s, long row, long stop) {

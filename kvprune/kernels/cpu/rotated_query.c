@@ -1,6 +1,6 @@
 /* Attention of one query per sequence over rows in the coordinates of a basis: see rotated_rows.py. */
 
-#include "loops.h"
+#include "codes.h"
 
 /* Keys or values: codes [N, rows, row_bytes], float16 scales [N, rows], widths [N, dim / 16], and
    steps by width. */
@@ -13,27 +13,6 @@ typedef struct {
 } rotated;
 
 enum { MOST_GROUPS = 64 };
-
-INLINE words four_bits(const uint8_t *at) {
-    uint32_t low, high;
-    memcpy(&low, at, 4);
-    memcpy(&high, at + 4, 4);
-    const words upper = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
-    const words both = ((((words){} + high) & upper) | (((words){} + low) & ~upper));
-    return both >> (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28} & 15;
-}
-
-INLINE words two_bits(const uint8_t *at) {
-    uint32_t two;
-    memcpy(&two, at, 4);
-    return ((words){} + two) >> (words){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30} & 3;
-}
-
-INLINE words one_bit(const uint8_t *at) {
-    uint16_t one;
-    memcpy(&one, at, 2);
-    return ((words){} + one) >> (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} & 1;
-}
 
 /* 16 codes of a width: parts of 4, 4 or 2, and 1 bit, 2 bytes for each bit. */
 INLINE floats group_at(const uint8_t *at, int width) {
@@ -174,16 +153,16 @@ INLINE void rotated_sums(
     float *output, const float *scaled, const rotated *r, const layout *l, long at, long rows, const long G
 ) {
     for (int i = 0; i < l->count; i++) {
-        floats sums[4];
+        pair sums[4];
         for (long g = 0; g < G; g++)
-            sums[g] = all(0.0f);
+            sums[g] = pair_of(all(0.0f));
         const uint8_t *codes = r->codes + at * r->row_bytes + l->byte[i];
 #define EACH_ROW(WIDTH)                                                                                                \
     case WIDTH:                                                                                                        \
         for (long row = 0; row < rows; row++) {                                                                        \
             const floats value = group_at(codes + row * r->row_bytes, WIDTH);                                          \
             for (long g = 0; g < G; g++)                                                                               \
-                sums[g] += scaled[g * PART + row] * value;                                                             \
+                add_product(&sums[g], all(scaled[g * PART + row]), value);                                                             \
         }                                                                                                              \
         break;
         switch (l->width[i]) {
@@ -197,7 +176,7 @@ INLINE void rotated_sums(
             EACH_ROW(8)
         }
         for (long g = 0; g < G; g++)
-            store(output + g * r->dim + l->first[i], sums[g]);
+            store(output + g * r->dim + l->first[i], floats_of(sums[g]));
     }
 }
 
@@ -229,42 +208,17 @@ VECTORS static void sums_part(
 
 /* -- packing ------------------------------------------------------------------------------------------------------ */
 
-/* In the first lane of either half, all bits of the half. */
-INLINE words joined(words x) {
-    x |= __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x |= __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return x | __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-}
-
-INLINE uint8_t *put_four(uint8_t *at, words codes) {
-    const words four = joined((codes & 15) << (words){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28});
-    memcpy(at, &(uint32_t){four[0]}, 4);
-    memcpy(at + 4, &(uint32_t){four[8]}, 4);
-    return at + 8;
-}
-
-INLINE uint8_t *put_two(uint8_t *at, words codes) {
-    const words two = joined((codes & 3) << (words){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
-    memcpy(at, &(uint32_t){two[0] | two[8]}, 4);
-    return at + 4;
-}
-
-INLINE void put_one(uint8_t *at, words codes) {
-    const words one = joined((codes & 1) << (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
-    memcpy(at, &(uint16_t){one[0] | one[8]}, 2);
-}
-
 /* group_at the other way round. */
 INLINE void put_group(uint8_t *at, words codes, int width) {
     int done = 0;
     if (width >= 4)
-        at = put_four(at, codes), done = 4;
+        put_four(at, codes), done = 4;
     if (width == 8)
-        at = put_four(at, codes >> 4), done = 8;
+        put_four(at + 8, codes >> 4);
     else if (width & 2)
-        at = put_two(at, codes >> done), done += 2;
+        put_two(at + 2 * done, codes >> done), done += 2;
     if (width < 8 && width & 1)
-        put_one(at, codes >> done);
+        put_one(at + 2 * done, codes >> done);
 }
 
 INLINE floats code_of(floats x, float inverse, float middle) {

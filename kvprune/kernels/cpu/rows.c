@@ -18,7 +18,7 @@ candidates(const float *scores, long stride, const int32_t *positions, long sink
         x = load(some);
     }
     ints places = load_some_ints(positions + row, rows - row, -1);
-    x = pick(x == x, x, all(-INFINITY));
+    x = pick(equal(x, x), x, all(-INFINITY));
     return pick(seen(places - (int32_t)sinks, (int32_t)(recent - sinks) - 1), x, all(INFINITY));
 }
 
@@ -28,7 +28,7 @@ worst_row(const float *scores, long stride, const int32_t *positions, long sinks
     floats least = all(INFINITY);
     for (long row = 0; row < rows; row += LANES) {
         floats x = candidates(scores, stride, positions, sinks, recent, row, rows);
-        least = pick(x < least, x, least);
+        least = pick(greater(least, x), x, least);
     }
     float worst = INFINITY;
     for (int lane = 0; lane < LANES; lane++)
@@ -38,7 +38,7 @@ worst_row(const float *scores, long stride, const int32_t *positions, long sinks
     int32_t oldest = INT32_MAX;
     for (long row = 0; row < rows; row += LANES) {
         floats x = candidates(scores, stride, positions, sinks, recent, row, rows);
-        if (sum_of(pick(x == worst, all(1.0f), all(0.0f))) == 0.0f)
+        if (sum_of(pick(equal(x, all(worst)), all(1.0f), all(0.0f))) == 0.0f)
             continue;
         for (int lane = 0; lane < LANES; lane++)
             if (x[lane] == worst && row + lane < rows && positions[row + lane] >= sinks &&

@@ -8,16 +8,16 @@ INLINE void key_dots(
     int kind
 ) {
     for (long row = 0; row < rows; row++) {
-        floats sums[4];
+        pair sums[4];
         for (long g = 0; g < G; g++)
-            sums[g] = all(0.0f);
+            sums[g] = pair_of(all(0.0f));
         for (long d = 0; d < D; d += LANES) {
             floats key = load_as(keys, row * D + d, kind);
             for (long g = 0; g < G; g++)
-                sums[g] += load(queries + g * D + d) * key;
+                add_product(&sums[g], load(queries + g * D + d), key);
         }
         for (long g = 0; g < G; g++)
-            logits[g * S + row] = scale * sum_of(sums[g]);
+            logits[g * S + row] = scale * sum_of_pair(sums[g]);
     }
 }
 
@@ -26,21 +26,21 @@ INLINE void
 value_sums(float *output, const float *weights, long S, const void *values, long rows, const long G, long D, int kind) {
     for (long d = 0; d < D; d += 2 * LANES) {
         const int two = d + LANES < D;
-        floats low[4], high[4];
+        pair low[4], high[4];
         for (long g = 0; g < G; g++)
-            low[g] = high[g] = all(0.0f);
+            low[g] = high[g] = pair_of(all(0.0f));
         for (long row = 0; row < rows; row++) {
             floats first = load_as(values, row * D + d, kind),
                    second = load_as(values, row * D + d + two * LANES, kind);
             for (long g = 0; g < G; g++) {
-                low[g] += weights[g * S + row] * first;
-                high[g] += weights[g * S + row] * second;
+                add_product(&low[g], all(weights[g * S + row]), first);
+                add_product(&high[g], all(weights[g * S + row]), second);
             }
         }
         for (long g = 0; g < G; g++) {
-            store(output + g * D + d, low[g]);
+            store(output + g * D + d, floats_of(low[g]));
             if (two)
-                store(output + g * D + d + LANES, high[g]);
+                store(output + g * D + d + LANES, floats_of(high[g]));
         }
     }
 }
@@ -83,7 +83,8 @@ sums_of(float *output, const float *weights, long S, const void *values, long ro
 }
 
 VECTORS static void softmax_row(float *row, long keys, const int32_t *positions, float sink) {
-    floats most = all(sink), total = all(0.0f);
+    floats most = all(sink);
+    pair total = pair_of(all(0.0f));
     for (long key = 0; key < keys; key += LANES) {
         const long count = keys - key;
         floats x = load_some(row + key, count, -INFINITY);
@@ -100,10 +101,10 @@ VECTORS static void softmax_row(float *row, long keys, const int32_t *positions,
     for (long key = 0; key < keys; key += LANES) {
         const long count = keys - key;
         floats x = exp_of(load_some(row + key, count, -INFINITY) - top);
-        total += x;
+        add(&total, x);
         store_some(row + key, x, count);
     }
-    const float part = 1.0f / (sum_of(total) + expf(sink - top));
+    const float part = 1.0f / (sum_of_pair(total) + expf(sink - top));
     for (long key = 0; key < keys; key++)
         row[key] *= part;
 }
