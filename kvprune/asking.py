@@ -127,7 +127,7 @@ def _answers(
     ends = ends_of(model)
     pad = next((each for each in (tokenizer.pad_token_id, *sorted(ends)) if each is not None), 0)
     budgets = (Budget.parse(part.budget) for part in cache.policy.parts() if hasattr(part, "budget"))
-    if cache.is_hybrid or any(budget.kind == "bytes" for budget in budgets):
+    if cache.is_hybrid or any(budget.in_bytes for budget in budgets):
         batch_size = 1  # windows count columns, and bytes are of a whole batch
     texts: list[str] = []
     for start in range(0, len(rests), batch_size):

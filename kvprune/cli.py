@@ -83,7 +83,11 @@ def generate(
     ] = "a2sf:kernel_size=27,ahead=23",
     budget: Annotated[
         str | None,
-        typer.Option(help="Fraction of the prompt, tokens per KV head (1024), or bytes (512MiB).", show_default="0.25"),
+        typer.Option(
+            help="Fraction of the prompt, tokens per KV head (1024), bytes (512MiB), or a share of the 16-bit bytes of "
+            "the full cache (0.05b).",
+            show_default="0.25",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     chat: Annotated[
@@ -181,7 +185,9 @@ def chat(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Fraction of what is read, tokens per KV head (1024), or bytes (512MiB).", show_default="0.25"
+            help="Fraction of what is read, tokens per KV head (1024), bytes (512MiB), or a share of the 16-bit bytes "
+            "of the full cache (0.05b).",
+            show_default="0.25",
         ),
     ] = None,
     read: Annotated[Path | None, typer.Option(help="Text file to read first, as /read does.")] = None,

@@ -42,7 +42,8 @@ class GemFilter(PromptFilter):
     Settings:
         budget: an int is tokens; a float in (0, 1] is a fraction of the tokens to choose from, rounded up and never
             below keep_first + keep_last; a string such as "512MiB" is bytes of the whole cache when the prompt ends,
-            rows of earlier turns included.
+            rows of earlier turns included; "0.05b" is a share of the bytes that the tokens to choose from would take at
+            16 bits a number, and earlier turns have theirs.
         layer: r, from 0; None for 13 of Llama-3.1-8B, 19 of Mistral-Nemo and of Phi-3.5-mini, and the layer with full
             attention nearest to 0.42 of the depth of others.
         kernel_size: odd; how many neighbours to average. Zeros count at the edges, as in the paper's code.
@@ -98,10 +99,15 @@ class GemFilter(PromptFilter):
         wanted = _PAPER_LAYERS.get((config.model_type, depth, config.hidden_size), round(_DEPTH * depth))
         return min(pruned, key=lambda index: (abs(index - wanted), index))
 
-    def capacity(self, tokens: int, *, token_bytes: int | None = None, other_bytes: int = 0) -> int | None:
-        if self._budget.kind == "bytes" and token_bytes is None:
+    def capacity(
+        self, tokens: int, *, token_bytes: int | None = None, other_bytes: int = 0, half_bytes: int = 0
+    ) -> int | None:
+        if self._budget.in_bytes and token_bytes is None:
             return None
-        return self._budget.tokens(tokens, floor=self._least, token_bytes=token_bytes or 1, other_bytes=other_bytes)
+        other_bytes = 0 if self._budget.kind == "share" else other_bytes  # what came earlier has a share of its own
+        return self._budget.tokens(
+            tokens, floor=self._least, token_bytes=token_bytes or 1, other_bytes=other_bytes, half_bytes=half_bytes
+        )
 
     def choose(self, query: Tensor, keys: Tensor, count: int, heads: Heads = ALL_HEADS) -> Tensor:
         z = self._smooth(heads.sum(_dots(query, keys)))

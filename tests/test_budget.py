@@ -14,10 +14,11 @@ from crossing import crossed
 from families import build, feed, generate, left_padded, shared, stepwise
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from kvprune import Budget, BudgetError, Chain, Everywhere, KVPruneError, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, TOVA, Random, SnapKV, Spectral, StreamingLLM
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, GemFilter, Random, SnapKV, Spectral, StreamingLLM
 
 # -- what may be written -----------------------------------------------------------------------------------------------
 
@@ -50,6 +51,10 @@ GOOD = [
     ("1TiB", "bytes", 2**40),
     ("1.9B", "bytes", 1),
     ("4096b", "bytes", 4096),
+    ("1B", "bytes", 1),
+    ("0.05b", "share", 0.05),
+    (" .5 b", "share", 0.5),
+    ("1b", "share", 1.0),
 ]
 
 
@@ -65,7 +70,7 @@ BAD = [
     *(True, False, np.True_, None, [], (1,), {}, 1j, b"512MiB", Decimal("0.25"), torch.tensor(5), np.array([5])),
     *(np.float32("nan"), np.float64("inf"), np.int32(0), np.int64(-3), np.float16(1.5)),
     *("", " ", "parsecs", "12 parsecs", "12parsecs", "MiB", "%", "0", "0.0", "-5", "-5%", "1.5", "0%", "101%", "250 %"),
-    *("nan", "inf", "1e3", "1,024", "1_024", "0x10", "512 MiB/s", "5 5", "1..5", "0MiB", "0.5B", "True", "None"),
+    *("nan", "inf", "1e3", "1,024", "1_024", "0x10", "512 MiB/s", "5 5", "1..5", "0MiB", "0.5B", "0b", "True", "None"),
     "9" * 400 + "GiB",
 ]
 
@@ -77,7 +82,7 @@ def test_what_has_no_meaning_is_refused(value):
         Budget.parse(value)
     assert isinstance(error.value, KVPruneError)
     assert isinstance(error.value, ValueError)
-    for advice in ("0.25", "1024", '"512MiB"'):
+    for advice in ("0.25", "1024", '"512MiB"', '"0.05b"'):
         assert advice in str(error.value)
 
 
@@ -152,6 +157,37 @@ def test_bytes_hold_as_many_tokens_as_fit(size, token_bytes, other_bytes, spare,
     assert Budget.parse(f"{least}B").tokens(100, **shape) == floor
 
 
+@given(
+    hundredths=st.integers(1, 100),
+    prompt=st.integers(1, 5000),
+    token_bytes=st.integers(1, 300),
+    half_bytes=st.integers(1, 300),
+    other_bytes=st.integers(0, 10**4),
+    stock_bytes=st.integers(0, 10**4),
+    floor=st.integers(1, 40),
+)
+def test_shares_are_of_the_full_cache_at_16_bits(
+    hundredths, prompt, token_bytes, half_bytes, stock_bytes, other_bytes, floor
+):
+    """What bytes would hold that are this share of all tokens at 16 bits, other layers left out; or told the least."""
+    budget = Budget.parse(f"{hundredths / 100}b")
+    shape = {"token_bytes": token_bytes, "floor": floor}
+    costs = {"half_bytes": half_bytes, "stock_bytes": stock_bytes, "other_bytes": other_bytes + stock_bytes}
+    size = hundredths * prompt * half_bytes // 100
+    try:
+        allowed = Budget("bytes", size).tokens(prompt, **shape, other_bytes=other_bytes)
+    except BudgetError:
+        with pytest.raises(BudgetError) as error:
+            budget.tokens(prompt, **shape, **costs)
+        match = re.search(r'"([\d.]+b)", of this prompt', str(error.value))
+        if match is None:
+            assert floor * token_bytes + other_bytes > half_bytes * prompt
+        else:
+            assert Budget.parse(match[1]).tokens(prompt, **shape, **costs) >= floor
+        return
+    assert budget.tokens(prompt, **shape, **costs) == allowed
+
+
 def least_bytes(error: pytest.ExceptionInfo[BudgetError]) -> int:
     """The number of bytes that the message of an error asks for."""
     match = re.search(r"at least ([\d,]+) bytes", str(error.value))
@@ -219,6 +255,67 @@ def test_bytes_are_never_exceeded_over_turns(make, turns):
     steps = [step for turn in turns for step in (turn, *[1] * 5)]
     for _ in stepwise(shared(), left_padded([sum(steps)]), cache, steps):
         assert cache.nbytes <= size
+
+
+SHARES = {
+    **POLICIES,
+    "everywhere": lambda budget: H2O(budget, sinks=2, recent=3, share=Everywhere()),
+    "a2sf | kivi": lambda budget: A2SF(budget, sinks=2, recent=3) | KIVI(4, group_size=8, residual=8),
+    "gemfilter | a2sf": lambda budget: GemFilter(budget, layer=0) | A2SF(budget, sinks=2, recent=3),
+}
+
+
+@pytest.mark.parametrize("make", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("lengths", [[260], [260, 243]], ids=str)
+def test_shares_of_the_bytes_are_used_and_never_exceeded(make, lengths):
+    """What the cache holds is no more than a share of what all tokens take at 16 bits, and little less."""
+    cache = PrunedCache(shared(), make("0.6b"))
+    batch = left_padded([length + 6 for length in lengths])
+    full = sum(layer_bytes(shared()) * length for length in lengths)
+    padded = max(lengths) * len(lengths) / sum(lengths)  # a rectangle has empty slots where a sequence has fewer tokens
+    for _ in stepwise(shared(), batch, cache, [max(lengths)] + [1] * 6):
+        assert cache.nbytes <= 0.6 * full * padded
+    assert cache.nbytes > 0.6 * 0.6 * full
+
+
+def layer_bytes(model) -> int:
+    """Of a token in all layers of the full cache, at 16 bits a number."""
+    cache = DynamicCache(config=model.config)
+    feed(model, left_padded([1]), cache, [1])
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_share_of_the_bytes_is_of_16_bits_whatever_the_model_computes_in(dtype):
+    """Half of the bytes of bfloat16 hold half of the tokens of such a model, and a quarter of those in float32."""
+    model = build("llama", dtype=dtype)
+    cache = PrunedCache(model, StreamingLLM("0.5b", sinks=2))
+    feed(model, left_padded([400]), cache, [400])
+    assert cache.nbytes <= 200 * layer_bytes(model)
+    few = cache.kept_positions(0).shape[2] * 2 * dtype.itemsize
+    assert 0.85 < few / 400 / 2 <= 1
+
+
+@pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3"])
+def test_shares_leave_layers_with_a_window_out(family):
+    """They are neither counted in what there is to share, nor paid from it."""
+    cache = PrunedCache(shared(family), A2SF("0.5b", sinks=2, recent=3))
+    feed(shared(family), left_padded([100]), cache, [100])
+    pruned = [cache.layers[index] for index in cache.pruned_layers]
+    full = sum(layer.table.kv_token_bytes * 100 // 2 for layer in pruned)
+    assert 0.8 * 0.5 * full < sum(layer.nbytes for layer in pruned) <= 0.5 * full
+
+
+def test_a_share_of_the_bytes_grows_with_the_next_turn():
+    """It is of the tokens that came until the last prompt ended, whatever has been generated since."""
+    cache = PrunedCache(shared(), A2SF("0.5b", sinks=2, recent=3))
+    batch = left_padded([400])
+    token = layer_bytes(shared())
+    held = []
+    for _, seen in zip(stepwise(shared(), batch, cache, [100, 1, 1, 198, 1]), (100, 100, 100, 300, 300), strict=True):
+        held.append(cache.nbytes)
+        assert cache.nbytes <= 0.5 * seen * token
+    assert held[0] == held[2] < 0.4 * held[4]
 
 
 HYBRID = ["qwen3-hybrid", "gemma3"]

@@ -170,6 +170,9 @@ class Planner:
         other_bytes += max(0, self.query_window(prefill) - 1) * query_bytes
         other_bytes += tallies.nbytes
         other_bytes += Steady.bytes_for(len(queries.states)) if self.static_decode else 0
+        kv_bytes = table.kv_token_bytes
+        stock_bytes = kv_bytes * self.stock_tokens * heads.size
+        half_bytes = kv_bytes * 2 // table.dims[2].itemsize * self.pruned_layers * heads.size
         plans = []
         for scope, part in zip(self._scopes, self.policies, strict=True):
             step = Step(
@@ -181,7 +184,9 @@ class Planner:
                 tokens=tokens,
                 prompt_tokens=prompt_tokens,
                 token_bytes=token_bytes * self.pruned_layers * heads.size,
-                other_bytes=(other_bytes * self.pruned_layers + table.kv_token_bytes * self.stock_tokens) * heads.size,
+                other_bytes=other_bytes * self.pruned_layers * heads.size + stock_bytes,
+                stock_bytes=stock_bytes,
+                half_bytes=half_bytes,
                 spare=2 * self.interval - 1 if self.interval else 0,
                 generated=generated,
                 source=queries,

@@ -33,7 +33,10 @@ Policies = Annotated[
 ]
 Budgets = Annotated[
     list[str],
-    typer.Option("--budget", help="Budgets, each for every policy: 0.25 or 0.1,0.25,0.5; or repeat the option."),
+    typer.Option(
+        "--budget",
+        help="Budgets, each for every policy: 0.25 or 0.1,0.25,0.5 (of tokens), or 0.05b (of bytes at 16 bits).",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Results, a JSON line each; a run that finds some there goes on.")]
 Dtype = Annotated[str, typer.Option(help='Weights: "auto", "float32", "bfloat16", "float16".')]

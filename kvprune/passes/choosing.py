@@ -21,11 +21,14 @@ class Chooser(ABC):
         """
 
     @abstractmethod
-    def capacity(self, tokens: int, *, token_bytes: int | None = None, other_bytes: int = 0) -> int | None:
+    def capacity(
+        self, tokens: int, *, token_bytes: int | None = None, other_bytes: int = 0, half_bytes: int = 0
+    ) -> int | None:
         """How many of a sequence's new tokens to choose; None if it takes bytes to tell and none are given.
 
         token_bytes: that one token of every sequence costs in the whole cache. other_bytes: that the cache holds, or
-        will hold, beside the chosen tokens. Raises BudgetError for a budget that cannot hold what is always chosen.
+        will hold, beside the chosen tokens. half_bytes: of the keys and values of one token at 16 bits a number. Raises
+        BudgetError for a budget that cannot hold what is always chosen.
         """
 
     @abstractmethod

@@ -61,6 +61,7 @@ class FilterPass(ScratchPass):
                 count,
                 token_bytes=row.token_bytes * layer.planner.pruned_layers * processes,
                 other_bytes=(row.kv_token_bytes * layer.planner.stock_tokens + held) * processes,
+                half_bytes=row.kv_token_bytes * 2 // keys.itemsize * layer.planner.pruned_layers * processes,
             )
             or count
             for count in tokens

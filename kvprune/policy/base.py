@@ -372,7 +372,7 @@ def _check_with_stopping(stopping: Policy, links: tuple[Policy, ...]) -> None:
             else "shares rows out over heads or layers that hold different tokens" if link.decides_together
             or getattr(share, "scope", "head") != "head"
             else "has a budget in bytes, and nobody knows beforehand what tokens that stopped will take of it"
-            if getattr(getattr(link, "_budget", None), "kind", "") == "bytes" else None
+            if getattr(getattr(link, "_budget", None), "in_bytes", False) else None
         )  # fmt: skip
         if reason is not None:
             raise PolicyError(f"{link} {reason}, so it cannot follow {name}: use one of them alone.")

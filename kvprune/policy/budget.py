@@ -21,20 +21,25 @@ _UNITS = {
 _MOST_DIGITS = 100  # of a number of tokens: int() refuses thousands, and floats above 1 are refused here
 _HELP = (
     "write a float in (0, 1] for a fraction of the prompt tokens (0.25), an int of at least 1 for a number of tokens "
-    'per KV head (1024), or a string with a unit for the bytes of the whole cache ("512MiB")'
+    'per KV head (1024), or a string with a unit for the bytes of the whole cache ("512MiB", or "0.05b" for a share of '
+    "those that every token would take at 16 bits a number)"
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A parsed budget. `amount` is a fraction, tokens per KV head, or bytes of the whole cache, as `kind` says."""
+    """A parsed budget.
 
-    kind: Literal["fraction", "tokens", "bytes"]
+    amount: as kind says, a fraction of the tokens, tokens per KV head, bytes of the whole cache, or a share of those
+    that the full cache of the prompt takes at 16 bits a number.
+    """
+
+    kind: Literal["fraction", "tokens", "bytes", "share"]
     amount: float
 
     @classmethod
     def parse(cls, value: float | int | str) -> Budget:
-        """Read what a person wrote: `0.25`, `1024`, `"512MiB"`; strings `"0.25"`, `"25%"` and `"1024"` work too.
+        """Read what a person wrote: `0.25`, `1024`, `"512MiB"`, `"0.05b"`; `"0.25"`, `"25%"` and `"1024"` work too.
 
         Raises BudgetError for anything that is not a positive, finite amount.
         """
@@ -53,10 +58,13 @@ class Budget:
 
     @classmethod
     def _parse_text(cls, text: str) -> Budget:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", text.lower())
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)\s*", text)
         if match is None:
             raise BudgetError(f"a budget cannot be {text!r}: {_HELP}.")
         number, unit = match.groups()
+        if unit == "b" and 0 < float(number) <= 1:  # of bytes it would be one or none, and those are written "B"
+            return cls("share", float(number))
+        unit = unit.lower()
         if unit == "":
             return cls.parse(float(number) if len(number) > _MOST_DIGITS or not number.isdigit() else int(number))
         if unit == "%":
@@ -68,9 +76,14 @@ class Budget:
             raise BudgetError(f"a budget of {text!r} keeps nothing: {_HELP}.")
         return cls("bytes", int(amount))
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it depends on what a token costs, which policies learn at the first step."""
+        return self.kind in ("bytes", "share")
+
     def plain(self, written: float | int | str) -> float | int | str:
         """What a person wrote, as a number where it is one: `"25%"` -> 0.25, `"1024"` -> 1024, `"1GiB"` as it is."""
-        if self.kind == "bytes":
+        if self.in_bytes:
             return written
         return self.amount if self.kind == "fraction" else int(self.amount)
 
@@ -85,7 +98,15 @@ class Budget:
         return f"{self.amount:g} of {shortest:,} prompt tokens is {tokens:,}: raised to {floor:,} ({always})"
 
     def tokens(
-        self, prompt_tokens: int, *, floor: int = 1, token_bytes: int = 1, other_bytes: int = 0, spare: int = 0
+        self,
+        prompt_tokens: int,
+        *,
+        floor: int = 1,
+        token_bytes: int = 1,
+        other_bytes: int = 0,
+        spare: int = 0,
+        half_bytes: int = 0,
+        stock_bytes: int = 0,
     ) -> int:
         """Tokens per KV head that this budget allows.
 
@@ -95,6 +116,9 @@ class Budget:
             token_bytes: bytes that one kept token costs in the whole cache (all layers, heads and sequences).
             other_bytes: bytes of the cache that no policy rules (layers with a sliding window).
             spare: slots the table holds beside the kept tokens; they are paid from a budget in bytes too.
+            half_bytes: what keys and values of one token take in the full cache at 16 bits a number, as token_bytes in
+                all layers that policies rule, heads and sequences. Shares are of this times the tokens of the prompt.
+            stock_bytes: the part of other_bytes that is of other layers: no share counts those, nor pays for them.
 
         Raises BudgetError where the bytes do not suffice for `floor` tokens.
         """
@@ -102,14 +126,25 @@ class Budget:
             return max(floor, share(self.amount, prompt_tokens))
         if self.kind == "tokens":
             return int(self.amount)
-        tokens = (int(self.amount) - other_bytes) // token_bytes - spare
+        full = half_bytes * prompt_tokens
+        size = int(self.amount) if self.kind == "bytes" else math.floor(self.amount * full + 1e-9)
+        other_bytes -= stock_bytes if self.kind == "share" else 0
+        tokens = (size - other_bytes) // token_bytes - spare
         if tokens < floor:
             need = (floor + spare) * token_bytes + other_bytes
+            least = "" if self.kind == "bytes" else f", {_least_share(need, full)}, of this prompt"
             raise BudgetError(
-                f"{int(self.amount):,} bytes hold {max(tokens, 0)} tokens of this model and batch, fewer than the "
-                f"{floor} (sinks and recent) that are always kept: give at least {need:,} bytes."
+                f"{size:,} bytes hold {max(tokens, 0)} tokens of this model and batch, fewer than the "
+                f"{floor} (sinks and recent) that are always kept: give at least {need:,} bytes{least}."
             )
         return tokens
+
+
+def _least_share(need: int, full: int) -> str:
+    """The budget that holds so many bytes of a full cache of so many, as a person would write it."""
+    if need > full:
+        return "more than the full cache takes at 16 bits"
+    return f'"{math.ceil(need / full * 10**4 - 1e-9) / 10**4:g}b"'
 
 
 def share(fraction: float, count: Any, least: int = 0) -> Any:

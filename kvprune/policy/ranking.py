@@ -39,7 +39,8 @@ class Ranking(Policy):
     Settings:
         budget: a float in (0, 1] is a fraction of the prompt tokens, rounded up and never below sinks + recent; an int
             is tokens per KV head; a string such as "512MiB" is bytes of the whole cache, that is, of all processes
-            together where tensor parallelism splits the heads.
+            together where tensor parallelism splits the heads; "0.05b" is a share of the bytes that the full cache of
+            the prompt takes at 16 bits a number, in layers that are pruned.
         sinks: the first tokens of a sequence, always kept, part of the budget.
         recent: the newest tokens, always kept, part of the budget; a float is a share of the budget, rounded up.
         interval: generated tokens between two evictions. 1 evicts at every step and the cache never exceeds the budget
@@ -185,6 +186,8 @@ class Ranking(Policy):
                     token_bytes=step.token_bytes,
                     other_bytes=step.other_bytes,
                     spare=step.spare,
+                    half_bytes=step.half_bytes,
+                    stock_bytes=step.stock_bytes,
                 ),
                 depth=step.depth,
                 layers=step.layers,

@@ -56,6 +56,10 @@ class Step:
     """The attention rows that the policy asked for."""
     weighed: Tensor | None = None
     """What `mass` returns; None where the policy asked for no rows."""
+    half_bytes: int = 0
+    """What `token_bytes` would be of keys and values alone, of every token, at 16 bits a number."""
+    stock_bytes: int = 0
+    """The part of `other_bytes` that is of layers which are not pruned."""
     depth: int = 0
     """Number of the layer among those that share a budget, from 0."""
     layers: int = 1
