@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,8 +22,9 @@ from kvprune.cache.models import cache_argument
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policy.registry import parse
 from kvprune.serving.app import Options, Server, application
+from kvprune.serving.batch import Batches, fits
 from kvprune.serving.command import amount
-from kvprune.serving.engine import Job, Settings
+from kvprune.serving.jobs import Job, Settings
 from kvprune.serving.metrics import Metrics
 from kvprune.serving.prefixes import Prefixes
 from kvprune.serving.prompts import Prompt
@@ -296,16 +298,165 @@ def test_a_slow_disk_holds_the_model_up(embedded, tmp_path, monkeypatch, caplog)
 
 
 def test_who_is_gone_when_the_prefix_is_read_costs_no_answer(server, monkeypatch):
-    engine, job = server.engine, Job(0, Prompt((5, 6), (7,)), KEYDIFF, Settings(4), None)
-    take = engine._prefixes.take
+    batches, job, ended = server.engine._batches, Job(0, Prompt((5, 6), (7,)), KEYDIFF, Settings(4), None), []
+    take = batches._prefixes.take
 
     def leaves(*asked):
         job.called_off.set()
         return take(*asked)
 
-    monkeypatch.setattr(engine._prefixes, "take", leaves)
-    monkeypatch.setattr(engine._model, "generate", lambda *_, **__: pytest.fail("it was answered"))
-    assert engine._answer(job) is None
+    monkeypatch.setattr(batches._prefixes, "take", leaves)
+    monkeypatch.setattr(batches._model, "generate", lambda *_, **__: pytest.fail("it was answered"))
+    batches.answer([job], lambda job, outcome: ended.append((job, outcome)))
+    assert ended == [(job, "called off")]
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_by_one(embedded):
+    """A server that answers one batch at a time."""
+    with running(embedded, parallel=1, queue=64) as server:
+        yield server
+
+
+@contextmanager
+def held_up(server, waiting):
+    """Clients whose requests wait until there are so many of them, and are then looked at together."""
+    goes_on = threading.Event()
+    server.engine._pool.submit(goes_on.wait)
+    with ThreadPoolExecutor(waiting) as clients:
+        asked = []
+
+        def ask(function, *args, **more):
+            asked.append(clients.submit(function, *args, **more))
+            wait_for(lambda: server.metrics.value("waiting") == len(asked))  # they come in this order
+            return asked[-1]
+
+        try:
+            yield ask
+        finally:
+            goes_on.set()
+
+
+def batched(server):
+    sizes = {str(size): server.metrics.value("batches_total", str(size)) for size in range(1, 9)}
+    return {int(size): count for size, count in sizes.items() if count}
+
+
+def newly_batched(server, before):
+    return {size: count - before.get(size, 0) for size, count in batched(server).items() if count != before.get(size)}
+
+
+def test_what_waits_with_the_same_policy_is_answered_together_as_alone(one_by_one, embedded):
+    """Different lengths and ends of the answers; other policies and budgets have a batch of their own."""
+    more = ["", " note" * 20, " and" * 3]
+    cases = [
+        (QUESTIONS[at] + more[at % 3], policy, tokens)
+        for at, (policy, tokens) in enumerate(
+            [(None, 4), ("a2sf:budget=0.5 | zipcache", 3), (None, 9), (None, 1), ("a2sf:budget=0.5 | zipcache", 6)]
+        )
+    ]
+    before = batched(one_by_one)
+    with held_up(one_by_one, len(cases)) as ask:
+        asked = [
+            ask(chat, one_by_one, question, tokens=tokens, extra={"policy": policy} if policy else {})
+            for question, policy, tokens in cases
+        ]
+    for (question, policy, tokens), each in zip(cases, asked, strict=True):
+        text, cache = generated(embedded, [f"{DOCUMENT} {question} "], policy or POLICY, tokens)
+        answer = each.result()
+        assert answer.choices[0].message.content == text
+        assert answer.usage.total_tokens == cache.seen_tokens + 1
+        assert answer.usage.kvprune["full_bytes"] == cache.dense_nbytes
+        kept = torch.stack([(cache.kept_positions(at) >= 0).sum(-1).float() for at in cache.pruned_layers]).mean()
+        assert answer.usage.kvprune["kept_tokens"] == pytest.approx(float(kept), abs=0.06)
+    assert newly_batched(one_by_one, before) == {3: 1, 2: 1}
+    assert one_by_one.metrics.value("kept_bytes", "running") == one_by_one.metrics.value("running") == 0
+
+
+def test_questions_on_one_prefix_are_answered_together_and_stream(one_by_one, embedded):
+    def ask_all(stream):
+        before = batched(one_by_one)
+        with held_up(one_by_one, 3) as ask:
+            how = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+            asked = [
+                ask(lambda at=at: list(chat(one_by_one, QUESTIONS[at] + " of" * at, extra=extra, **how)))
+                for at in range(3)
+            ]
+        assert newly_batched(one_by_one, before) == {3: 1}
+        return [each.result() for each in asked]
+
+    extra = {"prefix": 1, "policy": "kivi:bits=4"}
+    read = len(embedded[1](f"{DOCUMENT} ", add_special_tokens=False)["input_ids"])
+    for first in (0, read):
+        for at, pieces in enumerate(ask_all(stream=True)):
+            expected, _ = generated(embedded, [f"{DOCUMENT} ", QUESTIONS[at] + " of" * at + " "], "kivi:bits=4")
+            assert "".join(each.choices[0].delta.content or "" for each in pieces if each.choices) == expected
+            assert pieces[-1].usage.prompt_tokens_details.cached_tokens == (read if at else first)
+
+
+def test_each_of_a_batch_is_sampled_by_its_own_seed_and_ends_at_its_own_string(one_by_one, endless):
+    def text(seed, **more):
+        return chat(one_by_one, temperature=1.5 * bool(seed), seed=seed, tokens=12, **more).choices[0].message.content
+
+    alone = [text(seed) for seed in (1, 2, 0)]
+    stop = alone[1].split()[3]
+    with held_up(one_by_one, 4) as ask:
+        asked = [ask(text, seed) for seed in (1, 2, 0)] + [ask(text, 2, stop=stop)]
+    assert [each.result() for each in asked] == [*alone, alone[1][: alone[1].index(stop)]]
+
+
+def test_who_hangs_up_leaves_the_batch(one_by_one, endless, embedded):
+    off = one_by_one.metrics.value("requests_total", "called off")
+    with held_up(one_by_one, 2) as ask:
+        leaves = ask(chat, one_by_one, stream=True, tokens=1024)
+        stays = ask(chat, one_by_one, QUESTIONS[1], tokens=300, stream=True)
+    stays = iter(stays.result())
+    begun = [next(stays) for _ in range(3)]
+    both = one_by_one.metrics.value("kept_bytes", "running")
+    leaves.result().close()
+    wait_for(lambda: one_by_one.metrics.value("requests_total", "called off") == off + 1)
+    assert one_by_one.metrics.value("running") == 1
+    text = "".join(piece.choices[0].delta.content or "" for piece in [*begun, *stays])
+    assert text == generated(embedded, [f"{DOCUMENT} {QUESTIONS[1]} "], tokens=300)[0]
+    assert both > 0
+    settled(one_by_one)
+
+
+def test_what_one_brings_about_costs_the_others_nothing(one_by_one, monkeypatch):
+    batches, write = one_by_one.engine._batches, type(one_by_one.engine._batches)._write
+
+    def fails(rows, *args):
+        if any(row.job.settings.max_new_tokens == 3 for row in rows):
+            raise KVPruneError("three is none of ours")
+        write(batches, rows, *args)
+
+    monkeypatch.setattr(batches, "_write", fails)
+    with held_up(one_by_one, 3) as ask:
+        asked = [ask(chat, one_by_one, tokens=tokens) for tokens in (2, 3, 4)]
+    assert [asked[at].result().usage.completion_tokens for at in (0, 2)] == [2, 4]
+    with pytest.raises(openai.BadRequestError, match="three is none of ours"):
+        asked[1].result()
+    settled(one_by_one)
+
+
+def test_what_fits_in_a_batch(embedded, one_by_one):
+    def job(length, policy=KEYDIFF, prefix=()):
+        return Job(0, Prompt(prefix, (5,) * length), policy, Settings(4), None)
+
+    assert fits([job(500)], job(1000), 2000)  # a quarter of it is padding
+    assert not fits([job(500)], job(1000), 1999)
+    assert not fits([job(300)], job(1000), 2000)  # more than a third
+    assert fits([job(1)], job(200), 2000)  # of short ones it costs nothing
+    assert not fits([job(9)], job(9, parse("keydiff", budget=0.4)), 2000)
+    assert not fits([job(9)], job(9, prefix=(1,)), 2000)
+    can_be = one_by_one.engine._batches.can_be
+    assert can_be(KEYDIFF)
+    assert not can_be(parse("full | keydiff:budget=1MiB"))
+    hybrid = build("mistral-sliding")
+    assert not Batches(hybrid, None, None, Metrics()).can_be(KEYDIFF)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -430,7 +581,7 @@ def test_logs_hold_nothing_of_prompts(server, caplog, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError(secret)
 
-    monkeypatch.setattr(type(server.engine._model), "generate", fail)
+    monkeypatch.setattr(type(server.engine._batches._model), "generate", fail)
     answer = httpx.post(f"{server.base}/v1/chat/completions", json=ask, headers=headers)
     assert answer.status_code == 500
     assert secret not in answer.text
@@ -457,7 +608,7 @@ def test_models_health_metrics_and_the_page(server):
     chat(server)
     lines = httpx.get(f"{server.base}/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    assert all(re.fullmatch(r'kvprune_[a-z_]+(\{[a-z]+="[a-z ]+"\})?', name) for name in values)
+    assert all(re.fullmatch(r'kvprune_[a-z_]+(\{[a-z]+="[a-z0-9 ]+"\})?', name) for name in values)
     assert float(values['kvprune_requests_total{outcome="answered"}']) >= 1
     assert float(values["kvprune_completion_tokens_total"]) >= 4
 

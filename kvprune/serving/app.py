@@ -24,7 +24,8 @@ from kvprune.errors import KVPruneError
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
 from kvprune.serving import prompts
-from kvprune.serving.engine import BusyError, Done, Engine, FailedError, Job, Settings
+from kvprune.serving.engine import Engine
+from kvprune.serving.jobs import BusyError, Done, FailedError, Job, Settings
 from kvprune.serving.metrics import Metrics
 from kvprune.serving.prefixes import Prefixes
 from kvprune.serving.prompts import Prompt
@@ -50,6 +51,8 @@ class Options:
     disk: int = 10 * 2**30
     api_key: str | None = None
     body_bytes: int = 16 * 2**20
+    batch: int = 8
+    batch_tokens: int = 2**15
 
     def __post_init__(self) -> None:
         """Raises KVPruneError for a key that is empty, which would be none."""
@@ -65,7 +68,10 @@ class Server:
         self.policy: Policy = parse(options.policy, budget=options.budget)
         self.metrics = Metrics()
         prefixes = Prefixes(model, self.metrics, memory=options.memory, folder=options.folder, disk=options.disk)
-        self.engine = Engine(model, tokenizer, prefixes, self.metrics, parallel=options.parallel, queue=options.queue)
+        self.engine = Engine(
+            model, tokenizer, prefixes, self.metrics, parallel=options.parallel, queue=options.queue,
+            batch=options.batch, batch_tokens=options.batch_tokens,
+        )  # fmt: skip
         self._tokenizing = threading.Lock()
         config = model.config.get_text_config(decoder=True)
         self.window: int | None = getattr(config, "max_position_embeddings", None)

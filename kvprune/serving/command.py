@@ -37,7 +37,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name in requests. Default: as it was loaded.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 2,
+    parallel: Annotated[int, typer.Option(min=1, help="Batches of requests that are answered at once.")] = 2,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Most requests of a batch: those of one policy that wait at the same time.")
+    ] = 8,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of prompts that a batch reads at once. A longer one is read alone.")
+    ] = 2**15,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 429.")] = 64,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt. Default: the model's window.")
@@ -79,6 +85,7 @@ def serve(
     options = Options(
         policy, budget or "0.25", prefix, parallel, queue, max_prompt_tokens, max_new_tokens,
         amount(cache_memory, "--cache-memory"), cache_dir, amount(cache_disk, "--cache-disk"), api_key,
+        batch=batch, batch_tokens=batch_tokens,
     )  # fmt: skip
     chosen = parse(policy, budget=options.budget)  # before the model loads: a mistake should not cost minutes
     if budget is not None and not takes_budget(policy):

@@ -12,6 +12,7 @@ _KNOWN = {
     "prefill_tokens_saved_total": ("counter", "Tokens of prefixes that did not have to be read again."),
     "evictions_total": ("counter", "Prefixes that left a store for want of room: memory, disk."),
     "damaged_total": ("counter", "Files of prefixes that could not be read and were removed."),
+    "batches_total": ("counter", "Batches that were answered, by how many requests each began with."),
     "first_token_seconds_sum": ("counter", "Seconds from a request to its first token, added up."),
     "first_token_seconds_count": ("counter", "Requests that got a first token."),
     "waiting": ("gauge", "Requests that wait."),
@@ -20,6 +21,7 @@ _KNOWN = {
     "prefixes": ("gauge", "Prefixes that are held: memory, disk."),
 }
 _LABELS = {
+    "batches_total": "requests",
     "requests_total": "outcome",
     "prefills_total": "source",
     "evictions_total": "store",

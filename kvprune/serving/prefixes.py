@@ -79,8 +79,11 @@ class Prefixes:
             except OSError as error:
                 raise KVPruneError(f"cannot keep caches in {folder}: {error}") from error
 
-    def take(self, policy: Policy, ids: Sequence[int]) -> tuple[PrunedCache, bool]:
-        """A cache of one's own that has read these tokens, and whether it was there already."""
+    def take(self, policy: Policy, ids: Sequence[int], requests: int = 1) -> tuple[PrunedCache, bool]:
+        """A cache of one's own that has read these tokens, and whether it was there already.
+
+        requests: how many ask for it at once, of which all but the first find it there.
+        """
         key = self._key(policy, ids)
         with self._turn(key):  # one reads a document, and others who want it wait
             source, kept = "memory", self._recent(key)
@@ -94,8 +97,10 @@ class Prefixes:
                 self._hold(key, kept)
             taken = kept.fork()
         self._metrics.add("prefills_total", 1, source)
-        if source != "read":
-            self._metrics.add("prefill_tokens_saved_total", len(ids))
+        if requests > 1:
+            self._metrics.add("prefills_total", requests - 1, "memory")
+        if found := requests - (source == "read"):
+            self._metrics.add("prefill_tokens_saved_total", found * len(ids))
         return taken, source != "read"
 
     def close(self) -> None:
