@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
+from kvprune.attention.neighbours import lent, over_neighbours
 from kvprune.errors import PolicyError
 from kvprune.policy.base import Step
 from kvprune.policy.eviction import Eviction
-from kvprune.policy.pooling import over_neighbours
 from kvprune.policy.settings import check_count
 from kvprune.table.token_table import TokenTable
 
@@ -64,11 +64,16 @@ class SnapKV(Eviction):
         if step.due:
             table["score"] = step.mass
 
-    def pool(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def pool(self, scores: Tensor, table: TokenTable, recent: int | Tensor) -> Tensor:
         if self.pooling == "max":
-            return super().pool(scores, positions)
-        lent = scores.masked_fill(scores == -math.inf, 0.0)
+            return super().pool(scores, table, recent)
+        added = lent(scores, table.positions, recent)
         # In float64, where the same rows add up to the same whatever their order: neighbours that share all theirs tie.
-        return over_neighbours(
-            lent, positions, *self.neighbours, lambda near: (near.double().sum(-1) / self.kernel_size).float(), 0.0
+        average = over_neighbours(
+            added.masked_fill_(added == -math.inf, 0.0),
+            table.positions,
+            *self.neighbours,
+            lambda near: (near.double().sum(-1) / self.kernel_size).float(),
+            0.0,
         )
+        return average.masked_fill_(~(scores > -math.inf), -math.inf)

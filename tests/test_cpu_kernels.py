@@ -212,6 +212,7 @@ def test_noisy_weights(threads, batch, kv_heads, group, rows, length, sinks, tem
 # -- rows of a table ---------------------------------------------------------------------------------------------------
 
 SCORES = st.sampled_from((0.0, -0.0, 1.0, 1.0, 2.0, -1.0, 1e-45, math.inf, -math.inf, math.nan))
+reaches = st.sampled_from((0, 1, 3, 26, 999))
 
 
 @given(
@@ -234,6 +235,26 @@ def test_worst_rows(scores, batch, kv_heads, sinks, recent, layout, seed):
     assert torch.equal(found, TORCH.worst_rows(table, positions, sinks, length - recent))
     chosen = positions.gather(2, found)
     assert ((chosen >= sinks) & (chosen < length - recent)).all()
+
+
+@given(
+    scores=st.lists(SCORES, min_size=1, max_size=60), batch=batches, kv_heads=heads, empty=st.integers(0, 2),
+    before=reaches, after=reaches, gaps=st.sampled_from((1, 3, 40)), recent=st.integers(0, 70), apart=st.booleans(),
+    seed=seeds,
+)  # fmt: skip
+def test_largest_near(threads, scores, batch, kv_heads, empty, before, after, gaps, recent, apart, seed):
+    """Whatever the order of slots, the gaps between positions, and the numbers; recent ones of each sequence."""
+    rows, random = len(scores), torch.Generator().manual_seed(seed)
+    table = torch.tensor(scores).expand(batch, kv_heads, -1)
+    shuffled = [torch.randperm(gaps * rows, generator=random)[:rows] for _ in range(batch * kv_heads)]
+    positions = torch.stack(shuffled).view(batch, kv_heads, rows).int()
+    positions[-1, :, :empty] = -1
+    since: int | Tensor = gaps * recent
+    if apart:
+        since = since - torch.arange(batch)[:, None, None]
+    found = CPU.largest_near(table, positions, before, after, since)
+    expected = TORCH.largest_near(table, positions, before, after, since)
+    assert torch.equal(found[positions >= 0], expected[positions >= 0])
 
 
 @given(batch=batches, kv_heads=heads, length=st.integers(1, 9), dtype=st.sampled_from(DTYPES), seed=seeds)

@@ -13,6 +13,7 @@ import torch
 from kvprune import Budget, BudgetError, PolicyError, PrunedCache, RowWeights
 from kvprune.policies import A2SF, KIVI, TOVA, GemFilter, Keyformer, SnapKV, ZipCache
 from kvprune.policy import registry
+from kvprune.table.token_table import TokenTable
 
 CASES = {
     "budgets": 2000,
@@ -108,8 +109,9 @@ def test_settings_beyond_any_sequence_cost_no_memory(policy):
 
 def test_a_wide_kernel_pools_like_one_that_reaches_everything():
     """Nothing is left to tell one token from another by, however much wider it is than the sequence."""
-    scores, positions = torch.randn(20), torch.arange(20)
-    averaged = SnapKV(8, window=4, pooling="avg", kernel_size=999).pool(scores[None, None], positions[None, None])
+    scores, rows = torch.randn(20), torch.zeros(1, 1, 20, 4)
+    table = TokenTable(rows, rows, torch.arange(20, dtype=torch.int32)[None, None], {})
+    averaged = SnapKV(8, window=4, pooling="avg", kernel_size=999).pool(scores[None, None], table, 20)
     smoothed = GemFilter(8, kernel_size=999)._smooth(scores)
     for pooled in (averaged, smoothed):  # every token has the same neighbours: all of them
         torch.testing.assert_close(pooled, pooled.mean().expand_as(pooled))

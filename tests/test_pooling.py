@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import PrunedCache
+from kvprune.attention import neighbours
+from kvprune.attention.neighbours import over_neighbours
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF
-from kvprune.policy import pooling
-from kvprune.policy.pooling import over_neighbours
 
 
 @given(
@@ -43,7 +43,7 @@ def test_long_prompts_are_pooled_in_blocks(monkeypatch):
     positions, scores = torch.randperm(200)[None, None].int(), torch.randn(1, 1, 200)
     whole = over_neighbours(scores, positions, 1, 3, lambda lent: lent.amax(-1))
     sevens = [slice(at, min(at + 7, 200)) for at in range(0, 200, 7)]
-    monkeypatch.setattr(pooling, "row_blocks", lambda *_: sevens)
+    monkeypatch.setattr(neighbours, "row_blocks", lambda *_: sevens)
     assert torch.equal(over_neighbours(scores, positions, 1, 3, lambda lent: lent.amax(-1)), whole)
 
 

@@ -93,8 +93,7 @@ def test_heads_compete_by_attention_and_then_choose_in_two_stages():
     assert found["critical"] != found["ada"]
     table = full.layers[0].table
     policy = SnapKV(1.0, **settings)
-    recent = table.positions >= 56  # which lend nothing to their neighbours
-    pooled = policy.pool(table["score"].masked_fill(recent, -math.inf), table.positions)
+    pooled = policy.pool(table["score"], table, 56)  # from which on rows lend nothing to their neighbours
     for head, mine in enumerate(found["critical"]):
         always = {0, 56, 57, 58, 59}
         score = {at: float(pooled[0, head, at]) for at in range(60) if at not in always}

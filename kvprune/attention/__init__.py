@@ -5,7 +5,7 @@
     mass         `attention_mass`, which rows it weighs (`RowWeights`), and how a model scores (`Scoring`)
     asked        attention row by row, for policies that look at more than weighted sums of it
     outputs      what values become in the output of their layer
-    noise        noise on logits, the same wherever it is asked for
+    noise        noise on logits, the same wherever it is asked for; neighbours: scores over positions side by side
     operations   `AttentionOperations`: what of this has faster implementations in `kvprune.kernels`
 
 Shapes: see `kvprune.table`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvprune.attention import packed
+from kvprune.attention import neighbours, packed
 from kvprune.attention.mass import MassOperations, RowWeights, Scoring, attention_mass
 from kvprune.attention.noise import Gumbel
 from kvprune.attention.ragged import OneHead, side_by_side
@@ -84,6 +84,17 @@ class AttentionOperations(MassOperations):
             weights, totals = self.noisy_weights(logits, noise, Scoring(1.0), query_positions, key_positions)
             probabilities = weights.div_(totals[..., None]).squeeze(3)
         return probabilities.mean(2) if group == "mean" else probabilities.amax(2)
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def largest_near(self, scores: Tensor, positions: Tensor, before: int, after: int, recent: int | Tensor) -> Tensor:
+        """For every row, the largest score of rows from `before` positions before it to `after` behind it.
+
+        Rows at positions from `recent` on, an int or LongTensor `[B, 1, 1]`, and empty ones count for nothing; one that
+        scores -inf or NaN neither counts nor gets anything but -inf. scores: float32 `[B, Hkv, S]`; positions: the
+        same, int32, -1 where there is no row.
+        """
+        return neighbours.largest_near(scores, positions, before, after, recent)
 
 
 TORCH_ATTENTION = AttentionOperations()

@@ -225,7 +225,7 @@ class Chat:
             **{"do_sample": False, "pad_token_id": _pad(self.tokenizer, ends), **generation},
         )
         done = time.perf_counter()
-        assert pieces.tokens is not None
+        assert pieces.tokens is not None  # generate() gives every streamer its tokens
         new = torch.tensor(pieces.tokens[0])
         answer = self._text_after(ids, new, special=False)
         self.messages = (*messages, {"role": "assistant", "content": answer})
@@ -278,7 +278,7 @@ class Chat:
     def _settle(self, forks: list[PrunedCache], before: Transcript) -> str | None:
         """After an answer: is it what the next turn will show of it? before: what a fork had read."""
         known = self.cache.transcript
-        assert known is not None
+        assert known is not None  # written when the answer was taken down
         try:
             following = written(self.tokenizer, [*self.messages, _user("?")], self._template, answering=True)
         except KVPruneError:

@@ -1,15 +1,12 @@
-"""Scores over neighbouring positions: pooled from the rows at hand, wherever these lie in a table."""
+"""Scores laid out by position. Pooled from rows wherever these lie: `kvprune.attention.neighbours`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kvprune.attention.mass import row_blocks
 
 
 def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
@@ -20,37 +17,6 @@ def max_pool(kernel_size: int) -> Callable[[Tensor], Tensor]:
         return F.max_pool1d(dense, size, stride=1, padding=size // 2)
 
     return pool
-
-
-def over_neighbours(
-    scores: Tensor,
-    positions: Tensor,
-    before: int,
-    after: int,
-    reduce: Callable[[Tensor], Tensor],
-    fill: float = -math.inf,
-) -> Tensor:
-    """For every row, `reduce` of its own score and of those up to `before` positions before it and `after` behind it.
-
-    `reduce` is given `[..., neighbours]`; `fill` stands where there is none. No shape depends on what positions say,
-    and the device is not waited for. scores, positions: `[B, Hkv, rows]`; positions differ, but for those of empty
-    rows, which are to score `fill`.
-    """
-    batch, heads, rows = positions.shape
-    # As positions differ, no neighbour is more rows away than positions.
-    few = min(before, rows - 1), min(after, rows - 1)
-    width = sum(few) + 1
-    order = positions.argsort(dim=-1)
-    places = positions.gather(2, order)
-    around = F.pad(places, few).unfold(2, width, 1)
-    lent = F.pad(scores.gather(2, order), few, value=fill).unfold(2, width, 1)
-    parts = []
-    for block in row_blocks(rows, batch * heads * width, scores.device):
-        away = around[:, :, block] - places[:, :, block, None]
-        near = away.abs() <= before if before == after else (away >= -before) & (away <= after)
-        parts.append(reduce(torch.where(near, lent[:, :, block], fill)))
-    pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return torch.empty_like(pooled).scatter_(2, order, pooled)
 
 
 def reach(kernel_size: int, length: int) -> int:

@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvprune.attention import operations
 from kvprune.attention.mass import GROUPS
 from kvprune.errors import BudgetError, PolicyError
 from kvprune.policy.base import Policy, Step, per_sequence
 from kvprune.policy.budget import Budget
 from kvprune.policy.budget import share as part_of
-from kvprune.policy.pooling import over_neighbours
 from kvprune.policy.representatives import Representatives
 from kvprune.policy.settings import check_count, check_reach, check_seed
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT, UNIFORM, Share
@@ -220,23 +220,16 @@ class Ranking(Policy):
                 f"{list(table.positions.shape)}, or broadcast to it, and is {given}."
             ) from None
         if self.kernel_size > 1:
-            scores = self._pooled(scores, table, step, capacity)
+            scores = self.pool(scores, table, self._window(table, step, capacity))
         return self.weighed(scores, table)
-
-    def _pooled(self, scores: Tensor, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
-        out = ~(scores > -math.inf)
-        idle = out | self._is_recent(table, step, capacity)
-        if not table.dense:
-            idle |= table.positions < 0
-        return self.pool(scores.masked_fill(idle, -math.inf), table.positions).masked_fill_(out, -math.inf)
 
     def weighed(self, scores: Tensor, table: TokenTable) -> Tensor:
         """What rows and heads are compared by, of pooled scores `[B, Hkv, rows]`."""
         return scores * table[VALUE_SIZE] if self.value_aware else scores
 
-    def pool(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """Scores pooled over neighbouring positions, both `[B, Hkv, rows]`; -inf lends nothing."""
-        return over_neighbours(scores, positions, *self.neighbours, lambda lent: lent.amax(-1))
+    def pool(self, scores: Tensor, table: TokenTable, recent: int | Tensor) -> Tensor:
+        """Scores `[B, Hkv, rows]` pooled over neighbouring positions; rows from position `recent` on lend nothing."""
+        return operations.of(table).largest_near(scores, table.positions, *self.neighbours, recent)
 
     @property
     def neighbours(self) -> tuple[int, int]:

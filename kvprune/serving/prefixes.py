@@ -184,7 +184,7 @@ class Prefixes:
             raise
 
     def _save(self, key: str, cache: PrunedCache) -> None:
-        assert self._folder is not None
+        assert self._folder is not None  # without one, nothing is written: see `take`
         try:
             cache.save(self._folder / (key + _ENDING))
             self._trim()

@@ -252,6 +252,19 @@ class CPUKernels(Kernels):
         )  # fmt: skip
         return None if failed else mass
 
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def largest_near(self, scores: Tensor, positions: Tensor, before: int, after: int, recent: int | Tensor) -> Tensor:
+        batch, heads, rows = positions.shape
+        pooled = torch.empty(batch, heads, rows)
+        begins = torch.as_tensor(recent).flatten().expand(batch).contiguous()
+        threads = threads_for(batch * heads * rows * min(before + 1 + after, rows))
+        failed = scores.dtype != torch.float32 or self._c.largest_near(
+            pooled, scores, *scores.stride(), positions, positions.stride(1), begins, before, after, batch, heads, rows,
+            threads,
+        )  # fmt: skip
+        return super().largest_near(scores, positions, before, after, recent) if failed else pooled
+
     # -- rows of a table ---------------------------------------------------------------------------------------------
 
     def worst_rows(self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
