@@ -455,6 +455,7 @@ def test_what_fits_in_a_batch(embedded, one_by_one):
     can_be = one_by_one.engine._batches.can_be
     assert can_be(KEYDIFF)
     assert not can_be(parse("full | keydiff:budget=1MiB"))
+    assert not can_be(parse("keydiff:budget=0.05b"))
     hybrid = build("mistral-sliding")
     assert not Batches(hybrid, None, None, Metrics()).can_be(KEYDIFF)
 
