@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvprune import Policy, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import Full, LazyLLM, SpAtten
+from kvprune.policies import FTP, Full, LazyLLM, PyramidDrop, SpAtten
 from printing.output import Log, table
 
 EARLY = ((0.3, 0.7), (0.6, 0.5), (0.9, 0.3))
@@ -32,6 +32,8 @@ CONTENDERS: tuple[Policy | None, ...] = (
     LazyLLM(revive=False),
     LazyLLM(),
     SpAtten(),
+    PyramidDrop(),
+    FTP(),
 )
 
 

@@ -8,6 +8,7 @@ from kvprune.policies.adakv import AdaKV
 from kvprune.policies.criticalkv import CriticalAdaKV, CriticalKV
 from kvprune.policies.dropkv import DropKV
 from kvprune.policies.expected_attention import ExpectedAttention
+from kvprune.policies.ftp import FTP
 from kvprune.policies.full import Full
 from kvprune.policies.gemfilter import GemFilter
 from kvprune.policies.h2o import H2O
@@ -19,6 +20,7 @@ from kvprune.policies.kvcrush import KVCrush
 from kvprune.policies.kvzip import KVzip, KVzipPlus
 from kvprune.policies.lazyllm import LazyLLM
 from kvprune.policies.leverage import Leverage
+from kvprune.policies.pyramiddrop import PyramidDrop
 from kvprune.policies.pyramidkv import PyramidKV
 from kvprune.policies.random import Random
 from kvprune.policies.snapkv import SnapKV
@@ -33,6 +35,7 @@ from kvprune.policy.registry import find, get, names, parse
 
 __all__ = [
     "A2SF",
+    "FTP",
     "H2O",
     "KIVI",
     "TOVA",
@@ -51,6 +54,7 @@ __all__ = [
     "Knorm",
     "LazyLLM",
     "Leverage",
+    "PyramidDrop",
     "PyramidKV",
     "Random",
     "SnapKV",

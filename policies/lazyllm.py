@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
-from kvprune.passes.cascades import Cascade
+from kvprune.passes.cascades import Cascade, newest_rows
 from kvprune.passes.schedule import Schedule, checked, share_after
 from kvprune.policy.base import Step
 from kvprune.table.token_table import TokenTable
@@ -64,10 +63,7 @@ class LazyLLM(Cascade):
     def row_weights(self, step: Step) -> RowWeights | None:
         if step.passage is None or self.share_after(step.depth, step.layers) is None:
             return None
-        if 0 not in step.passage.added and step.source is not None and step.source.valid is None:
-            return RowWeights.last_window(1)
-        newest = step.query_positions.argmax(dim=1, keepdim=True)  # padding may stand behind it
-        return RowWeights.explicit(newest, torch.ones_like(newest))
+        return newest_rows(step)
 
     def onward(self, table: TokenTable, step: Step) -> Tensor | None:
         share = self.share_after(step.depth, step.layers)

@@ -33,13 +33,15 @@ from kvprune import CacheError, PolicyError, UnsupportedModelError
 from kvprune.cache import step as layer_step
 from kvprune.cache.models import cache_argument
 from kvprune.passes.schedule import share_after
-from kvprune.policies import A2SF, KIVI, GemFilter, KVzip, LazyLLM, SpAtten
+from kvprune.policies import A2SF, FTP, KIVI, GemFilter, KVzip, LazyLLM, PyramidDrop, SpAtten
 from kvprune.table.ragged import RaggedTable
 
 LAYERS = 6
 SCHEDULE = ((0.34, 0.7), (0.5, 0.5), (0.84, 0.3))
 LAZY, GONE = LazyLLM(SCHEDULE), LazyLLM(SCHEDULE, revive=False)
 EVERYTHING = LazyLLM(((0.5, 1.0),))
+PYRAMID = PyramidDrop(0.6, stages=3, keep_first=2, keep_last=4)
+ROUTED = FTP(((0.3, 0.4), (0.5, 0.7), (0.7, 0.2)))
 FAMILIES = ("llama", "qwen3", "mistral", "gpt-neox", "opt", "gpt2", "phi3", "mixtral", "gpt-j", "qwen2-moe", "qwen2-vl")
 
 
@@ -57,7 +59,7 @@ class Brute:
     """
 
     model: PreTrainedModel
-    policy: LazyLLM
+    policy: Any
     rows: list[dict[int, tuple[Tensor, Tensor]]] = field(default_factory=lambda: [{} for _ in range(LAYERS)])
     states: dict[int, Tensor] = field(default_factory=dict)
     frontier: dict[int, int] = field(default_factory=dict)
@@ -103,13 +105,18 @@ class Brute:
             self.frontier[i] = index + 1
         return found
 
-    @torch.no_grad()
-    def step(self, ids: list[int]) -> Tensor:
-        """Logits of the newest token."""
-        before, total = len(self.states), len(self.states) + len(ids)
+    def append(self, ids: list[int]) -> tuple[int, int]:
+        """How many tokens there were, and are."""
+        before = len(self.states)
         for i, token in enumerate(ids, before):
             self.states[i], self.frontier[i] = self.model.model.embed_tokens(torch.tensor(token)), 0
             self.placed[i] = i
+        return before, before + len(ids)
+
+    @torch.no_grad()
+    def step(self, ids: list[int]) -> Tensor:
+        """Logits of the newest token."""
+        before, total = self.append(ids)
         asks = self.policy.revive or before == 0 or len(ids) > 1
         looked_at = set(range(total))
         for index in range(LAYERS):
@@ -135,10 +142,7 @@ class BruteSpAtten(Brute):
 
     @torch.no_grad()
     def step(self, ids: list[int]) -> Tensor:
-        before, total = len(self.states), len(self.states) + len(ids)
-        for i, token in enumerate(ids, before):
-            self.states[i], self.frontier[i] = self.model.model.embed_tokens(torch.tensor(token)), 0
-            self.placed[i] = i
+        before, total = self.append(ids)
         looked_at = set(range(total))
         for index in range(LAYERS):
             self.rows[index] = {j: row for j, row in self.rows[index].items() if j in looked_at}
@@ -150,6 +154,77 @@ class BruteSpAtten(Brute):
                 ranked = sorted(able, key=lambda j: (j in kept, self.given[j], j), reverse=True)
                 looked_at = set(ranked[: math.ceil(total * share - 1e-9)]) | kept
         return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+
+class BrutePyramidDrop(Brute):
+    """Stages of two layers."""
+
+    @torch.no_grad()
+    def step(self, ids: list[int]) -> Tensor:
+        before, total = self.append(ids)
+        policy, looked_at = self.policy, set(range(total))
+        for index in range(LAYERS):
+            found = self.compute(index, [i for i in range(before, total) if i in looked_at], looked_at)
+            if index in (1, 3) and (before == 0 or len(ids) > 1):
+                able = [j for j in found if j >= before or j in self.rows[index + 1]]
+                kept = {j for j in able if j < policy.keep_first or j >= total - policy.keep_last}
+                ranked = sorted(able, key=lambda j: (j in kept, found[j].mean().item(), j), reverse=True)
+                middle = max(0, total - policy.keep_first - policy.keep_last)
+                count = total - middle + math.ceil(middle * policy.share ** (index // 2 + 1) - 1e-9)
+                looked_at = set(ranked[:count]) | kept
+        return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+
+class BruteFTP(Brute):
+    """Where `states` of a token stay what they are at a layer that it skips."""
+
+    @torch.no_grad()
+    def step(self, ids: list[int]) -> Tensor:
+        before, total = self.append(ids)
+        new = range(before, total)
+        go, score = list(new), {}
+        for index in range(LAYERS):
+            rows = min(len(go), self.policy.window or len(go))
+            self.compute(index, go[: len(go) - rows], set(range(total)))
+            self.given = {}
+            self.compute(index, go[len(go) - rows :], set(range(total)))
+            score |= {i: self.given.get(i, 0.0) / rows for i in go}
+            self.frontier |= dict.fromkeys(new, index + 1)
+            sparsity = self.policy.sparsity(index + 1, LAYERS) if before == 0 or len(ids) > 1 else 0
+            kept = {total - 1, *([0] if before == 0 else [])}
+            ranked = sorted(new, key=lambda i: (i in kept, score[i], i), reverse=True)
+            go = sorted({*ranked[: round((1 - sparsity) * len(ids))], *kept})
+        return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+
+BRUTES = {LazyLLM: Brute, SpAtten: BruteSpAtten, PyramidDrop: BrutePyramidDrop, FTP: BruteFTP}
+
+
+@pytest.mark.parametrize("policy", [PYRAMID, ROUTED, FTP(((0.0, 0.5),), window=3)], ids=["pyramid", "ftp", "window"])
+def test_what_layers_hold_is_that_of_a_model_run_token_by_token(policy):
+    model = deep()
+    brute, cache = BRUTES[type(policy)](model, policy), PrunedCache(model, policy)
+    ids, came_back = token_ids(1, 33), False
+    for number in range(8):
+        expected = brute.step(ids[0].tolist())
+        torch.testing.assert_close(step(model, ids, cache), expected, atol=2e-4, rtol=1e-4)
+        for layer in range(LAYERS):
+            assert kept(cache, layer) == [sorted(brute.rows[layer])] * 2
+            came_back |= layer > 0 and not set(brute.rows[layer]) <= set(brute.rows[layer - 1])
+        assert cache.layers[0].ledger is None
+        ids = token_ids(1, 12, seed=number) if number == 3 else expected.argmax().view(1, 1)
+    assert len(brute.rows[3]) < len(brute.states) * 0.8
+    assert came_back == isinstance(policy, FTP)
+
+
+@pytest.mark.parametrize("policy", [PyramidDrop(1.0), FTP(((0.0, 0.0),)), FTP(((0.3, 1.0), (0.4, 0.0)))])
+def test_a_layer_that_nothing_skips_is_stock(policy):
+    model, ids = deep(), token_ids(1, 40)
+    cache, stopping = PrunedCache(model, policy), isinstance(policy, FTP) and policy.sparsity(2, LAYERS)
+    logits, expected = step(model, ids, cache), step(stock_deep(), ids, DynamicCache(config=model.config))
+    assert torch.allclose(logits, expected, atol=1e-4) != bool(stopping)
+    lengths = [len(kept(cache, layer)[0]) for layer in range(LAYERS)]
+    assert lengths == [40, 40, 2 if stopping else 40, 40, 40, 40]
 
 
 @pytest.mark.parametrize("recent", [1, 6])
@@ -226,12 +301,18 @@ def test_where_all_go_on_ids_and_logits_are_those_of_the_stock_model(family):
 
 @pytest.mark.parametrize(
     ("family", "policy"),
-    [*((family, LazyLLM(((0.5, 0.4),))) for family in FAMILIES), ("llama", SpAtten(((0.5, 0.4),), recent=3))],
-    ids=[*FAMILIES, "spatten"],
+    [
+        *((family, LazyLLM(((0.5, 0.4),))) for family in FAMILIES),
+        ("llama", SpAtten(((0.5, 0.4),), recent=3)),
+        ("deep", PYRAMID),
+        ("deep", ROUTED),
+        ("deep", FTP(((0.0, 0.5),), window=3)),
+    ],
+    ids=[*FAMILIES, "spatten", "pyramid", "ftp", "window"],
 )
 def test_a_batch_is_each_of_its_sequences_alone(family, policy):
     """In every family, so that whatever its layers are given for a token travels along."""
-    model = shared(family)
+    model = deep() if family == "deep" else shared(family)
     batch = left_padded((23, 14, 5), width=32)
     batch["attention_mask"][1, 23] = 0  # padding in the middle
     together = PrunedCache(model, policy)
@@ -249,7 +330,7 @@ def test_a_batch_is_each_of_its_sequences_alone(family, policy):
         torch.testing.assert_close(
             torch.stack(found), torch.stack([each[0, -1] for each in expected]), atol=1e-4, rtol=1e-4
         )
-        for layer in range(2):
+        for layer in together.pruned_layers:
             assert kept(together, layer, row) == kept(alone, layer)
         assert unfinished(together, row).keys() == unfinished(alone).keys()
 
@@ -440,11 +521,15 @@ def test_what_was_closed_up_cannot_be_taken_back_by_columns():
 
 
 @pytest.mark.parametrize("first", [1, 5])
-@pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4)], ids=["revived", "gone", "spatten"])
+@pytest.mark.parametrize(
+    "policy",
+    [LAZY, GONE, SpAtten(SCHEDULE, recent=4), PYRAMID, ROUTED],
+    ids=["revived", "gone", "spatten", "pyramid", "ftp"],
+)
 def test_a_mask_may_hide_tokens_later(policy, first):
     """In a step of a generated token, and in one of a turn."""
     model = deep()
-    brute = (BruteSpAtten if isinstance(policy, SpAtten) else Brute)(model, policy)
+    brute = BRUTES[type(policy)](model, policy)
     cache = PrunedCache(model, policy)
     ids, mask = token_ids(1, 40), torch.ones(1, 40, dtype=torch.long)
     mask[:, 5:13] = 0
@@ -497,6 +582,10 @@ def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds(policy
         (lambda: LazyLLM(((0.5, 1.5),)), PolicyError, "from 0 to 1"),
         (lambda: LazyLLM((0.5, 0.5)), PolicyError, "pairs"),
         (lambda: SpAtten(recent=0), PolicyError, "at least 1"),
+        (lambda: PyramidDrop(0.0), PolicyError, "above 0"),
+        (lambda: PyramidDrop(stages=0), PolicyError, "at least 1"),
+        (lambda: FTP(window=0), PolicyError, "at least 1"),
+        (lambda: FTP(((0.5, 0.2), (0.5, 0.1))), PolicyError, "ascend"),
         (lambda: LazyLLM(revive=1), PolicyError, "True or False"),
         (lambda: PrunedCache(shared("qwen3-hybrid"), LAZY), UnsupportedModelError, "count on every token"),
     ],

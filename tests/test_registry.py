@@ -18,6 +18,7 @@ from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyEr
 from kvprune.cli import app
 from kvprune.policies import (
     A2SF,
+    FTP,
     H2O,
     KIVI,
     TOVA,
@@ -35,6 +36,7 @@ from kvprune.policies import (
     KVzipPlus,
     LazyLLM,
     Leverage,
+    PyramidDrop,
     PyramidKV,
     Random,
     SnapKV,
@@ -55,6 +57,7 @@ BUILT_IN = {
     "criticalkv": CriticalKV,
     "dropkv": DropKV,
     "expected_attention": ExpectedAttention,
+    "ftp": FTP,
     "full": Full,
     "h2o": H2O,
     "keydiff": KeyDiff,
@@ -66,6 +69,7 @@ BUILT_IN = {
     "lazyllm": LazyLLM,
     "leverage": Leverage,
     "kvzip_plus": KVzipPlus,
+    "pyramiddrop": PyramidDrop,
     "pyramidkv": PyramidKV,
     "random": Random,
     "snapkv": SnapKV,

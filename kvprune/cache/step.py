@@ -370,7 +370,7 @@ class LayerStep(CacheLayerMixin):
             self.table = keep_rows(table, decision.keep, self.planner.interval_room(decision.keep.shape[2]))
         elif decision.evict is not None:
             table.evict(decision.evict, exact=decision.exact)
-            table.shrink(plan.step.spare)
+            table.shrink(plan.step.spare or 2 * self.planner.room(table))
         self.last_eviction = self.seen
         return True
 

@@ -9,13 +9,23 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from kvprune.attention.mass import RowWeights
 from kvprune.errors import UnsupportedModelError
 from kvprune.passes.between_layers import install
 from kvprune.passes.trip import Trip
 from kvprune.policy.base import Policy, Step
 from kvprune.table.token_table import TokenTable
+
+
+def newest_rows(step: Step, count: int = 1) -> RowWeights:
+    """The attention of the newest tokens of every sequence, of at most so many columns of this step."""
+    if step.source is not None and step.source.valid is None and 0 not in step.source.tokens:
+        return RowWeights.last_window(count)
+    rows = step.query_positions.topk(count, dim=1).indices.sort(dim=1).values  # padding may stand behind them
+    return RowWeights.explicit(rows, torch.ones_like(rows))
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,11 @@ class Cascade(Policy, ABC):
         return self.revives
 
     @property
+    def skips(self) -> bool:
+        """Whether tokens that a layer leaves out go past it, and may be computed by those above."""
+        return False
+
+    @property
     def scored(self) -> bool:
         """Whether `step.passage.score` holds a number of every token over all layers and steps."""
         return False
@@ -49,7 +64,8 @@ class Cascade(Policy, ABC):
     def onward(self, table: TokenTable, step: Step) -> Tensor | None:
         """Which tokens the next layers look at, bool `[B, N]` by position; None for all that this one looked at.
 
-        `step.passage` has all that is known of tokens, and is there when this is asked.
+        Of a policy that `skips`, which tokens of this step the next layer computes. `step.passage` has all that is
+        known of tokens, and is there when this is asked.
         """
 
     def observe(self, table: TokenTable, step: Step) -> None:
@@ -63,7 +79,7 @@ class Cascade(Policy, ABC):
             return None  # the cache has an error for another batch
         if not (self.stops_generated or layer.takes_prompt(hidden.shape[1], None)):
             return None
-        return Trip(cache, hidden, mask, revives=self.revives, scored=self.scored)
+        return Trip(cache, hidden, mask, revives=self.revives, scored=self.scored, skips=self.skips)
 
     def attach(self, cache: Any, model: Any) -> None:
         """Let tokens stop between the layers of this model, for this cache."""

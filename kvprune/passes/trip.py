@@ -33,14 +33,19 @@ from kvprune.table.token_table import TokenTable
 class Trip:
     """One forward pass. `Hidden` states are `[B, L, H]`; columns without a token have the position -1."""
 
-    def __init__(self, cache: PrunedCache, hidden: Tensor, mask: Any, *, revives: bool, scored: bool) -> None:
+    def __init__(
+        self, cache: PrunedCache, hidden: Tensor, mask: Any, *, revives: bool, scored: bool, skips: bool = False
+    ) -> None:
         """hidden: of the first layer. mask: that it is given. revives: whether tokens that stop may go on later.
 
-        scored: whether a score of every token is held. Raises CacheError for a mask that the cache cannot serve.
+        scored: whether a score of every token is held. skips: whether a token that a layer leaves out goes past it, for
+        those above to compute; of that nothing is held when the pass is over.
+
+        Raises CacheError for a mask that the cache cannot serve.
         """
         layer = cache.layers[0]
         batch, self.length = hidden.shape[:2]
-        self.cache, self.revives = cache, revives
+        self.cache, self.revives, self.skips = cache, revives, skips
         self.looked = cache.look(mask, self.length, hidden.device)
         valid, past = (None, None) if self.looked is None else (self.looked.valid, self.looked.past)
         before = layer.tokens or (0,) * batch
@@ -94,8 +99,8 @@ class Trip:
         self.passage = Passage(
             self.tokens,
             self.added,
-            active=None if self.begins else self.active,
-            above=None if self.begins or self.revives or last else self._above(index),
+            active=None if self.begins or self.skips else self.active,
+            above=None if self.begins or self.revives or self.skips or last else self._above(index),
             out_of_order=self._out_of_order,
             score=self.score,
         )
@@ -123,11 +128,11 @@ class Trip:
     def _choose(self, index: int) -> None:
         """Find out which columns the layer computes: the new ones, as one, or those of `at`."""
         self._changed, self._taken = False, {}
-        go = (self.positions >= 0) & (self.frontier == index)
+        go = self.new if self.skips else (self.positions >= 0) & (self.frontier == index)
         if self.active is not None:
-            go &= self.active.gather(1, self.positions.clamp(min=0))
+            go = go & self.active.gather(1, self.positions.clamp(min=0))
         if 0 in self.added:  # a sequence to which this step is padding alone asks for nothing
-            go &= torch.tensor(self.added, device=go.device)[:, None] > 0
+            go = go & (torch.tensor(self.added, device=go.device)[:, None] > 0)
         counts = go.sum(1)
         told = torch.stack([counts.max(), counts.min(), (go != self.new).any(), go[:, : self.width].any()])
         most, least, differs, revived = told.tolist()  # the one time that the device is waited for
@@ -211,14 +216,14 @@ class Trip:
         onward = onward | (torch.arange(onward.shape[1], device=onward.device) == ends - 1)
         if 0 in self.added:
             onward |= torch.tensor(self.added, device=onward.device)[:, None] == 0
-        self.active = onward if self.active is None else onward & self.active
+        self.active = onward if self.active is None or self.skips else onward & self.active
         self.stops.add(index + 1)
         self._changed = True
 
     def arrive(self, layers: int) -> None:
         """The last of so many layers is through: write down what may go on later."""
         first = self.cache.layers[0]
-        ledger = Ledger(self.score)
+        ledger = Ledger(None if self.skips else self.score)
         if self.stream is None:
             if self.width:  # nothing has happened to them
                 ledger = self.ledger.with_score(self.score)

@@ -49,7 +49,7 @@ class Passage:
             return positions >= 0
         at = positions.clamp(min=0).long()
         active = self.active.to(at.device)[:, None].expand(-1, at.shape[1], -1)
-        return active.gather(2, at) & (positions >= 0)
+        return active.gather(2, at).logical_and_(positions >= 0)
 
     def by_token(self, rows: Tensor, table: TokenTable) -> Tensor:
         """Numbers of the rows of a table, added up over KV heads, `[B, Hkv, rows] -> [B, N]` float32.
@@ -73,19 +73,26 @@ class Passage:
     def best(self, importance: Tensor, share: float, recent: int = 1) -> Tensor:
         """The most important tokens, bool `[B, N]`: a share of all tokens, rounded up, the newest `recent` among them.
 
-        importance: float32 `[B, N]`; -inf for tokens out of the question, as those are that cannot go on. Ties go to
-        the more recent token.
+        importance: as for `top`.
+        """
+        return self.top(importance, [share_of(tokens, share) for tokens in self.tokens], recent=recent)
+
+    def top(self, importance: Tensor, counts: list[int], *, first: int = 0, recent: int = 1) -> Tensor:
+        """So many tokens of each sequence, the most important ones, bool `[B, N]`.
+
+        The first and the newest so many are always among them. importance: float32 `[B, N]`; -inf for tokens out of the
+        question, as those are that cannot go on. Ties go to the more recent token.
         """
         device = importance.device
         places = torch.arange(importance.shape[1], device=device, dtype=torch.int32).expand_as(importance)
         ends = torch.tensor(self.tokens, device=device)[:, None]
-        known = importance > -math.inf
+        known = (importance > -math.inf) & (places < ends)
         if self.above is not None:
             known &= self._reachable(self.above).to(device)
-        kept = known & (places >= ends - recent)
+        kept = known & ((places >= ends - recent) | (places < first))
         ranks = ranked(importance.masked_fill(kept, math.inf).masked_fill(~known, -math.inf), places)
-        counts = torch.tensor([share_of(tokens, share) for tokens in self.tokens], device=device)[:, None]
-        return known & (top_rows(ranks[:, None], counts[:, None])[:, 0] | kept)
+        chosen = top_rows(ranks[:, None], torch.tensor(counts, device=device)[:, None, None])[:, 0]
+        return known & (chosen | kept)
 
 
 def share_of(tokens: int, share: float) -> int:
