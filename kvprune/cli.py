@@ -127,6 +127,8 @@ def generate(
         if str(prompt_file) == "-"
         else _read(Path(prompt_file or ""))
     )
+    if not text.strip():
+        raise KVPruneError("the prompt holds no text: give one of at least one token.")
 
     import torch
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -185,6 +186,10 @@ def test_settings_are_explained():
         (("--budget", "0"), "budget"),
         (("--prompt-file", "no such file"), "no such file"),
         (("--model", "./no such model"), "no such model"),
+        (("--model", "~/no such model"), "there is no folder"),
+        (("--model", __file__), "is a file: give the folder"),
+        (("--model", str(Path(__file__).parent)), "there is no config.json in it"),
+        (("--dtype", "int8"), "weights cannot be 'int8'"),
         (("--policy", "kivi"), "takes no other budget"),
         (("--policy", "a2sf:budget=0.5"), "takes no other budget"),
         (("--top-k", "3"), "--temperature"),
@@ -200,6 +205,11 @@ def test_mistakes_end_in_one_sentence(prompt, change, message):
     arguments |= dict([change])
     with pytest.raises(KVPruneError, match=message):
         run("generate", *[part for pair in arguments.items() for part in pair])
+
+
+def test_an_empty_prompt_costs_no_loading_of_a_model():
+    with pytest.raises(KVPruneError, match="the prompt holds no text"):
+        run("generate", "--model", "no/where", "--prompt", " ")
 
 
 def test_mistakes_exit_with_2_and_no_traceback(monkeypatch, capsys):

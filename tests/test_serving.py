@@ -634,6 +634,7 @@ def test_the_command_serves_what_it_is_told(monkeypatch, tmp_path):
         ([], {"KVPRUNE_API_KEY": ""}, "the API key is empty"),
         ([], {"KVPRUNE_LOG": "verbose"}, "KVPRUNE_LOG is 'VERBOSE'"),
         (["--policy", "a2sf:budget=0.1", "--budget", "0.5"], {}, "takes no other budget"),
+        (["--cache-dir", __file__], {}, "which is no folder"),
     ],
 )
 def test_the_command_refuses_what_it_could_not_keep(monkeypatch, options, environment, told):

@@ -14,6 +14,8 @@ from kvprune.evaluation import smollm2
 EMBEDDED = "demo"
 """The name of the model that is part of the package."""
 
+_CONFIGS = ("config.json", "adapter_config.json")
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -38,13 +40,29 @@ def load(name: str, *, dtype: str = "auto", device_map: Any = None, local_index:
 
     from kvprune.demo import MODEL_PATH
 
+    kind = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise KVPruneError(f'weights cannot be {dtype!r}: write "auto", "float32", "bfloat16" or "float16".')
     named = {EMBEDDED: lambda: MODEL_PATH, smollm2.NAME: smollm2.checkpoint}
-    source = str(named[name]()) if name in named else name
+    source = str(named[name]()) if name in named else _checked(name)
     if device_map is None and torch.cuda.is_available():
         device_map = f"cuda:{local_index}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise KVPruneError(f"cannot load the model {name!r}: {error}") from error
+        elsewhere = "" if Path(source).is_dir() else f"there is no folder {name} here, and of the hub: "
+        raise KVPruneError(f"cannot load the model {name!r}: {elsewhere}{error}") from error
     return LanguageModel(Path(name).resolve().name if Path(name).is_dir() else name, model, tokenizer)
+
+
+def _checked(name: str) -> str:
+    """A folder, or a name on the hub. Raises KVPruneError for a path that can be neither, with what is wrong."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not any((path / each).is_file() for each in _CONFIGS):
+        raise KVPruneError(f"the folder {name} holds no model: there is no config.json in it.")
+    if path.is_file():
+        raise KVPruneError(f"{name} is a file: give the folder that a model was saved to.")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise KVPruneError(f"there is no folder {name}.")
+    return str(path) if path.is_dir() else name

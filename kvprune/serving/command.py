@@ -90,6 +90,8 @@ def serve(
     chosen = parse(policy, budget=options.budget)  # before the model loads: a mistake should not cost minutes
     if budget is not None and not takes_budget(policy):
         raise PolicyError(f"{chosen} takes no other budget: leave --budget out, or put a policy before it that evicts.")
+    if cache_dir is not None and cache_dir.exists() and not cache_dir.is_dir():
+        raise KVPruneError(f"--cache-dir is {cache_dir}, which is no folder: give one, or the name of one to be made.")
     template = _read(chat_template) if chat_template else None
     logging.basicConfig(level=level, format="%(levelname)s:     %(message)s")
     loaded = load(model, dtype=dtype, device_map=device_map)
