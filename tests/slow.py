@@ -344,3 +344,47 @@ class SlowCache:
 
     def select(self, rows: list[int]) -> None:
         self.sequences = [copy.deepcopy(self.sequences[row]) for row in rows]
+
+
+class StoppingCache(SlowCache):
+    """The same of a policy that lets tokens stop before the last of two layers: which ones, the cache is asked.
+
+    goes_on: of so many tokens of a first prompt, how many the last layer has. always: whether it decides anew after
+    every token; else only after prompts.
+    """
+
+    def __init__(self, model: Masked, goes_on: Callable[[int], int], *, always: bool) -> None:
+        super().__init__(model, (), exact=False)
+        self.goes_on, self.always = goes_on, always
+        self.came: list[int] = []  # tokens of each sequence, in a step that lets some stop
+
+    def step(
+        self, ids: list[list[int]], width: int, found: Rows, chosen: list[list[int]] | None = None
+    ) -> list[Tensor] | None:
+        stops = not self.recording and (self.always or width > 1 or not self.sequences)
+        self.came = [len(new) for new in ids] if stops else []
+        result = super().step(ids, width, found, chosen)
+        self.came = []
+        return result
+
+    def check(self, found: Rows, due: Sequence[Eviction] = ()) -> None:
+        for layer, sequences in enumerate(found if self.came else ()):
+            for each, heads, came in zip(self.sequences, sequences, self.came, strict=True):
+                self._take(each, layer, heads, came)
+        super().check(found, due)
+
+    def _take(self, each: History, layer: int, heads: list[list[int]], came: int) -> None:
+        tokens = len(each.ids)
+        before = {*each.kept(layer, 0)}
+        assert all(kept == heads[0] for kept in heads)
+        assert set(heads[0]) <= set(range(tokens))
+        if layer == 0:
+            assert len(heads[0]) == tokens
+        elif came:
+            assert tokens - 1 in heads[0]
+            if came == tokens:
+                assert len(heads[0]) == self.goes_on(tokens)
+        if set(heads[0]) != before:  # where the new tokens are already
+            self.last_eviction = self.seen
+        for head, kept in enumerate(heads):
+            each.left[layer][head] = [math.inf if position in kept else 0.0 for position in range(tokens)]

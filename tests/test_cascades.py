@@ -566,6 +566,17 @@ def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds(policy
     assert cache.nbytes == storage_nbytes(cache)
 
 
+@pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4), PYRAMID, ROUTED])
+def test_in_a_step_of_padding_alone_nothing_stops(policy):
+    """Not in the first one either."""
+    model, ids, mask = deep(), token_ids(1, 24), torch.ones(1, 24, dtype=torch.long)
+    mask[:, :4] = 0
+    cache = PrunedCache(model, policy)
+    logits = feed(model, {"input_ids": ids, "attention_mask": mask}, cache, [4, 20])
+    expected = step(model, ids[:, 4:], PrunedCache(model, policy))
+    torch.testing.assert_close(logits[0, -1], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "told"),
     [

@@ -29,13 +29,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from masked import masked
-from slow import MOST_UNDECIDED, RULES, Rows, Rule, SlowCache
+from slow import MOST_UNDECIDED, RULES, Rows, Rule, SlowCache, StoppingCache
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprune import BudgetError, CacheError, Policy, PrunedCache
 from kvprune.cache import step as layer_step
 from kvprune.cache.models import cache_argument
+from kvprune.policies import LazyLLM, PyramidDrop, SpAtten
 from kvprune.policy.budget import Budget
 from kvprune.table import token_table as table
 
@@ -101,11 +102,14 @@ class CacheMachine(RuleBasedStateMachine):
         exact = self.dtype == torch.float64 and not policy.codecs and not self.filters
         self.packs = bool(policy.codecs)
         self.in_bytes = any(isinstance(getattr(link, "budget", None), str) for link in links)
-        slow = SlowCache(masked(self.family), links, exact=exact, rule=rule)
+        slow = self.slow_of(policy, exact, rule)
         self.pairs = [Pair(PrunedCache(self.model, policy), slow)]
         self.folder = tempfile.TemporaryDirectory()
         if recording:
             self.record()
+
+    def slow_of(self, policy: Policy, exact: bool, rule: Rule | None) -> SlowCache:
+        return SlowCache(masked(self.family), policy.parts(), exact=exact, rule=rule)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -240,7 +244,7 @@ class CacheMachine(RuleBasedStateMachine):
         except CacheError:
             # Packed rows cannot go, and among padding, slots may have been rearranged where no token was evicted.
             padded = any(not all(each.columns) for each in self.slow.sequences)
-            assert self.packs or (padded and self.slow.evicting)
+            assert self.packs or (padded and (self.slow.evicting or isinstance(self.slow, StoppingCache)))
         except BudgetError:
             assert self.in_bytes
             self.fast.reset()
@@ -384,11 +388,39 @@ class AnyChainInHalfPrecision(AnyChain):
     dtype = torch.bfloat16
 
 
-@pytest.mark.parametrize("machine", [Simple, SimpleOfHybrid, AnyChain, AnyChainOfHybrid, AnyChainInHalfPrecision])
+class Stopping(CacheMachine):
+    """Policies that let tokens stop between layers, half of those that come: go on later, or not."""
+
+    @initialize(
+        policy=st.sampled_from(
+            [
+                LazyLLM(((0.5, 0.5),)),
+                LazyLLM(((0.5, 0.5),), revive=False),
+                SpAtten(((0.5, 0.5),), recent=1),
+                PyramidDrop(0.5, stages=2, keep_first=0, keep_last=1),
+            ]
+        ),
+        recording=seldom,
+    )
+    def begin(self, policy: Policy, recording: bool) -> None:
+        self.start(policy, recording)
+
+    def slow_of(self, policy: Policy, exact: bool, rule: Rule | None) -> SlowCache:
+        def goes_on(tokens: int) -> int:
+            return 1 + tokens // 2 if isinstance(policy, PyramidDrop) else (tokens + 1) // 2
+
+        always = isinstance(policy, SpAtten) or getattr(policy, "revive", False)
+        return StoppingCache(masked(self.family), goes_on, always=always)
+
+
+@pytest.mark.parametrize(
+    "machine", [Simple, SimpleOfHybrid, AnyChain, AnyChainOfHybrid, AnyChainInHalfPrecision, Stopping]
+)
 def test_any_sequence_of_operations(machine, monkeypatch):
     """Rows, logits, counts and bytes are those of the slow model, whatever came before."""
     monkeypatch.setattr(layer_step, "_UNDECIDED", MOST_UNDECIDED)  # so that small models and short prompts get there
     monkeypatch.setattr(table, "MOST_HOLES", MOST_HOLES)
+    few = 2 if machine is Stopping else 4
     run_state_machine_as_test(
-        machine, settings=profile(max_examples=4 * profile.default.max_examples, stateful_step_count=20)
+        machine, settings=profile(max_examples=few * profile.default.max_examples, stateful_step_count=20)
     )

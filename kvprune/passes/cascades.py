@@ -79,7 +79,8 @@ class Cascade(Policy, ABC):
             return None  # the cache has an error for another batch
         if not (self.stops_generated or layer.takes_prompt(hidden.shape[1], None)):
             return None
-        return Trip(cache, hidden, mask, revives=self.revives, scored=self.scored, skips=self.skips)
+        trip = Trip(cache, hidden, mask, revives=self.revives, scored=self.scored, skips=self.skips)
+        return trip if any(trip.added) else None  # in a step that is padding alone
 
     def attach(self, cache: Any, model: Any) -> None:
         """Let tokens stop between the layers of this model, for this cache."""
