@@ -72,8 +72,8 @@ quality: $(INSTALLED)
 # sees in a quarter of an hour whether everyone runs.
 quality-real: smollm2
 	-$(MAKE) peers
-	$(BIN)/python bench/quality_real.py $(REAL) --out bench/results/quality-real.jsonl --report bench/quality-real.md
-	-$(BIN)/python bench/quality_real.py $(REAL) --presses --out bench/results/quality-real.jsonl --report bench/quality-real.md
+	$(BIN)/python bench/quality_real.py $(REAL) --out bench/results/quality-real.jsonl --report bench/quality-real.md README.md
+	-$(BIN)/python bench/quality_real.py $(REAL) --presses --out bench/results/quality-real.jsonl --report bench/quality-real.md README.md
 
 peers: $(PEERS)
 

@@ -1,6 +1,6 @@
 """What compression does to the answers of a real model, SmolLM2-135M-Instruct, under every policy, beside kvpress.
 
-    python bench/quality_real.py --out bench/results/quality-real.jsonl --report bench/quality-real.md
+    python bench/quality_real.py --out bench/results/quality-real.jsonl --report bench/quality-real.md README.md
 
 Needles in prose, tasks of LongBench, and likelihood of texts; with the question known when the prompt is compressed,
 and unknown. A prompt is read once, whoever compresses it. Results are JSON lines, the most important ones first: a run
@@ -13,6 +13,7 @@ Every registered policy takes part. Presses of kvpress answer the same prompts i
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ from measuring import real_prompts as prompts
 from measuring.real_prompts import Prompt
 from printing import real_tables
 from printing.output import Log, markdown, save
-from printing.quality_tables import fill
+from printing.quality_tables import fill, marker
 from subjects.press_together import WriteJob
 from subjects.worker import PEERS, Worker
 
@@ -45,12 +46,13 @@ QUESTIONS = ("known", "unknown")
 BUDGETS = ("0.25", "0.1", "0.5")
 FULL = "full"
 # Settings that are tried beside the defaults of every registered policy. Those that keep every token take no budget.
-AHEAD = "kernel_size=27,ahead=23"
 VARIANTS = (
-    f"snapkv:{AHEAD}", f"a2sf:{AHEAD}", "snapkv:kernel_size=63", "snapkv:kernel_size=21", "a2sf:kernel_size=63",
+    *(f"{name}:{real_tables.AHEAD}" for name in ("snapkv", "a2sf", "adakv", "critical_adakv", "pyramidkv", "dropkv")),
+    f"a2sf:{real_tables.AHEAD} | kvcrush", "snapkv:kernel_size=63", "snapkv:kernel_size=21", "a2sf:kernel_size=63",
     "a2sf:kernel_size=21", "adakv:kernel_size=63", "pyramidkv:kernel_size=63",
 )  # fmt: skip
-PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32")
+PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32", "spectral:bits=4")
+EMBEDDED = Path(__file__).parent / "results" / "quality.json"
 
 
 @dataclass(frozen=True)
@@ -253,22 +255,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a name, or a folder")
     parser.add_argument("--data", type=Path, default=prompts.DATA, help="the folder of longbench/ and text/")
-    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--budgets", nargs="+", help="instead of " + " ".join(BUDGETS))
     parser.add_argument("--policies", nargs="+", default=[], help="instead of all")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="at compression")
     parser.add_argument("--cells", nargs="+", default=[], help="parts of names of tasks, instead of all")
     parser.add_argument("--count", type=int, help="prompts of each kind of needle and task, instead of the grid's")
-    parser.add_argument("--quick", action="store_true", help="a prompt of each kind, of 1,000 tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="whether everyone runs: two short prompts, a quarter, nothing is reported"
+    )
     parser.add_argument("--minutes", type=float, help="stop before the next prompt once they have gone by")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--presses", action="store_true", help="those of kvpress answer, and no policy")
     parser.add_argument("--peers", type=Path, default=PEERS, help="the Python that has kvpress")
     parser.add_argument("--tables", action="store_true", help="measure nothing, make the tables of what there is")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality-real.jsonl"))
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--report", type=Path, nargs="+", default=[], help="with places for tables, which are filled")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.quick:  # these figures are no part of the report
+        arguments.out = arguments.out.with_stem(f"{arguments.out.stem}-quick")
+        arguments.report = []
+    arguments.budgets = arguments.budgets or list(BUDGETS[:1] if arguments.quick else BUDGETS)
     log = Log()
     results = Results(arguments.out)
     who, notes = entries(arguments.budgets, arguments.policies)
@@ -276,19 +284,22 @@ def main() -> None:
     for note in notes:
         log.note(note)
     ends_at = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
-    if arguments.report is not None and not arguments.report.is_file():
-        parser.error(f"there is no {arguments.report}: --report fills the tables of a report that there is")
+    for report in arguments.report:
+        if not report.is_file():
+            parser.error(f"there is no {report}: --report fills the tables of a report that there is")
     if not arguments.tables:
         with ExitStack() as stack:
             measure(arguments, who, results, log, ends_at, stack)
     rows = results.rows()
-    parts = real_tables.tables(rows)
+    parts = real_tables.tables(rows, json.loads(EMBEDDED.read_text())["rows"] if EMBEDDED.is_file() else ())
     for shown in parts.values():
         log.console.print(*shown)
-    save(arguments.out.with_suffix(".json"), left_out=log.notes, rows=real_tables.summary(rows))
-    if arguments.report is not None:
-        written = {name: "\n".join(map(markdown, shown)) or "Not measured yet." for name, shown in parts.items()}
-        arguments.report.write_text(fill(arguments.report.read_text(), written))
+    if not arguments.quick:
+        save(arguments.out.with_suffix(".json"), left_out=log.notes, rows=real_tables.summary(rows))
+    written = {name: "\n".join(map(markdown, shown)) or "Not measured yet." for name, shown in parts.items()}
+    for report in arguments.report:
+        text = report.read_text()
+        report.write_text(fill(text, {name: part for name, part in written.items() if marker(name) in text}))
 
 
 def measure(

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import beyond_window
 import families
 import gpu
 import memory
@@ -315,3 +316,26 @@ def test_modules_are_not_bytes_of_a_cache():
     cache = DynamicCache()
     cache.model = nn.Linear(100, 100)
     assert held_bytes(cache) == 0
+
+
+# -- beyond the window -------------------------------------------------------------------------------------------------
+
+
+def test_losses_beyond_the_window_are_those_of_the_text():
+    """A full cache is fed in blocks and a policy token by token; both predict what one forward pass does."""
+    torch.manual_seed(0)
+    model = families.build("llama").eval()
+    texts = torch.randint(3, 60, (2, 15))
+    with torch.no_grad():
+        log_p = model(texts).logits.log_softmax(-1)
+    right = -log_p[:, 6:-1].gather(2, texts[:, 7:, None]).squeeze(2)
+    for policy in (None, "full"):
+        torch.testing.assert_close(beyond_window.losses(model, texts, policy, 6), right)
+    renumbered = beyond_window.losses(model, texts, "streaming_llm:positions=cache,budget=8", 6)
+    assert renumbered.shape == right.shape
+    assert not torch.allclose(renumbered, right)
+
+
+def test_pieces_of_a_text_are_named_by_their_places():
+    found = beyond_window.pieces(torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0]]), 2)
+    assert found == {"2 to 4": [2.0], "4 to 6": [6.0], "6 to 8": [9.0]}

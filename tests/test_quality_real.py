@@ -69,6 +69,7 @@ def test_the_summary_has_every_number_and_no_text_of_the_data():
     lines = real_tables.summary(ROWS)
     assert [line["n"] for line in lines] == [4, 4, 2]
     assert lines[1]["score"] == 0.5
+    assert lines[1]["prompts"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
     assert "a text" not in str(lines)
     assert "1234567" not in str(lines)
 
@@ -76,3 +77,45 @@ def test_the_summary_has_every_number_and_no_text_of_the_data():
 def test_tables_without_rows_are_left_out():
     assert all(not shown for shown in real_tables.tables([]).values())
     assert "snapkv" in markdown(real_tables.tables(ROWS)["needles known"][0])
+
+
+def test_bytes_are_of_a_full_cache_of_the_same_type():
+    rows = [*ROWS[:-2], *(row | {"nbytes": 0} for row in ROWS[-2:])]  # of presses nobody measures them
+    assert [line[5] for line in cells(real_tables.needles(rows, "known", "single", 1000))] == ["25%", "25%", ""]
+
+
+def test_likelihood_has_an_error_and_a_number_in_every_cell():
+    figures = {"task": "a text", "kl": 0.5, "agreement": 0.75}
+    full, snapkv = ("full", None, None), ("snapkv", "0.25", "known")
+    rows = [
+        {"policy": policy, "budget": budget, "question": question, "index": index, "nll_change": change, **figures}
+        for index, change in enumerate((0.1, 0.3))
+        for policy, budget, question in (full, snapkv)
+    ]
+    assert cells(real_tables.likelihood(rows)) == [
+        ["snapkv", "25%", "+0.200 ± 0.100 (2)", "0.500 ± 0.000 (2)", "75 ± 0% (2)"]
+    ]
+
+
+def test_a_quick_run_reports_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["quality_real.py", "--quick", "--tables", "--out", str(tmp_path / "found.jsonl"),
+                                     "--report", str(tmp_path / "none.md")])  # fmt: skip
+    quality_real.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_pairs_of_policies_that_both_models_tell_apart_are_counted():
+    """Of three pairs, one is alike and one is not; the third is within its error on the other model."""
+    rows = [
+        row(policy, "0.25", "known", index, score)
+        for policy, scores in (("snapkv", (1, 1, 1)), ("tova", (0.6, 0.5, 0.4)), ("h2o", (0, 0, 0)))
+        for index, score in enumerate(scores)
+    ]
+    embedded = [
+        {"name": name, "budget": 0.25, "question": "known", "recall": recall, "recall_error": 0.05}
+        for name, recall in (("snapkv", 0.6), ("tova", 0.9), ("h2o", 0.5), ("knorm", 1.0))
+    ]
+    shown = real_tables.beside_embedded(rows, embedded, "known")
+    assert [line[0] for line in cells(shown)] == ["snapkv", "tova", "h2o"]
+    assert "3 pairs of policies 1 stand in the same order in both and 1 in the other" in shown.caption
+    assert real_tables.beside_embedded(rows, embedded, "unknown") is None

@@ -28,6 +28,7 @@ LONGBENCH = ("triviaqa", "trec", "lcc", "repobench-p", "samsum", "qasper", "mult
 LONGBENCH_TOKENS = 2000
 TEXTS = {"WikiText-2": "wikitext2_test.txt", "Pride and Prejudice": "pride_and_prejudice_1342.txt"}
 TEXT_PROMPT, TEXT_FED = 1024, 129  # 128 predictions from a compressed cache
+QUICK = 300  # tokens of the prompts that only show whether everyone runs
 SEED = 0
 
 
@@ -71,13 +72,20 @@ def grid(
     count: int | None = None,
     cells: Sequence[str] = (),
 ) -> Iterator[Place]:
-    """All prompts. A round of a group has one prompt of each of its kinds, so that an interrupted run has all kinds."""
+    """All prompts. A round of a group has one prompt of each of its kinds, so that an interrupted run has all kinds.
+
+    quick: a needle and a text, short ones.
+    """
     needles = partial(_needles, model)
+    if quick:
+        kinds = [needles("single", 3, QUICK), *_texts(model, data, QUICK, 17)[:1]]
+        yield from filter(None, (kind(0) for kind in kinds))
+        return
     groups = [
         (11, [needles("single", tokens, 1000) for tokens in ANSWERS]),
         (6, [needles("multi-key", 7, 1000), needles("multi-value", 7, 1000)]),
         (6, [needles("single", tokens, 2000) for tokens in (7, 20)]),
-        (4, _texts(model, data)),
+        (4, _texts(model, data, TEXT_PROMPT, TEXT_FED)),
         (6, _longbench(model, data)),
         (11, [needles("single", tokens, 2000) for tokens in (3, 1)]),
         (6, [needles(kind, 7, 2000) for kind in ("multi-key", "multi-value")]),
@@ -86,17 +94,15 @@ def grid(
         (4, [needles(kind, 7, 4000) for kind in ("multi-key", "multi-value")]),
     ]
     for number, kinds in groups:
-        for index in range(1 if quick else count or number):
+        for index in range(count or number):
             for kind in kinds:
                 place = kind(index)
                 if place is not None and (not cells or any(part in place.task for part in cells)):
                     yield place
-        if quick and number == 6:
-            return
 
 
 def _needles(model: LanguageModel, kind: str, tokens: int, length: int) -> Callable[[int], Place | None]:
-    task = f"{kind}, {tokens} token{'s' if tokens > 1 else ''}, {length // 1000}k"
+    task = f"{kind}, {tokens} token{'s' if tokens > 1 else ''}, {length / 1000:g}k"
 
     @cache
     def examples() -> tuple[Suite, list[Example]]:
@@ -198,20 +204,19 @@ def _longbench(model: LanguageModel, data: Path) -> list[Callable[[int], Place |
     return [kind(task) for task in LONGBENCH]
 
 
-def _texts(model: LanguageModel, data: Path) -> list[Callable[[int], Place | None]]:
+def _texts(model: LanguageModel, data: Path, prompt: int, fed: int) -> list[Callable[[int], Place | None]]:
     def kind(name: str, file: Path) -> Callable[[int], Place | None]:
         @cache
         def pieces() -> Tensor:
             text = file.read_text(encoding="utf-8")
             # A Gutenberg novel begins behind a header, and its pieces here in the middle of a chapter.
             documents = (document.strip() for document in text[len(text) // 20 :].split(SEPARATOR))
-            return cut(documents, model.tokenizer, 8, TEXT_PROMPT + TEXT_FED)
+            return cut(documents, model.tokenizer, 8, prompt + fed)
 
         def place(index: int) -> Place | None:
             def made() -> Prompt:
                 ids = pieces()[index]
-                fields = {"length": TEXT_PROMPT}
-                return Prompt(name, index, ids[None, :TEXT_PROMPT], None, fields=fields, text=ids[TEXT_PROMPT:])
+                return Prompt(name, index, ids[None, :prompt], None, fields={"length": prompt}, text=ids[prompt:])
 
             return Place(name, index, made, known_only=True)
 

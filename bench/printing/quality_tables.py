@@ -163,21 +163,26 @@ def likelihoods(results: Sequence[Result]) -> Table:
     return shown
 
 
+def marker(name: str) -> str:
+    """What a table of that name stands behind in a report."""
+    return f"<!-- measured: {name} -->"
+
+
 def fill(text: str, parts: Mapping[str, str]) -> str:
     """A report with what stands between `<!-- measured: NAME -->` and `<!-- /measured -->` replaced, for every name.
 
     Raises KVPruneError for a name that has no such place.
     """
     for name, part in parts.items():
-        place = re.compile(rf"(<!-- measured: {re.escape(name)} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        text, found = place.subn(partial(_between, part), text)
+        between = re.compile(rf"({re.escape(marker(name))}\n).*?(<!-- /measured -->)", re.DOTALL)
+        text, found = between.subn(partial(_between, part), text)
         if not found:
             raise KVPruneError(
-                f"the report has no place for {name!r}: write the lines <!-- measured: {name} --> and "
-                "<!-- /measured --> where it belongs."
+                f"the report has no place for {name!r}: write the lines {marker(name)} and <!-- /measured --> where it "
+                "belongs."
             )
     return text
 
 
-def _between(part: str, place: re.Match[str]) -> str:
-    return f"{place[1]}\n{part.strip()}\n\n{place[2]}"
+def _between(part: str, found: re.Match[str]) -> str:
+    return f"{found[1]}\n{part.strip()}\n\n{found[2]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +12,21 @@ from likelihood import standard_error
 from rich.table import Table
 
 from kvprune.evaluation.results import Row
+from kvprune.policy.registry import parse
 from printing.output import table
 
 FULL = "full"
 ANSWERS = (1, 3, 7, 20)
+# What `quality.py` calls otherwise: there settings are named that the embedded model needs.
+SAME = {"gemfilter:layer=2,keep_last=3": "gemfilter"}
+# Of the overview, what README begins with.
+AHEAD = "kernel_size=27,ahead=23"
+FIRST = (
+    f"snapkv:{AHEAD}", f"a2sf:{AHEAD}", f"adakv:{AHEAD}", "snapkv", "tova", "h2o", "streaming_llm", "kvzip", "keydiff",
+    "leverage", "kivi:bits=4", "spectral:bits=4",
+)  # fmt: skip
+FIGURES = ("score", "tokens_right", "nll_change", "kl", "agreement")
+ALIKE = "An error of 0 says that all of these prompts were alike: of n alike, up to 3 in n others may not be."
 # A policy, and the press of kvpress with its method and its settings.
 PAIRS = (
     ("snapkv", "kvpress SnapKV, window 32, kernel 7"),
@@ -63,6 +75,25 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.mean(values) if values else 0.0
 
 
+def _nats(values: Sequence[float], *, sign: str = "") -> str:
+    """As `percent`, in nats."""
+    if not values:
+        return ""
+    error = standard_error(list(values))
+    spread = "" if error is None else f" ± {error:.3f}"
+    return f"{statistics.mean(values):{sign}.3f}{spread} ({len(values)})"
+
+
+def _bytes(rows: Iterable[Row]) -> str:
+    """Of a full cache of the same type; of presses, which are in another process, nobody measures them."""
+    shares = [row["nbytes"] / row["dense_nbytes"] for row in rows if row["nbytes"]]
+    return f"{_mean(shares):.0%}" if shares else ""
+
+
+def _thousands(length: int) -> str:
+    return f"{length / 1000:g}k"
+
+
 def needles(rows: Sequence[Row], question: str, kind: str, length: int) -> Table | None:
     """Hits and tokens by answer length, of one kind of needle at one length of prompts."""
     of_kind = [row for row in rows if row.get("kind") == kind and row["length"] == length]
@@ -73,15 +104,19 @@ def needles(rows: Sequence[Row], question: str, kind: str, length: int) -> Table
     several = len(lengths) > 1
     columns = [f"{tokens} token{'s' if tokens > 1 else ''}" for tokens in lengths] if several else []
     shown = table(
-        f"{kind}, {length // 1000}k tokens, question {question}",
+        f"{kind}, {_thousands(length)} tokens, question {question}",
         "hits: prompts whose whole answer was written, ± standard error (number of prompts). of full: of those that "
-        "the full cache answers. tokens: the longest run of the answer's tokens that was written, as a share of them."
-        + (" By length of the answer: hits." if several else ""),
+        "the full cache answers. tokens: the longest run of the answer's tokens that was written, as a share of them. "
+        "bytes: at the end of the answer, everything included, of a full cache in the same type, float32; of one in 16 "
+        "bits, packed rows take twice that share."
+        + (" By length of the answer: hits." if several else "")
+        + f" {ALIKE}",
         "policy",
         "budget",
         "hits",
         "of full",
         "tokens",
+        "bytes",
         *columns,
     )
 
@@ -94,6 +129,7 @@ def needles(rows: Sequence[Row], question: str, kind: str, length: int) -> Table
             percent([row["score"] for row in values]),
             percent(answered),
             percent([row["tokens_right"] for row in values]),
+            _bytes(values),
             *(
                 percent([row["score"] for row in values if row["answer_tokens"] == n])
                 for n in (lengths if several else ())
@@ -104,6 +140,59 @@ def needles(rows: Sequence[Row], question: str, kind: str, length: int) -> Table
     for name, budget in found.contenders():
         line(name, budget, found.get(name, budget))
     return shown
+
+
+def overview(rows: Sequence[Row], only: Sequence[str] = ()) -> Table | None:
+    """Single needles of 1,000 tokens whose answers are numbers: a line for every policy, what keeps all last."""
+    chosen = [row for row in rows if row.get("kind") == "single" and row["length"] == 1000 and row["answer_tokens"] > 1]
+    known, unknown = (Found(chosen, question) for question in ("known", "unknown"))
+    columns = ((known, "0.25"), (known, "0.1"), (unknown, "0.25"), (unknown, "0.1"))
+    lines = []
+    for name in only or dict.fromkeys(name for found in (known, unknown) for name, _ in found.contenders()):
+        keeps = any(found.get(name, None) for found in (known, unknown))
+        budgets = (None, "", None, "") if keeps else (budget for _, budget in columns)
+        cells = [list(found.get(name, budget).values()) for (found, _), budget in zip(columns, budgets, strict=True)]
+        if not name.startswith("kvpress") and any(cells):
+            lines.append((keeps, [-_mean([row["tokens_right"] for row in cell]) for cell in cells], name, cells))
+    if not lines:
+        return None
+    shown = table(
+        "A number of 3, 7 or 20 digits in 1,000 tokens",
+        "The share of its digits that SmolLM2-135M-Instruct wrote, ± standard error (prompts in which it wrote all of "
+        "them). bytes: at 25%, of a full cache in float32; packed rows take twice that share of one in 16 bits. "
+        f"{ALIKE}",
+        "policy",
+        "question known, 25%",
+        "known, 10%",
+        "comes later, 25%",
+        "later, 10%",
+        "bytes",
+    )
+    shown.add_row("full cache", *[_written(list(known.full.values()))] * 4, "100%")
+    for _, _, name, cells in lines if only else sorted(lines):
+        shown.add_row(constructed(name), *map(_written, cells), _bytes(cells[0] or cells[2]))
+    return shown
+
+
+def _written(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    values = [row["tokens_right"] for row in rows]
+    error = standard_error(values)
+    spread = "" if error is None else f" ± {100 * error:.0f}"
+    return f"{100 * statistics.mean(values):.0f}{spread}% ({sum(row['score'] == 1 for row in rows)} of {len(rows)})"
+
+
+def constructed(text: str) -> str:
+    """How a policy of the command line is written in Python, its budget left open."""
+    links = []
+    for link in text.split("|"):
+        settings = link.strip().partition(":")[2]
+        made = parse(link.strip())
+        open_budget = ["budget"] if hasattr(made, "budget") else []
+        written = ", ".join([*open_budget, *filter(None, (each.strip() for each in settings.split(",")))])
+        links.append(f"{type(made).__name__}({written})")
+    return "`" + " | ".join(links) + "`"
 
 
 def longbench(rows: Sequence[Row], question: str) -> Table | None:
@@ -149,7 +238,7 @@ def likelihood(rows: Sequence[Row]) -> Table | None:
     shown = table(
         "Likelihood of text that follows",
         "nats a token against the full cache, ± standard error (number of texts); top-1: share of tokens with its "
-        "first choice.",
+        "first choice. Each text: 128 tokens after 1,024.",
         "policy",
         "budget",
         *(f"{text}: {what}" for text in texts for what in ("change", "KL", "top-1")),
@@ -158,12 +247,9 @@ def likelihood(rows: Sequence[Row]) -> Table | None:
         cells = []
         for text in texts:
             mine = [row for key, row in found.get(name, budget).items() if key[0] == text]
-            changes = [row["nll_change"] for row in mine]
-            error = standard_error(changes) if len(changes) > 1 else None
-            spread = "" if error is None else f" ± {error:.3f}"
-            cells.append(f"{_mean(changes):+.3f}{spread} ({len(mine)})" if mine else "")
-            cells.append(f"{_mean([row['kl'] for row in mine]):.3f}" if mine else "")
-            cells.append(f"{100 * _mean([row['agreement'] for row in mine]):.1f}%" if mine else "")
+            cells.append(_nats([row["nll_change"] for row in mine], sign="+"))
+            cells.append(_nats([row["kl"] for row in mine]))
+            cells.append(percent([row["agreement"] for row in mine]))
         shown.add_row(name, "" if budget is None else f"{float(budget):.0%}", *cells)
     return shown
 
@@ -201,7 +287,54 @@ def side_by_side(rows: Sequence[Row], question: str) -> Table | None:
     return shown if shown.row_count else None
 
 
-def tables(rows: Sequence[Row]) -> dict[str, list[Table]]:
+def beside_embedded(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]], question: str) -> Table | None:
+    """What both models measured of single needles at a quarter, or without a budget, in the order of this one.
+
+    embedded: the rows of `quality.py`'s results.
+    """
+    found = Found([row for row in rows if row.get("kind") == "single" and row["length"] == 1000], question)
+    others = {row["name"]: row for row in embedded if row["question"] == question and row["budget"] in (0.25, None)}
+    both: list[tuple[str, list[float], Mapping[str, Any]]] = []
+    for name, other in others.items():
+        mine = found.get(SAME.get(name, name), None if other["budget"] is None else str(other["budget"]))
+        if mine:
+            both.append((name, [row["tokens_right"] for row in mine.values()], other))
+    if not both:
+        return None
+    both.sort(key=lambda line: -_mean(line[1]))
+    alike = against = 0
+    for place, (_, mine, other) in enumerate(both):
+        for _, later, another in both[place + 1 :]:
+            here = _apart(_mean(mine) - _mean(later), standard_error(mine), standard_error(later))
+            there = _apart(other["recall"] - another["recall"], other["recall_error"], another["recall_error"])
+            alike += here * there > 0
+            against += here * there < 0
+    pairs = len(both) * (len(both) - 1) // 2
+    shown = table(
+        f"Both models, question {question}",
+        f"tokens: as above, of all single needles of 1,000 tokens. words: of quality.md, 4,096 tokens. Of {pairs} "
+        f"pairs of policies {alike} stand in the same order in both and {against} in the other; the rest differ, in "
+        "one of the two, by no more than twice the standard error of the difference.",
+        "policy",
+        "budget",
+        "SmolLM2, tokens",
+        "embedded, words",
+    )
+    for name, values, other in both:
+        budget = "" if other["budget"] is None else f"{other['budget']:.0%}"
+        words = f"{100 * other['recall']:.0f} ± {100 * other['recall_error']:.0f}%"
+        shown.add_row(SAME.get(name, name), budget, percent(values), words)
+    return shown
+
+
+def _apart(difference: float, first: float | None, second: float | None) -> int:
+    """The sign of a difference that is larger than twice its standard error, else 0; unknown errors are large."""
+    if first is None or second is None or abs(difference) <= 2 * math.hypot(first, second):
+        return 0
+    return 1 if difference > 0 else -1
+
+
+def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> dict[str, list[Table]]:
     """By their place in the report; those of which nothing has been measured are left out."""
     kinds = sorted(
         {(row["kind"], row["length"]) for row in rows if "kind" in row},
@@ -209,6 +342,8 @@ def tables(rows: Sequence[Row]) -> dict[str, list[Table]]:
     )
     questions = ("known", "unknown")
     parts: dict[str, Iterable[Table | None]] = {
+        "overview": [overview(rows)],
+        "first": [overview(rows, FIRST)],
         **{
             f"needles {question}": [needles(rows, question, kind, length) for kind, length in kinds]
             for question in questions
@@ -216,22 +351,27 @@ def tables(rows: Sequence[Row]) -> dict[str, list[Table]]:
         "longbench": [longbench(rows, question) for question in questions],
         "likelihood": [likelihood(rows)],
         "side by side": [side_by_side(rows, question) for question in questions],
+        "both models": [beside_embedded(rows, embedded, question) for question in questions],
     }
     return {name: [each for each in shown if each is not None] for name, shown in parts.items()}
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for every contender on every task, without any text of the data."""
+    """A line for every contender on every task, without any text of the data.
+
+    prompts: the figures of each, from the lowest to the highest, in the order in which the line has their means.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["task"], row["policy"], row["budget"], row["question"]].append(row)
     lines = []
     for (task, policy, budget, question), group in groups.items():
         line: dict[str, Any] = {"task": task, "policy": policy, "budget": budget, "question": question, "n": len(group)}
-        for name in ("score", "tokens_right", "nll_change", "kl", "agreement"):
-            values = [row[name] for row in group if name in row]
-            if values:
-                line |= {name: _mean(values), f"{name}_error": standard_error(values) if len(values) > 1 else None}
+        measured = [name for name in FIGURES if name in group[0]]
+        for name in measured:
+            values = [row[name] for row in group]
+            line |= {name: _mean(values), f"{name}_error": standard_error(values)}
+        line["prompts"] = sorted([round(row[name], 4) for name in measured] for row in group)
         line |= {name: round(_mean([row[name] for row in group]), 1) for name in ("kept", "nbytes", "dense_nbytes")}
         lines.append(line)
     return lines
