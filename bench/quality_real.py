@@ -155,19 +155,21 @@ class Presses:
 class Quality:
     """Answers of all contenders to prompts, as rows of results."""
 
-    def __init__(self, model: LanguageModel, results: Results) -> None:
-        self.model, self.results = model, results
+    def __init__(self, model: LanguageModel, results: Results, log: Log) -> None:
+        self.model, self.results, self.log = model, results, log
+        self._refused: set[str] = set()
 
     def ask(self, prompt: Prompt, who: Sequence[Entry]) -> int:
         """Measure those whose row is missing; returns how many."""
-        asked = [
+        missing = [
             entry
             for entry in who
             if (entry.known or prompt.question) and not self.results.has(prompt.task, prompt.index, entry.label)
         ]
+        caches = {entry.label: cache for entry in missing if (cache := self._cache(entry)) is not None}
+        asked = [entry for entry in missing if entry.label in caches]
         if not asked:
             return 0
-        caches = {entry.label: PrunedCache(self.model.model, entry.policy) for entry in asked}
         together = [entry for entry in asked if shareable(caches[entry.label])]
         alone = [entry for entry in asked if not shareable(caches[entry.label])]
         for row in self._together(prompt, together, caches):
@@ -176,6 +178,16 @@ class Quality:
             for row in self._alone(prompt, entry, caches[entry.label]):
                 self.results.add(row)
         return len(asked)
+
+    def _cache(self, entry: Entry) -> PrunedCache | None:
+        """None for a policy that cannot be alone, or not on this model; said once."""
+        try:
+            return PrunedCache(self.model.model, entry.policy)
+        except KVPruneError as error:
+            if entry.name not in self._refused:
+                self._refused.add(entry.name)
+                self.log.note(f"left out: {entry.name}: {error}")
+            return None
 
     def _together(self, prompt: Prompt, who: list[Entry], caches: dict[str, PrunedCache]) -> Iterator[Row]:
         known, unknown = ([caches[entry.label] for entry in who if entry.known is each] for each in (True, False))
@@ -311,7 +323,7 @@ def measure(
     stack: ExitStack,
 ) -> None:
     model = load(arguments.model)
-    quality = Quality(model, results)
+    quality = Quality(model, results, log)
     presses: Presses | None = None
     if arguments.presses:
         worker = stack.enter_context(Worker(arguments.peers, script=PRESS_WORKER))

@@ -24,12 +24,17 @@ ELSEWHERE = (
     "bench/quality.md",
     "bench/quality-real.md",
     "bench/reliability.md",
+    "bench/results/beyond-window.md",
     "bench/results/memory.md",
     "bench/results/speed.md",
     "kvprune/demo/README.md",
 )
 """Documents that are pages under the paths they have in the repository."""
-SECTIONS_OF_README = {"does-the-model-still-answer": "evaluate.md"}
+SECTIONS_OF_README = {
+    "does-the-model-still-answer": "evaluate.md",
+    "use-it": "use.md",
+    "what-a-real-model-still-answers": "which-policy.md",
+}
 """Which page has a section of README that others link to."""
 
 _FROM = re.compile(r"^<!-- from (\S+): (.+) -->$", re.MULTILINE)

@@ -1,11 +1,15 @@
 """The bench on the real model: who takes part, what counts as right, and tables of rows."""
 
+from types import SimpleNamespace
+
+import families
 import quality_real
 
+from kvprune.evaluation.results import Results
 from kvprune.policy.registry import names
 from measuring import real_prompts
 from printing import real_tables
-from printing.output import markdown
+from printing.output import Log, markdown
 
 
 def row(policy, budget, question, index, score, **more):
@@ -40,6 +44,19 @@ def test_a_policy_that_keeps_everything_has_no_budget():
     found, _ = quality_real.entries(["0.25", "0.1"], ["zipcache", "tova"])
     assert [entry.budget for entry in found if entry.name == "zipcache"] == [None, None]
     assert sorted(entry.budget for entry in found if entry.name == "tova") == ["0.1", "0.1", "0.25", "0.25"]
+
+
+def test_a_policy_that_cannot_be_alone_is_named_and_the_others_answer():
+    model, results, log = SimpleNamespace(model=families.build("llama"), name="tiny"), Results(None), Log()
+    quality = quality_real.Quality(model, results, log)
+    who, _ = quality_real.entries(["0.5"], ["kvcrush", "tova"])
+    generation = {"max_new_tokens": 2, "ends": (), "done": lambda written: False}
+    prompt = real_prompts.Prompt("a task", 0, families.token_ids(1, 60), 50, generation, lambda written: {"score": 1.0})
+    assert quality.ask(prompt, who) == 2
+    assert [row["label"] for row in results.rows()] == ["full", "tova @ 0.5 | known", "tova @ 0.5 | unknown"]
+    assert len(log.notes) == 1
+    assert "left out: kvcrush" in log.notes[0]
+    assert quality.ask(prompt, who) == 0
 
 
 def test_the_longest_run_of_an_answer():

@@ -296,9 +296,9 @@ def beside_embedded(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]], 
     others = {row["name"]: row for row in embedded if row["question"] == question and row["budget"] in (0.25, None)}
     both: list[tuple[str, list[float], Mapping[str, Any]]] = []
     for name, other in others.items():
-        mine = found.get(SAME.get(name, name), None if other["budget"] is None else str(other["budget"]))
-        if mine:
-            both.append((name, [row["tokens_right"] for row in mine.values()], other))
+        answers = found.get(SAME.get(name, name), None if other["budget"] is None else str(other["budget"]))
+        if answers:
+            both.append((name, [row["tokens_right"] for row in answers.values()], other))
     if not both:
         return None
     both.sort(key=lambda line: -_mean(line[1]))
