@@ -69,7 +69,7 @@ quality: $(INSTALLED)
 	$(BIN)/python bench/quality.py $(QUALITY) --out bench/results/quality.json --report bench/quality.md
 
 # The same on a real model: hours, the most important part first; interrupted, it goes on where it stopped. REAL=--quick
-# sees in a quarter of an hour whether everyone runs.
+# sees, in some minutes on a quiet core, whether everyone runs; it reports nothing.
 quality-real: smollm2
 	-$(MAKE) peers
 	$(BIN)/python bench/quality_real.py $(REAL) --out bench/results/quality-real.jsonl --report bench/quality-real.md README.md
