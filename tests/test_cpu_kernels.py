@@ -186,6 +186,56 @@ def test_mass_from_the_log_sum_exp(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    batch=batches, kv_heads=heads, group=groups, length=lengths, older=st.integers(0, 70),
+    dims=st.sampled_from(((5, 16), (16, 48), (32, 32), (64, 80))), outputs=st.booleans(), sinks=st.booleans(),
+    order=st.sampled_from(("rows", "padding in front", "any")), seed=seeds,
+)  # fmt: skip
+def test_attention_with_maxima(
+    threads, dtype, batch, kv_heads, group, length, older, dims, outputs, sinks, order, seed
+):  # fmt: skip
+    """Output and maxima are those of all probabilities, whatever is empty, padding, or later than a query."""
+    rows, generator = min(length, 100), torch.Generator().manual_seed(seed)
+    width = older + length
+    queries = random(batch, kv_heads * group, rows, dims[0], seed=seed, dtype=dtype, scale=2.0)
+    keys = random(batch, width, kv_heads, dims[0], seed=seed + 1, dtype=dtype).transpose(1, 2)
+    values = random(batch, kv_heads, width, dims[1], seed=seed + 2, dtype=dtype)
+    weights = random(batch, rows, seed=seed + 3).abs()
+    places = torch.arange(width).expand(batch, kv_heads, -1).clone()
+    positions = torch.arange(width - rows, width).expand(batch, -1).clone()
+    if order == "padding in front":
+        places, positions = (
+            each - torch.arange(batch).view(-1, *[1] * (each.ndim - 1)) * 7 for each in (places, positions)
+        )
+    elif order == "any":
+        places = torch.stack([torch.randperm(width, generator=generator) for _ in range(batch * kv_heads)])
+        places = places.view(batch, kv_heads, width).masked_fill(
+            torch.rand(places.shape, generator=generator).view(batch, kv_heads, width) < 0.3, -1
+        )
+        positions[torch.rand(positions.shape, generator=generator) < 0.2] = -1
+    places, positions = places.clamp(min=-1), positions.clamp(min=-1)
+    scoring = Scoring(dims[0] ** -0.5, sinks=random(kv_heads * group, seed=seed + 4) if sinks else None)
+    found, best = CPU.attention_maxima(
+        queries, in_spare_room(keys, 2) if seed % 2 else keys, values if outputs else None, weights, scoring, positions,
+        places,
+    )  # fmt: skip
+
+    by_head = queries.double().unflatten(1, (kv_heads, group))
+    logits = torch.einsum("bhgld,bhsd->bhgls", by_head, keys.double()) * scoring.scale
+    hidden = (places[:, :, None, None] > positions[:, None, None, :, None]) | (places[:, :, None, None] < 0)
+    sink = scoring.sinks.double() if sinks else torch.full((kv_heads * group,), -math.inf)
+    sink = sink.view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, rows, -1)
+    exact = torch.softmax(torch.cat([logits.masked_fill(hidden, -math.inf), sink], -1), -1)[..., :-1].nan_to_num(0.0)
+    expected = (exact * weights[:, None, None, :, None]).amax(3)
+    torch.testing.assert_close(best, expected.float(), atol=2e-6, rtol=2e-4)
+    assert (found is not None) == outputs
+    if outputs:
+        output = torch.einsum("bhgls,bhsd->bhgld", exact, values.double()).flatten(1, 2)
+        tolerance = {"atol": 5e-6, "rtol": 2e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+        torch.testing.assert_close(found, output.to(dtype), **tolerance)
+
+
 @given(
     batch=batches, kv_heads=heads, group=groups, rows=st.integers(1, 6), length=lengths, sinks=st.booleans(),
     temperature=st.sampled_from((1.0, 0.5, 2.0)), scale=st.sampled_from((1.0, 0.3)), known=st.booleans(), seed=seeds,

@@ -4,7 +4,8 @@
 
 What `attention_mass` is with a maximum in the place of the sum: exact, over blocks of rows, and no n x n matrix. Where
 the log-sum-exp of every row is known, it is one matrix product and a running maximum of logits: no row is read twice,
-and a single exponential is taken of every key.
+and a single exponential is taken of every key. Kernels that find the output of attention on the way need no product
+more than attention does: `attention_with_maxima`.
 
 Shapes: `B` batch, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `L` queries, `S` keys, `D` head dim.
 """
@@ -16,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from kvprune.attention import packed
+from kvprune.attention import operations, packed
+from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import RowWeights, Scoring, hidden_keys, row_blocks, row_logits, weighed_rows
 from kvprune.attention.queries import Queries
 from kvprune.table.token_table import TokenTable
@@ -168,6 +170,62 @@ class _Running:
             return self.best.squeeze(2)
         found = self.best.exp()
         return (found if self.key_weights is None else found * self.key_weights).amax(2)
+
+
+def attention_with_maxima(
+    asked: Queries,
+    table: TokenTable,
+    scoring: Scoring,
+    row_weights: RowWeights,
+    *,
+    group: str,
+    columns: int,
+    key_weights: Tensor | None = None,
+    backend: Sdpa = SDPA,
+    outputs: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Attention over a table whose newest rows are the queries' own, and what they give to its first `columns` slots.
+
+    Returns the output `[B, Hq, L, Dv]`, None unless `outputs` are wanted, and maxima `[B, Hkv, columns]`.
+    """
+    if group == "max" and not table.packed:
+        found = maxima_in_one_pass(
+            operations.of(table), asked, table.keys, table.values if outputs else None, row_weights, scoring,
+            table.positions, columns=columns, key_weights=key_weights,
+        )  # fmt: skip
+        if found is not None:
+            return found
+    attended = asked.attend(table, scoring, backend=backend)
+    best = maxima_of(
+        asked, table, scoring, row_weights, group=group, columns=columns, lse=attended.lse, key_weights=key_weights
+    )
+    return attended.output if outputs else None, best
+
+
+def maxima_in_one_pass(
+    kernels: operations.AttentionOperations,
+    asked: Queries,
+    keys: Tensor,
+    values: Tensor | None,
+    row_weights: RowWeights,
+    scoring: Scoring,
+    key_positions: Tensor,
+    *,
+    columns: int,
+    key_weights: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor] | None:
+    """Output and maxima, of groups reduced by "max", where kernels find both at once; None where they do not."""
+    rows, given = row_weights.chosen(len(asked), keys.device)
+    batch = keys.shape[0]
+    weights = torch.zeros(batch, len(asked), device=keys.device)
+    weights.scatter_(1, rows.expand(batch, -1), given.expand(batch, -1))
+    states = asked.states.to(keys.dtype)
+    found = kernels.attention_maxima(states, keys, values, weights, scoring, asked.positions, key_positions)
+    if found is None:
+        return None
+    output, by_head = found
+    by_head = by_head[..., :columns]
+    return output, (by_head if key_weights is None else by_head * key_weights).amax(2)
 
 
 def maxima_of(

@@ -66,6 +66,28 @@ class AttentionOperations(MassOperations):
         """Weighted attention mass of every key, `[B, Hkv, S]` float32; see `mass.attention_mass`."""
         return attention_mass(queries, keys, row_weights, scoring, **settings, kernels=self)
 
+    def attention_maxima(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        weights: Tensor,
+        scoring: Scoring,
+        query_positions: Tensor,
+        key_positions: Tensor,
+    ) -> tuple[Tensor | None, Tensor] | None:
+        """Attention, and the most that any query of each head gives to a key, in one pass over their products.
+
+        Returns the output `[B, Hq, L, Dv]`, zero where a query sees nothing, and the largest of `w[q] * P[b, g, q, k]`,
+        `[B, Hkv, G, S]` float32. None where that is not faster than one after the other (`queries.attend`,
+        `maxima.attention_maxima`), as in PyTorch, which would write all probabilities.
+
+        queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`. values: `[B, Hkv, S, Dv]`; None where no output is wanted.
+        weights: w, `[B or 1, L]`, at least 0. query_positions: `[B or 1, L]`, -1 for padding. key_positions:
+        `[B or 1, Hkv or 1, S]`, -1 for empty.
+        """
+        return None
+
     def query_mass(
         self,
         probabilities: Tensor,

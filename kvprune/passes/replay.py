@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 
 from kvprune.attention.backends import Sdpa
 from kvprune.attention.mass import RowWeights, Scoring
-from kvprune.attention.maxima import attention_maxima, maxima_of
+from kvprune.attention.maxima import attention_maxima, attention_with_maxima, maxima_in_one_pass
+from kvprune.attention.operations import of as of_table
 from kvprune.attention.outputs import output_norms, output_projection
 from kvprune.attention.packed import key_blocks
 from kvprune.attention.queries import Queries
@@ -236,25 +237,22 @@ class ReplayPass(ScratchPass):
         table = layer.table
         assert table is not None  # a replay comes after a forward pass
         queries, seen, keys, scoring = self.over(layer, query, keys, values, scoring)
-        last = layer.index == self._cache.pruned_layers[-1]
-        if last and self._replay.softmax == "chunk":
-            attended = None  # nobody needs its output
-        else:
-            attended = queries.attend(seen, scoring, backend=layer.backend)
+        last = layer.index == self._cache.pruned_layers[-1]  # nobody needs its output
         rows, sizes = self._weights(module, queries, table)
-        if self._replay.softmax == "cache":
-            best = maxima_of(
-                queries, seen, scoring, rows, group=self._replay.group, columns=table.length,
-                lse=None if attended is None else attended.lse, key_weights=sizes,
+        if self._replay.softmax == "cache" or self._covers(table):
+            output, best = attention_with_maxima(
+                queries, seen, scoring, rows, group=self._replay.group, columns=table.length, key_weights=sizes,
+                backend=layer.backend, outputs=not last,
             )  # fmt: skip
         else:
+            output = None if last else queries.attend(seen, scoring, backend=layer.backend).output
             best = self._of_chunk(table, queries, keys, scoring, rows, sizes, layer.backend)
         best = best.masked_fill(table.positions < 0, 0.0)
         key = layer.index, self._scope
         self._found[key] = torch.maximum(self._found[key], best) if key in self._found else best
-        if last or attended is None:
+        if output is None:
             raise _Seen
-        return attended.output.transpose(1, 2).contiguous().to(query.device)
+        return output.transpose(1, 2).contiguous().to(query.device)
 
     def _weights(
         self, module: torch.nn.Module, queries: Queries, table: TokenTable
@@ -271,6 +269,16 @@ class ReplayPass(ScratchPass):
         sizes = output_norms(module, values, queries.states.shape[1])
         return RowWeights.explicit(every, norms.reciprocal()), sizes
 
+    def _in_softmax(self, table: TokenTable) -> Tensor:
+        """Rows of the table that are in the softmax over a chunk: its own and the sinks, bool `[B, Hkv, rows]`."""
+        positions = table.positions
+        begin, end = (bound.to(positions.device) for bound in self._span)
+        return (positions >= begin) & (positions < end) | (positions >= 0) & (positions < self._replay.sinks)
+
+    def _covers(self, table: TokenTable) -> bool:
+        """Whether those are all."""
+        return bool((self._in_softmax(table) | (table.positions < 0)).all())
+
     def _of_chunk(
         self,
         table: TokenTable,
@@ -283,9 +291,7 @@ class ReplayPass(ScratchPass):
     ) -> Tensor:
         """With the softmax over sinks, the rows of the chunk, and the replay's own keys."""
         positions = table.positions
-        begin, end = (bound.to(positions.device) for bound in self._span)
-        chosen = (positions >= begin) & (positions < end) | (positions >= 0) & (positions < self._replay.sinks)
-        slots = true_rows(chosen)
+        slots = true_rows(self._in_softmax(table))
         index = slots.clamp(min=0)
         every = torch.cat([block.keys for block in key_blocks(table)], dim=2) if table.packed else table.keys
         keys = torch.cat([take_rows(every, index), own.to(every.dtype)], dim=2)
@@ -294,13 +300,34 @@ class ReplayPass(ScratchPass):
         places = torch.cat([positions.gather(2, index).masked_fill(slots < 0, EMPTY), own_positions], dim=2)
         if sizes is not None:
             sizes = sizes.gather(3, index.unsqueeze(2).expand(-1, -1, sizes.shape[2], -1))
+        best = self._maxima(table, queries, keys, scoring, rows, sizes, places, count, whole, backend)
+        found = best.new_zeros(*positions.shape[:2], table.length + 1)
+        return found.scatter_(2, torch.where(slots < 0, table.length, slots), best)[:, :, : table.length]
+
+    def _maxima(
+        self,
+        table: TokenTable,
+        queries: Queries,
+        keys: Tensor,
+        scoring: Scoring,
+        rows: RowWeights,
+        sizes: Tensor | None,
+        places: Tensor,
+        count: int,
+        whole: bool,
+        backend: Sdpa,
+    ) -> Tensor:
+        """Of the first `count` of these keys at `places`. whole: they are in order, and nothing of them is padding."""
+        if self._replay.group == "max":
+            found = maxima_in_one_pass(
+                of_table(table), queries, keys, None, rows, scoring, places, columns=count, key_weights=sizes
+            )
+            if found is not None:
+                return found[1]
         # Of the output of attention over these keys, only the log-sum-exp is of use: any values do.
         lse = causal_attention(queries.states, keys, keys, scoring, backend)[1] if whole and not table.packed else None
-        best = attention_maxima(
-            queries.states.to(every.dtype), keys, rows, scoring, group=self._replay.group, columns=count,
-            lse=lse,
+        return attention_maxima(
+            queries.states.to(keys.dtype), keys, rows, scoring, group=self._replay.group, columns=count, lse=lse,
             key_weights=sizes,
             query_positions=None if whole else queries.positions, key_positions=None if whole else places,
         )  # fmt: skip
-        found = best.new_zeros(*positions.shape[:2], table.length + 1)
-        return found.scatter_(2, torch.where(slots < 0, table.length, slots), best)[:, :, : table.length]

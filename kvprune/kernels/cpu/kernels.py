@@ -12,7 +12,7 @@ from torch import Tensor
 from kvprune.attention.mass import Scoring
 from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
-from kvprune.kernels.cpu import rotated
+from kvprune.kernels.cpu import maxima, rotated
 from kvprune.kernels.cpu.arguments import (
     KINDS,
     LANES,
@@ -251,6 +251,18 @@ class CPUKernels(Kernels):
             lse, weights, limits, heads, group, rows, length, dim, threads,
         )  # fmt: skip
         return None if failed else mass
+
+    def attention_maxima(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        weights: Tensor,
+        scoring: Scoring,
+        query_positions: Tensor,
+        key_positions: Tensor,
+    ) -> tuple[Tensor | None, Tensor] | None:
+        return maxima.in_one_pass(self._c, queries, keys, values, weights, scoring, query_positions, key_positions)
 
     # -- scores ------------------------------------------------------------------------------------------------------
 

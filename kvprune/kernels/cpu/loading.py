@@ -27,6 +27,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "noisy_weights": [_Pointer] * 9 + [c_float] + [c_long] * 4 + [c_int],
     "mass_from_lse": [_Pointer, c_void_p] + [_Pointer] * 4 + [c_long] * 5 + [c_int],
     "noisy_mass_from_lse": [_Pointer] * 3 + [c_void_p] + [_Pointer] * 6 + [c_long] * 5 + [c_int],
+    "attend_maxima": [_Pointer] * 5 + [c_void_p] * 2 + [_Pointer] * 5 + [c_long] * 6 + [c_int],
     "dots": [_Pointer, c_long, c_long, _Pointer, _Pointer, c_long, c_float, c_long, c_int] + [c_long] * 3 + [c_int],
     "softmax": [_Pointer, _Pointer, c_long, _Pointer] + [c_long] * 3 + [c_int],
     "sums": [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [_Pointer] + [c_long] * 2 + [c_int]

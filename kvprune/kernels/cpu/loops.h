@@ -28,7 +28,7 @@ enum { PART = 256 };
 
 /* -- vectors ------------------------------------------------------------------------------------------------------ */
 
-INLINE floats all(float x) { return (floats){} + x; }
+INLINE floats all(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 INLINE floats load(const float *from) {
     floats x;
@@ -42,18 +42,34 @@ INLINE ints load_ints(const void *from) {
     return x;
 }
 
-INLINE void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
-
-/* Comparisons, half by half: GCC 12 takes those of a vector apart, number by number, that is wider than a register. */
+/* Comparisons, half by half: GCC 12 takes those of a vector apart, number by number, that is wider than a register. So
+   it does with shuffles of one, and with its way to memory: halves are copied, and stored one by one. */
 typedef float floats8 __attribute__((vector_size(4 * LANES / 2)));
 typedef int32_t ints8 __attribute__((vector_size(4 * LANES / 2)));
 
-INLINE floats8 low_half(floats x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE floats8 low_half(floats x) {
+    floats8 half;
+    memcpy(&half, &x, sizeof half);
+    return half;
+}
 
-INLINE floats8 high_half(floats x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE floats8 high_half(floats x) {
+    floats8 half;
+    memcpy(&half, (const char *)&x + sizeof half, sizeof half);
+    return half;
+}
+
+INLINE void store(float *to, floats x) {
+    const floats8 low = low_half(x), high = high_half(x);
+    memcpy(to, &low, sizeof low);
+    memcpy(to + LANES / 2, &high, sizeof high);
+}
 
 INLINE ints ints_of(ints8 low, ints8 high) {
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    ints x;
+    memcpy(&x, &low, sizeof low);
+    memcpy((char *)&x + sizeof low, &high, sizeof high);
+    return x;
 }
 
 INLINE ints greater(floats a, floats b) {
@@ -81,8 +97,16 @@ typedef struct {
 
 INLINE pair pair_of(floats x) { return (pair){low_half(x), high_half(x)}; }
 
+INLINE void store_pair(float *to, pair x) {
+    const floats8 low = x.low, high = x.high;
+    memcpy(to, &low, sizeof low);
+    memcpy(to + LANES / 2, &high, sizeof high);
+}
+
 INLINE floats floats_of(pair x) {
-    return __builtin_shufflevector(x.low, x.high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    float both[LANES];
+    store_pair(both, x);
+    return load(both);
 }
 
 INLINE void add(pair *sum, floats x) {

@@ -33,7 +33,7 @@ INLINE void code_sums(
             add_product(&sums[g], all(weights[g * stride + row]), value);
     }
     for (long g = 0; g < G; g++)
-        store(output + g * D + d, floats_of(sums[g]));
+        store_pair(output + g * D + d, sums[g]);
 }
 
 #define FOR_EACH_WIDTH(CALL, G)                                                                                        \

@@ -176,7 +176,7 @@ INLINE void rotated_sums(
             EACH_ROW(8)
         }
         for (long g = 0; g < G; g++)
-            store(output + g * r->dim + l->first[i], floats_of(sums[g]));
+            store_pair(output + g * r->dim + l->first[i], sums[g]);
     }
 }
 

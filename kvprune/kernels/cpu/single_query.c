@@ -38,9 +38,9 @@ value_sums(float *output, const float *weights, long S, const void *values, long
             }
         }
         for (long g = 0; g < G; g++) {
-            store(output + g * D + d, floats_of(low[g]));
+            store_pair(output + g * D + d, low[g]);
             if (two)
-                store(output + g * D + d + LANES, floats_of(high[g]));
+                store_pair(output + g * D + d + LANES, high[g]);
         }
     }
 }
