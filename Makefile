@@ -7,7 +7,7 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test test-long test-oldest test-real docs lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-long test-oldest test-real docs transcripts lint bench quality quality-real smollm2 peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -50,6 +50,10 @@ smollm2: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What commands print on the real model, in the pages that show it.
+transcripts: smollm2
+	$(BIN)/python docs/transcripts.py
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import kvprune
 import pages as site
+import transcripts
 from kvprune import PrunedCache, cli, demo, policies
 from kvprune.evaluation import smollm2
 from kvprune.serving.app import Options, Server, application
@@ -263,6 +264,35 @@ def test_commands_work_as_shown(path, folder, monkeypatch):
 def test_a_command_that_does_not_exist_is_found_out(wrong, message, folder):
     with pytest.raises(Exception, match=message):
         check(shlex.split(wrong), folder)
+
+
+def test_transcripts_are_of_commands_that_exist_and_hold_what_they_printed():
+    pages = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    shown = [(path, command) for path, text in pages.items() for command, _ in transcripts.asked(text)]
+    assert len(shown) >= 4
+    for path, command in shown:
+        program, *words = shlex.split(command)
+        assert program == "kvprune"
+        parsed(words)
+        assert f"text\n$ {command}\n" in pages[path]
+    assert all(text.count("<!-- transcript:") == len(transcripts.asked(text)) for text in pages.values())
+
+
+def test_a_transcript_is_written_between_its_marks():
+    page = (
+        "a\n\n<!-- transcript: kvprune chat --model x\n/read y\nhi\n-->\nold\n<!-- end of transcript -->\n\nb\n"
+        "<!-- transcript: kvprune policies -->\n<!-- end of transcript -->\nc\n"
+    )
+    assert transcripts.asked(page) == [("kvprune chat --model x", "/read y\nhi"), ("kvprune policies", "")]
+    once = transcripts.renewed(
+        page, lambda command, read: f"{len(read)} said, 3 new at 2.5 tokens/s; 5 MiB in 0.3 s\n\n"
+    )
+    assert "```text\n$ kvprune chat --model x\n> /read y\n> hi\n10 said, 3 new; 5 MiB\n```" in once
+    assert "old" not in once
+    assert once.startswith("a\n\n<!--")
+    assert once.endswith("-->\nc\n")
+    again = transcripts.renewed(once, lambda command, read: f"{len(read)} said, 3 new at 9.1 tokens/s; 5 MiB in 4.0 s")
+    assert again == once  # nothing but the times had changed
 
 
 @pytest.mark.parametrize("path", with_snippets("toml"), **IDS)
