@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
-from kvprune.cache.models import cache_argument
+from measuring.workload import cache_argument
 from subjects.worker import reasoned, serve, versions
 
 EPSILON = 1e-2  # of ExpectedAttentionPress, as its authors evaluate it
