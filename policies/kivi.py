@@ -60,7 +60,7 @@ class KIVI(Policy):
 
     def observe(self, table: TokenTable, step: Step) -> None:
         if self.rotate:
-            learn_basis(table, step)
+            learn_basis(table, step, self.bits)
 
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
         slots = oldest(table, residual=self.residual, together=self.group_size, sinks=self._sinks)

@@ -19,13 +19,15 @@ class Spectral(Aging):
         bits_i = max(0, 1/2 log2(lambda_i / theta)),     as many on average as `bits` says
 
     and likewise values, for the error of the output. See `kvprune/table/basis.py` for the formula, and for who did so
-    before: here, the prompt's own queries, keys and values tell, and no file. A prompt of fewer than two times as many
-    tokens as a key has numbers tells too little, and its rows are turned by a Hadamard matrix.
+    before: here, the prompt's own queries, keys and values tell, and no file. From 4 bits on, components that share a
+    width are mixed, so that what is extraordinary in one is spread over 16. A prompt of fewer than two times as many
+    tokens as a key has numbers tells no more than the mean, and its rows are turned by a Hadamard matrix.
 
-    A row has one scale, and shares nothing with other rows: any may be evicted. The basis costs as many bytes as D
+    A row has one scale, and shares nothing with other rows: any may be evicted. The basis costs as many bytes as D / 2
     tokens of the head in 16 bits.
     """
 
     def observe(self, table: TokenTable, step: Step) -> None:
-        if self.codec(step.depth, step.layers) is not None:
-            learn_basis(table, step)
+        codec = self.codec(step.depth, step.layers)
+        if codec is not None:
+            learn_basis(table, step, codec.bits)

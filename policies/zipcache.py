@@ -148,7 +148,7 @@ class ZipCache(Policy):
 
     def observe(self, table: TokenTable, step: Step) -> None:
         if self.rotate:
-            learn_basis(table, step)
+            learn_basis(table, step, self.low_bits)
         if step.weighed is None:
             return
         loose = slice(table.packed_length, table.length)

@@ -24,6 +24,7 @@ from kvprune.policies import (
     Leverage,
     Random,
     SnapKV,
+    Spectral,
     StreamingLLM,
     TriAttention,
     ZipCache,
@@ -109,10 +110,20 @@ zipcache = st.builds(
     normalizer=st.sampled_from(["probes", "official"]),
     group_size=st.one_of(st.none(), st.integers(1, 8)),
     kernel_size=kernels,
+    rotate=st.booleans(),
     group=groups,
     seed=seeds,
 )
-kivi = st.builds(KIVI, bits=bits, group_size=st.integers(1, 8), residual=st.integers(0, 8))
+kivi = st.builds(KIVI, bits=bits, group_size=st.integers(1, 8), residual=st.integers(0, 8), rotate=st.booleans())
+spectral = st.builds(
+    Spectral,
+    bits=bits,
+    value_bits=st.one_of(st.none(), bits),
+    sinks=st.integers(0, 2),
+    residual=st.integers(0, 8),
+    edge_layers=st.integers(0, 1),
+    edge_bits=st.sampled_from([3, 16]),
+)
 
 
 @st.composite
@@ -148,7 +159,7 @@ def chains(draw: st.DrawFn) -> Policy:
     if draw(st.sampled_from([False, False, True])):
         links.insert(0, draw(gemfilter()))
     if draw(st.booleans()):
-        links.append(draw(st.one_of(zipcache, kivi)))
+        links.append(draw(st.one_of(zipcache, kivi, spectral)))
     if len(links) > 1:
         return Chain(tuple(links))
     return links[0] if links else Full()

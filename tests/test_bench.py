@@ -4,6 +4,7 @@ import json
 import sys
 
 import beyond_window
+import bits
 import families
 import gpu
 import memory
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 
 from kvprune import PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, Full, ZipCache
+from kvprune.policies import A2SF, KIVI, Full, ZipCache
 from measuring.workload import Contender, Job, Stopwatch, build_model, fingerprint, held_bytes, measure, resident
 from printing import output
 from subjects import rounds
@@ -339,3 +340,18 @@ def test_losses_beyond_the_window_are_those_of_the_text():
 def test_pieces_of_a_text_are_named_by_their_places():
     found = beyond_window.pieces(torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0]]), 2)
     assert found == {"2 to 4": [2.0], "4 to 6": [6.0], "6 to 8": [9.0]}
+
+
+# -- few bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_bits_are_counted_as_a_model_of_16_bits_would_hold_them():
+    """Whatever is held in float32 counts half; storages count once, and whole."""
+    wide, codes = torch.zeros(6), torch.zeros(5, dtype=torch.uint8)
+    assert bits.bytes_of([wide, wide[:2], codes, torch.zeros(3, dtype=torch.bfloat16)]) == 12 + 5 + 6
+    model = families.build("llama")
+    cache = bits.cache_of(model, KIVI(4, group_size=8, residual=4))
+    with torch.no_grad():
+        model(families.token_ids(1, 60), **cache_argument(cache))
+    # 4 bits a code; 8 keys of a channel, and 8 channels of a value, share 32 bits; a block number is of 16 numbers.
+    assert bits.bits_of(cache) == pytest.approx(4 + 4 + 0.5)

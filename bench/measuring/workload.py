@@ -213,10 +213,16 @@ def resident(what: str) -> int:
 
 def held_bytes(cache: Cache) -> int:
     """Bytes of every storage that a cache holds, quantized ones included."""
-    return sum({storage.data_ptr(): storage.nbytes() for storage in _storages(cache, set())}.values())
+    storages = (tensor.untyped_storage() for tensor in held_tensors(cache))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _storages(holder: Any, seen: set[int]) -> Iterator[torch.UntypedStorage]:
+def held_tensors(holder: Any) -> Iterator[torch.Tensor]:
+    """Every plain tensor that can be reached from an object, those inside of quantized ones included."""
+    yield from _tensors(holder, set())
+
+
+def _tensors(holder: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     if isinstance(holder, (str, int, float, torch.nn.Module)) or holder is None or id(holder) in seen:
         return
     seen.add(id(holder))
@@ -224,14 +230,14 @@ def _storages(holder: Any, seen: set[int]) -> Iterator[torch.UntypedStorage]:
         # Quantized tensors of some packages are shells around plain ones.
         inner = holder.__tensor_flatten__()[0] if hasattr(holder, "__tensor_flatten__") else ()
         if not inner:
-            yield holder.untyped_storage()
+            yield holder
         parts: list[Any] = [getattr(holder, name) for name in inner]
     elif isinstance(holder, (list, tuple, set)):
         parts = list(holder)
     else:
         parts = list(holder.values() if isinstance(holder, dict) else getattr(holder, "__dict__", {}).values())
     for part in parts:
-        yield from _storages(part, seen)
+        yield from _tensors(part, seen)
 
 
 # -- both --------------------------------------------------------------------------------------------------------------

@@ -20,20 +20,24 @@ from kvprune.table.token_table import TokenTable
 _EXACT = 16
 # First tokens, whose keys and values are like no others': in a basis made for those, they would lose most.
 ROTATED_SINKS = 4
+# From so many bits on, components that share a width are mixed: see basis.py.
+_MIXED = 4
 # Generated tokens that are packed together.
 _TOGETHER = 32
 
 
-def learn_basis(table: TokenTable, step: Step) -> None:
+def learn_basis(table: TokenTable, step: Step, bits: int) -> None:
     """Take the table's basis from a prompt's queries, keys and values, once there are enough of them.
 
-    It stays when rows have been packed in it: a later prompt changes nothing. Changes the table.
+    bits: of keys, on average. It stays when rows have been packed in it: a later prompt changes nothing. Changes the
+    table.
     """
     if not step.prefill or table.packed or step.source is None or (table.basis is not None and table.basis.estimated):
         return
     asked = (step.query_positions >= 0).expand(table.batch_size, -1)
     with torch.no_grad():
-        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, table.positions >= 0))
+        held, mixed = table.positions >= 0, bits >= _MIXED
+        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed))
 
 
 def oldest(table: TokenTable, *, residual: int, together: int, sinks: int = 0) -> Tensor | None:

@@ -61,9 +61,9 @@ class RotatedCodec(Codec):
         return code_bytes(key_dim, self.bits_of("key")) + code_bytes(value_dim, self.bits_of("value")) + 4
 
     def block_bytes(self, key_dim: int, value_dim: int) -> int:
-        """What a table holds of this codec beside rows: widths, and the basis, float16."""
+        """What a table holds of this codec beside rows: widths, and the basis."""
         dims = (key_dim, value_dim)
-        return sum(2 * dim * dim + 2 * dim + 5 * (dim // lanes_of(dim)) for dim in dims)
+        return sum(dim * dim + 6 * dim + 5 * (dim // lanes_of(dim)) for dim in dims)
 
 
 def code_bytes(dim: int, bits: int) -> int:
