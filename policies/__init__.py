@@ -5,6 +5,7 @@ To add one, see CONTRIBUTING.md: a policy is a page.
 
 from kvprune.policies.a2sf import A2SF
 from kvprune.policies.adakv import AdaKV
+from kvprune.policies.bits import Bits
 from kvprune.policies.criticalkv import CriticalAdaKV, CriticalKV
 from kvprune.policies.dropkv import DropKV
 from kvprune.policies.expected_attention import ExpectedAttention
@@ -40,6 +41,7 @@ __all__ = [
     "KIVI",
     "TOVA",
     "AdaKV",
+    "Bits",
     "CriticalAdaKV",
     "CriticalKV",
     "DropKV",

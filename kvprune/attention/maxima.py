@@ -21,6 +21,7 @@ from kvprune.attention import operations, packed
 from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import RowWeights, Scoring, hidden_keys, row_blocks, row_logits, weighed_rows
 from kvprune.attention.queries import Queries
+from kvprune.table.ragged import RaggedTable
 from kvprune.table.token_table import TokenTable
 
 
@@ -240,14 +241,16 @@ def maxima_of(
     key_weights: Tensor | None = None,
 ) -> Tensor:
     """What queries give to the first `columns` slots of a table, `[B, Hkv, columns]`; their own rows are its newest."""
-    if table.packed:
+    apart = isinstance(table, RaggedTable)  # whose heads have packed rows in different slots
+    if table.packed and not apart:
         if key_weights is not None:
             key_weights = torch.nn.functional.pad(key_weights, (0, table.length - columns))
         return packed_maxima(
             asked.states, asked.positions, table, row_weights, scoring, group=group, key_weights=key_weights
         )[:, :, :columns]
+    keys = table.all_keys() if apart else table.keys
     return attention_maxima(
-        asked.states, table.keys, row_weights, scoring, group=group, columns=columns, lse=lse, key_weights=key_weights,
+        asked.states, keys, row_weights, scoring, group=group, columns=columns, lse=lse, key_weights=key_weights,
         query_positions=None if table.dense else asked.positions,
         key_positions=None if table.dense else table.positions,
     )  # fmt: skip

@@ -231,6 +231,7 @@ class ForwardPass(Masks):
         while layers and all(layer.waiting for layer in layers):
             plans = [layer.waiting[0] for layer in layers]
             for layer, plan in zip(layers, plans, strict=True):
+                layer.settle_mode()  # policies write to columns
                 plan.table = layer.table.scoped(plan.scope)
             decisions = plans[0].policy.decide_together([plan.table for plan in plans], [plan.step for plan in plans])
             for layer, decision in zip(layers, decisions, strict=True):

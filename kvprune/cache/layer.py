@@ -94,7 +94,7 @@ class PrunedLayer(LayerStep):
     def accept(self) -> None:
         """The model goes on without a crop: all was accepted, and several tokens were a prompt, not a draft."""
         if self.undecided is not None:
-            self._settle_mode()
+            self.settle_mode()
             self.undecided.prefill |= len(self.undecided.queries) > 1
             self._commit()
 
@@ -106,7 +106,7 @@ class PrunedLayer(LayerStep):
         Raises CacheError for a positive number, and where rows were evicted since: those cannot come back.
         """
         self.check_crop(tokens_to_remove)
-        self._settle_mode()
+        self.settle_mode()
         if self.table is None:
             return
         remove = -tokens_to_remove
@@ -159,7 +159,7 @@ class PrunedLayer(LayerStep):
         """Keep these sequences, in this order; a sequence may come several times."""
         if self.table is None:
             return
-        self._settle_mode()
+        self.settle_mode()
         self.leave_steady()  # the tensors that graphs know are gone
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
@@ -182,7 +182,7 @@ class PrunedLayer(LayerStep):
 
     def fork(self) -> PrunedLayer:
         """An independent copy: every tensor is copied, settings are shared."""
-        self._settle_mode()
+        self.settle_mode()
         self.catch_up()
         other = copy.copy(self)
         other.table = self.table and self.table.fork()
@@ -225,7 +225,7 @@ class PrunedLayer(LayerStep):
 
     def restore(self, saved: Saved) -> None:
         """Take over a `state`; this layer is new. Raises CacheError for one that this layer cannot have."""
-        self._settle_mode()
+        self.settle_mode()
         self.seen = saved.count("seen")
         self.generated, self.last_eviction = (saved.count(name, self.seen) for name in self._COUNTS[1:])
         self.record_past, steady = saved.flag("record_past"), saved.flag("steady")

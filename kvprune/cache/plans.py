@@ -15,7 +15,7 @@ from kvprune.attention.rotary import NO_ROTARY, Rotary
 from kvprune.cache.steady import Steady
 from kvprune.errors import PolicyError
 from kvprune.policy.aging import ROTATED_SINKS
-from kvprune.policy.base import Policy, Step, per_sequence
+from kvprune.policy.base import Decision, Policy, Step, per_sequence
 from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.policy.passage import Passage
 from kvprune.table.rotated_rows import RotatedCodec
@@ -47,6 +47,12 @@ class Plan:
         """Whether the decision is one for all layers, and waits for them."""
         alone = self.step.layers == 1 and self.policy.replay is None
         return self.step.prefill and not alone and self.policy.decides_together
+
+    def checked(self, decision: Decision | None) -> Decision | None:
+        """The decision. Raises PolicyError for what is none."""
+        if decision is not None and not isinstance(decision, Decision):
+            raise PolicyError(f"decide() of {self.policy} returned {decision!r}: return a Decision, or None.")
+        return decision
 
     def put_off(self) -> Plan:
         """The same for later, without what lives in this step alone.

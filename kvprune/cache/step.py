@@ -27,11 +27,11 @@ from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Counted, Steady, pin
 from kvprune.cache.undecided import Undecided
 from kvprune.cache.unread import Unread
-from kvprune.errors import KVPruneError, PolicyError
+from kvprune.errors import KVPruneError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
 from kvprune.policy.passage import Passage
-from kvprune.table.ragged import keep_rows
+from kvprune.table.ragged import keep_rows, pack_rows
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
 
@@ -125,7 +125,7 @@ class LayerStep(CacheLayerMixin):
         """
         if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
             return self._compiled_step(self.table, self.steady, states, scoring)
-        self._settle_mode()
+        self.settle_mode()
         first = self.table is None
         try:
             return self._attend(states, valid, scoring, filtered, past)
@@ -183,7 +183,7 @@ class LayerStep(CacheLayerMixin):
         begins = self.table is None or (length > 1 and not self.record_past)
         return begins if filtered is None else filtered.prefill
 
-    def _settle_mode(self) -> None:
+    def settle_mode(self) -> None:
         """What was made in inference mode cannot be written to outside of it: there, it is copied once."""
         if torch.is_inference_mode_enabled():
             self._of_inference_mode = True
@@ -349,27 +349,30 @@ class LayerStep(CacheLayerMixin):
 
     def decide_waiting(self, decision: Decision | None) -> None:
         """Do what the first of the plans that wait has decided together with the other layers, and go on from there."""
-        self._settle_mode()
+        self.settle_mode()
         self._decide(self.waiting[1:], prefill=True, evicted=self._apply(self.waiting[0], decision))
 
     def _apply(self, plan: Plan, decision: Decision | None) -> bool:
-        """Do what a policy has decided; whether rows went away by that."""
-        table: TokenTable = self.table  # type: ignore[assignment]
+        """Do what a policy has decided, and pack as it then says; whether rows went away by that."""
+        evicted = self._change(plan, plan.checked(decision))
+        packed = plan.policy.pack(self.table.scoped(plan.scope), plan.step)  # type: ignore[union-attr]
+        return self._change(plan, plan.checked(packed)) or evicted
+
+    def _change(self, plan: Plan, decision: Decision | None) -> bool:
         if decision is None:
             return False
-        if not isinstance(decision, Decision):
-            raise PolicyError(f"decide() of {plan.policy} returned {decision!r}: return a Decision, or None.")
+        table: TokenTable = self.table  # type: ignore[assignment]
         if plan.step.prefill:  # once, since it waits for the device
             decision.check(table)
         if decision.quantize is not None:
-            table.quantize(decision.quantize)
+            self.table = table = pack_rows(table, decision.quantize)
             newest = table.length - table.packed_length if table.dense else 0
             self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
             return False
         if decision.keep is not None:
             self.table = keep_rows(table, decision.keep, self.planner.interval_room(decision.keep.shape[2]))
-        elif decision.evict is not None:
-            table.evict(decision.evict, exact=decision.exact)
+        else:
+            table.evict(decision.evict, exact=decision.exact)  # type: ignore[arg-type]  # one of three is there
             table.shrink(plan.step.spare or 2 * self.planner.room(table))
         self.last_eviction = self.seen
         return True

@@ -223,6 +223,10 @@ class Policy(metaclass=SettingsType):
         """Which rows stay; None keeps everything."""
         return None
 
+    def pack(self, table: TokenTable, step: Step) -> Decision | None:
+        """At what precision rows stay, asked when what `decide` said is done; None leaves them as they are."""
+        return None
+
     def check(self, step: Step) -> None:
         """Raise BudgetError for a prompt step that it could not decide about; asked where the decision waits."""
 

@@ -203,6 +203,10 @@ class Ranking(Policy):
 
     # -- what rows are kept by ---------------------------------------------------------------------------------------
 
+    def compared(self, table: TokenTable, step: Step) -> Tensor:
+        """The scores by which rows are compared, `[B, Hkv, rows]`, for policies that do so themselves."""
+        return self._compared(table, step, step.prompt_tokens)
+
     def _compared(self, table: TokenTable, step: Step, capacity: tuple[int, ...]) -> Tensor:
         """The scores by which rows are compared, `[B, Hkv, rows]`: pooled, if the policy pools.
 

@@ -190,6 +190,8 @@ def _as_json(value: Any) -> Any:
         return value
     if isinstance(value, Share):
         return str(value)
+    if isinstance(value, Policy):  # whose scores another takes
+        return described(value)
     if isinstance(value, tuple):
         return [_as_json(each) for each in value]
     if isinstance(value, Integral | Real):  # of numpy, too
@@ -198,4 +200,6 @@ def _as_json(value: Any) -> Any:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return from_description(value)
     return tuple(map(_hashable, value)) if isinstance(value, list) else value

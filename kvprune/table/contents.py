@@ -88,6 +88,12 @@ class Contents:
         values = self.values
         return values[:, :, values.shape[2] - count :]
 
+    def code_bits(self) -> Tensor:
+        """Bits of the numbers of packed rows, int64 `[B, Hkv, packed_length]`; 0 where there is no row."""
+        bits = torch.tensor([tier.codec.bits for tier in self.packed for _ in range(len(tier))], dtype=torch.int64)
+        positions = self.positions[:, :, : self.packed_length]
+        return bits.to(positions.device).expand(positions.shape).masked_fill(positions < 0, 0)
+
     def all_keys(self) -> Tensor:
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""
         return self._with_packed(self.keys, 0)

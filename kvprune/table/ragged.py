@@ -14,7 +14,7 @@ before the table is changed, and at the end of a step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -312,6 +312,20 @@ def keep_rows(table: TokenTable, slots: Tensor, room: int) -> TokenTable:
             return table
         return RaggedTable.of(table, slots, room)
     table.compact(slots, room)
+    return table
+
+
+def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]]) -> TokenTable:
+    """The table with rows packed, see `TokenTable.quantize`: the same one, or one of other heads.
+
+    Where heads of a sequence pack different numbers of rows by a codec, it is a `RaggedTable` from then on, which needs
+    no padding between them. Changes the table.
+    """
+    counts = [(slots >= 0).sum(-1) for _, slots in parts]
+    if not isinstance(table, RaggedTable) and any(bool((each != each[:, :1]).any()) for each in counts):
+        every = torch.arange(table.length, device=table.positions.device).expand(table.positions.shape)
+        table = RaggedTable.of(table, every, 0)
+    table.quantize(parts)
     return table
 
 

@@ -89,6 +89,12 @@ class RaggedContents(TokenTable):
     def newest_values(self, count: int) -> Tensor:
         return self._stacked([head.newest_values(count) for head in self.heads])
 
+    def code_bits(self) -> Tensor:
+        made = torch.zeros(len(self.heads), self.packed_length, dtype=torch.int64, device=self.positions.device)
+        for head, whole in zip(self.heads, made, strict=True):
+            whole[self.packed_length - head.packed_length :] = head.code_bits()[0, 0]
+        return made.unflatten(0, (-1, self.kv_heads))
+
     def all_keys(self) -> Tensor:
         return self._padded([head.all_keys() for head in self.heads])
 

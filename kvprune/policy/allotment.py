@@ -1,0 +1,132 @@
+"""`Allotment`: how many bits every row gets of a number of bytes, so that the expected error is least.
+
+A row whose error weighs s costs s D(b) with b bits, D(b) = 4^-b: each bit more takes three quarters of an error, and
+no bits at all are the whole of it. Of all choices that take no more bytes, the one that makes
+
+    sum of  s D(b)  +  theta * bytes(b)        over all rows
+
+least has the least error of all that take as many bytes, for any theta. Row by row that is a matter of s / theta:
+b = 1/2 log2(s / theta) but for constants, rounded to what there is: precision k comes in place of k - 1 from
+
+    s / theta  =  (bytes_k - bytes_(k-1)) / (D_(k-1) - D_k)
+
+on, precisions that no s asks for left out. theta is what makes the bytes fit, found by bisection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXACT = 16
+"""Bits of a row in full precision, whatever the model computes in."""
+
+_HALVINGS = 70  # of a range of logarithms: until floats of 64 bits tell no more apart
+_LEAST = 1e-60  # what weighs nothing comes after all that weighs something, and before rows that are not there
+
+
+def error(bits: int) -> float:
+    """D: of a row with so many bits, relative to a row that is not there."""
+    return 4.0**-bits
+
+
+def steps(prices: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The precisions worth having, in bits and from 0 on, and the s / theta from which each but the first is taken.
+
+    prices: bytes of a row, by bits. That is the lower convex hull of error over bytes.
+    """
+    hull: list[tuple[int, int, float]] = [(0, 0, 1.0)]
+    begins: list[float] = []
+    for bits, price in sorted(prices.items(), key=lambda each: (each[1], -each[0])):
+        if error(bits) >= hull[-1][2]:
+            continue
+        while True:
+            slope = (price - hull[-1][1]) / (hull[-1][2] - error(bits))
+            if not begins or slope > begins[-1]:
+                break
+            hull.pop()
+            begins.pop()
+        hull.append((bits, price, error(bits)))
+        begins.append(slope)
+    return tuple(bits for bits, _, _ in hull), tuple(begins)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table, who compete for bytes.
+
+    weights: s, float64 `[B, Hkv, rows]`. always: bool, rows that keep what they have. there: bool, False for slots that
+    are empty. packed: int64, bits of those whose precision is what it is; 0 for those in full precision. prices: bytes
+    of a row, by bits, those in full precision under 16. offered: the bits that rows in full precision may get, beside 0
+    and 16. least: int64, bits that rows have got already; None for none.
+    """
+
+    weights: Tensor
+    always: Tensor
+    there: Tensor
+    packed: Tensor
+    prices: Mapping[int, int]
+    offered: tuple[int, ...]
+    least: Tensor | None = None
+
+    def bits(self, theta: Tensor) -> Tensor:
+        """Of every row, int64 `[B, Hkv, rows]`. theta: float64, broadcastable."""
+        widths, begins = steps({bits: self.prices[bits] for bits in (*self.offered, EXACT)})
+        device = self.weights.device
+        worth = self.weights / theta
+        number = torch.bucketize(worth, torch.tensor(begins, dtype=torch.float64, device=device), right=True)
+        bits = torch.tensor(widths, device=device)[number]
+        stays = torch.zeros(EXACT + 1, dtype=torch.float64, device=device)
+        for width, price in self.prices.items():
+            stays[width] = price / (1 - error(width))
+        bits = torch.where(self.packed > 0, self.packed * (worth >= stays[self.packed]), bits)
+        bits = torch.where(self.always, self.packed + EXACT * (self.packed == 0), bits)
+        bits = bits * self.there
+        return bits if self.least is None else torch.maximum(bits, self.least)
+
+    def sizes(self, bits: Tensor) -> Tensor:
+        """Bytes of every head, float64 `[B, Hkv]`."""
+        prices = torch.zeros(EXACT + 1, dtype=torch.float64, device=bits.device)
+        for width, price in self.prices.items():
+            prices[width] = price
+        return prices[bits].sum(-1)
+
+
+def weights_of(scores: Tensor, positions: Tensor, power: float) -> Tensor:
+    """s of rows, float64, of float32 scores of at least 0: their power; of equal ones the more recent weighs more.
+
+    NaN, and what is below nothing, count as nothing.
+    """
+    known = torch.nan_to_num(scores.double(), nan=0.0, posinf=torch.finfo(torch.float32).max, neginf=0.0).clamp(min=0)
+    return (known**power).clamp(min=_LEAST) * (1 + positions.clamp(min=0).double() * 2.0**-44)
+
+
+def allotted(
+    tables: Sequence[Rows], limits: Sequence[Tensor], total: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """Bits of the rows of these tables, int64 `[B, Hkv, rows]` each.
+
+    limits: bytes there are, one tensor a table. total: of bytes by heads, `[B, Hkv]` each, what is to be compared with
+    the limits: alike where a budget is shared, as a common theta is found for it. Both broadcast to `[B, Hkv]`.
+    """
+    nothing = torch.tensor(1e-250, dtype=torch.float64)
+    every = [rows.bits(nothing.to(rows.weights.device)) for rows in tables]
+    low = [torch.full_like(limit, -260.0) for limit in limits]  # theta = 2^-260: nobody goes
+    high = [torch.full_like(limit, 300.0) for limit in limits]  # everybody goes
+    fits = [used <= limit for used, limit in zip(total(_sizes(tables, every)), limits, strict=True)]
+    for _ in range(_HALVINGS):
+        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        bits = [rows.bits(torch.exp2(each)[..., None]) for rows, each in zip(tables, middle, strict=True)]
+        used = total(_sizes(tables, bits))
+        for number, (size, limit, each) in enumerate(zip(used, limits, middle, strict=True)):
+            high[number] = torch.where(size <= limit, each, high[number])
+            low[number] = torch.where(size <= limit, low[number], each)
+    bits = [rows.bits(torch.exp2(each)[..., None]) for rows, each in zip(tables, high, strict=True)]
+    return [torch.where(fit[..., None], all_, own) for fit, all_, own in zip(fits, every, bits, strict=True)]
+
+
+def _sizes(tables: Sequence[Rows], bits: Sequence[Tensor]) -> list[Tensor]:
+    return [rows.sizes(each) for rows, each in zip(tables, bits, strict=True)]

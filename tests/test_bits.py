@@ -1,0 +1,284 @@
+"""One number of bytes for rows and bits: the allotment against brute force, and what it does in a cache."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from families import feed, generate, left_padded, shared, stepwise
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprune import Adaptive, BudgetError, Everywhere, PolicyError, PrunedCache, Uniform
+from kvprune.cache.models import cache_argument
+from kvprune.policies import A2SF, H2O, Bits, KeyDiff, KVzip, SnapKV, parse
+from kvprune.policy.allotment import EXACT, Rows, allotted, error, steps, weights_of
+
+# -- the allotment -----------------------------------------------------------------------------------------------------
+
+prices = st.dictionaries(st.sampled_from([2, 3, 4, 8]), st.integers(5, 200), max_size=4).map(
+    lambda packed: {**packed, EXACT: 264}
+)
+
+
+@given(prices, st.lists(st.floats(-30, 30), min_size=1, max_size=20))
+def test_a_row_gets_the_bits_that_cost_least(prices, logarithms):
+    """Of all precisions the one whose error and bytes, theta each, are least: tried one by one in numpy."""
+    widths, begins = steps(prices)
+    assert widths[0] == 0
+    assert np.all(np.diff(begins) > 0)
+    choices = np.array([0, *prices])
+    cost = np.array([0, *prices.values()])
+    for weight in 2.0 ** np.array(logarithms):
+        chosen = widths[int(np.searchsorted(begins, weight, side="right"))]
+        totals = weight * 4.0**-choices + cost
+        assert totals[list(choices).index(chosen)] <= totals.min() * (1 + 1e-12)
+
+
+def of_rows(weights: list[float], packed: list[int], prices: dict[int, int], offered: tuple[int, ...]) -> Rows:
+    ones = torch.ones(1, 1, len(weights), dtype=torch.bool)
+    return Rows(
+        torch.tensor(weights, dtype=torch.float64)[None, None],
+        ~ones,
+        ones,
+        torch.tensor(packed)[None, None],
+        prices,
+        offered,
+    )
+
+
+@given(
+    weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5, unique=True),
+    room=st.floats(0, 1.1),
+    offered=st.sampled_from([(), (2,), (2, 4), (3, 8)]),
+    data=st.data(),
+)
+def test_no_choice_of_as_many_bytes_has_less_error(weights, room, offered, data):
+    """Of all choices for a few rows, tried one by one, none that takes no more bytes errs less; and the bytes fit."""
+    packed = data.draw(st.lists(st.sampled_from([0, 0, *offered]), min_size=len(weights), max_size=len(weights)))
+    prices = {2: 44, 3: 60, 4: 76, 8: 140, EXACT: 264}
+    limit = room * prices[EXACT] * len(weights)
+    table = of_rows(weights, packed, prices, offered)
+    bits = allotted([table], [torch.tensor([[limit]], dtype=torch.float64)], lambda sizes: sizes)[0][0, 0].tolist()
+    cost = {0: 0, **prices}
+
+    def of(choice):
+        return sum(cost[each] for each in choice), sum(s * error(b) for s, b in zip(weights, choice, strict=True))
+
+    used, least = of(bits)
+    assert used <= limit
+    for choice in product(*[(0, own) if own else (0, *offered, EXACT) for own in packed]):
+        size, total = of(choice)
+        assert size > used or total >= least * (1 - 1e-9)
+
+
+def test_rows_of_equal_score_go_by_recency():
+    """Of equal scores the more recent weighs more; NaN and what is below nothing weigh as nothing."""
+    positions = torch.arange(6)[None, None]
+    weights = weights_of(torch.tensor([2.0, 2.0, torch.nan, -1.0, 0.0, 3.0])[None, None], positions, 2.0)[0, 0]
+    assert weights.argsort().tolist() == [2, 3, 4, 0, 1, 5]
+    torch.testing.assert_close(weights[5].item(), 9.0, rtol=1e-9, atol=0)
+
+
+# -- in a cache --------------------------------------------------------------------------------------------------------
+
+SHARES = [Uniform(), Adaptive(floor=0.2), Everywhere(), Everywhere(floor=0.5)]
+SCORES = {"a2sf": A2SF(), "h2o": H2O(), "keydiff": KeyDiff(), "kvzip": KVzip()}
+
+
+def row_bytes(cache: PrunedCache) -> int:
+    """Of all tables, without what is remembered until a token is generated."""
+    return sum(layer.table.nbytes for layer in cache.layers)
+
+
+def full_bytes(cache: PrunedCache) -> float:
+    """Of all tokens at 16 bits a number."""
+    return cache.dense_nbytes * 2 / cache.layers[0].table.dims[2].itemsize
+
+
+@pytest.mark.parametrize("share", SHARES, ids=str)
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_bytes_are_kept_to_and_used(share, score):
+    """After every prompt all rows and their columns take no more bytes than were given, and little less."""
+    cache = PrunedCache(shared(), Bits(0.4, score=score, share=share, sinks=2, recent=4))
+    for step, _ in enumerate(stepwise(shared(), left_padded([323]), cache, [250, 1, 1, 70, 1])):
+        if step in (0, 3):
+            cache._end_prompt()
+            least = 0.93 if score != SCORES["keydiff"] else 0.8  # cosines are alike, and go together
+            assert least * 0.4 * full_bytes(cache) < row_bytes(cache) <= 0.4 * full_bytes(cache)
+
+
+@pytest.mark.parametrize("budget", ["60kB", 120, "0.5b"])
+def test_budgets_of_every_kind(budget):
+    """Bytes are bytes, tokens are as many at 16 bits, and a share is one of the bytes; in a batch, of all sequences."""
+    cache = PrunedCache(shared(), Bits(budget, score=A2SF(), sinks=2, recent=4))
+    feed(shared(), left_padded([250, 250]), cache, [250])
+    cache._end_prompt()
+    meant = {"60kB": 60_000, 120: 120 / 250 * full_bytes(cache), "0.5b": full_bytes(cache) / 2}[budget]
+    assert 0.9 * meant < row_bytes(cache) <= meant
+
+
+def test_eviction_alone_is_the_policy_of_the_scores():
+    """With no widths, heads keep the very rows that the scorer would keep of as many."""
+    for score in (A2SF(0.5, sinks=2, recent=4), KeyDiff(0.5, sinks=2, recent=4)):
+        cache = PrunedCache(shared(), Bits(120, score=score, widths=(), share=Uniform(), sinks=2, recent=4))
+        feed(shared(), left_padded([250]), cache, [250])
+        count = cache.kept_positions(0).shape[2]
+        assert not any(layer.table.packed for layer in cache.layers)
+        inner = PrunedCache(shared(), type(score)(count, sinks=2, recent=4))
+        feed(shared(), left_padded([250]), inner, [250])
+        for layer in cache.pruned_layers:
+            assert torch.equal(cache.kept_positions(layer), inner.kept_positions(layer))
+
+
+def test_where_all_rows_stay_precision_is_mixed():
+    """With bytes enough for all rows, none goes, and those of higher score have no fewer bits than others."""
+    cache = PrunedCache(shared(), Bits(0.9, score=A2SF(), power=2, share=Uniform(), sinks=2, recent=4))
+    feed(shared(), left_padded([250]), cache, [250])
+    found = set()
+    for layer in cache.layers:
+        table = layer.table
+        assert layer.kept_positions().tolist() == torch.arange(250).expand(1, table.kv_heads, -1).tolist()
+        bits = torch.zeros(table.positions.shape, dtype=torch.int64).fill_(EXACT)
+        bits[:, :, : table.packed_length] = table.code_bits()
+        inner = (table.positions >= 2) & (table.positions < 246)
+        for head in range(table.kv_heads):
+            score, own = (each[0, head][inner[0, head]] for each in (table["score"], bits))
+            ordered = own[score.argsort()]
+            assert bool((ordered.diff() >= 0).all())
+            found |= set(own.tolist())
+    assert len(found) > 1
+
+
+def test_a_budget_for_everything_is_the_stock_cache():
+    """Nothing is packed then, while tokens are generated neither."""
+    model, batch = shared(), left_padded([60, 45])
+    stock = generate(model, batch, 50)
+    cache = PrunedCache(model, Bits("10MB", score=A2SF()))
+    assert torch.equal(generate(model, batch, 50, **cache_argument(cache)), stock)
+
+
+def codes_of(cache: PrunedCache) -> dict[tuple[int, int, int], tuple[int, bytes]]:
+    """Bits and codes of every packed row, by layer, head and position."""
+    found = {}
+    for layer in cache.layers:
+        heads = getattr(layer.table, "heads", None)
+        for number, (table, head) in enumerate(
+            [(table, 0) for table in heads] if heads else [(layer.table, head) for head in range(layer.table.kv_heads)]
+        ):
+            first = 0
+            for tier in table.packed:
+                for row in range(len(tier)):
+                    place = int(table.positions[0, head, first + row])
+                    if place >= 0:
+                        parts = (tier.tensors[name][0, head, row] for name in ("key_codes", "value_codes"))
+                        code = b"".join(part.numpy().tobytes() for part in parts)
+                        found[layer.index, number, place] = tier.codec.bits, code
+                first += len(tier)
+    return found
+
+
+def test_codes_stay_as_they_are_or_go_and_generated_tokens_age():
+    """Over turns no code of a row changes. Of generated tokens the newest stay exact, older ones get 4 bits."""
+    cache = PrunedCache(shared(), Bits(0.4, score=A2SF(), sinks=2, recent=4, widths=(2, 3)))
+    before = {}
+    for step, _ in enumerate(stepwise(shared(), left_padded([400]), cache, [250, *[1] * 60, 60, *[1] * 3])):
+        if step in (1, 40, 60, 61, 64):
+            now = codes_of(cache)
+            assert all(before[row] == now[row] for row in before.keys() & now.keys())
+            gone = before.keys() - now.keys()
+            assert bool(gone) <= (step in (61, 64))  # only a prompt drops rows
+            if step == 60:
+                aged = {place for _, _, place in now if place >= 250}
+                assert 0 < min(aged) - 249 <= 1 + 4  # the prompt's newest are among those that aged first
+                assert max(aged) < 310 - 4
+                assert all(now[row][0] == 4 for row in now if row[2] >= 250)
+            before = now
+
+
+@pytest.mark.parametrize("score", ["a2sf", "kvzip"])
+def test_a_saved_cache_goes_on(tmp_path, score):
+    """As if it had not been saved, and with the policy and its scorer that the file names."""
+    model = shared()
+    cache = PrunedCache(model, Bits(0.4, score=SCORES[score], sinks=2, recent=4))
+    batch = left_padded([260])
+    feed(model, batch, cache, [200, 1])
+    cache.save(tmp_path / "bits.safetensors")
+    other = PrunedCache.load(tmp_path / "bits.safetensors", model)
+    assert other.policy == cache.policy
+    ours, theirs = (list(stepwise(model, batch, each, [1] * 40, begin=201)) for each in (cache, other))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert codes_of(cache) == codes_of(other)
+
+
+def test_each_sequence_of_a_batch_is_as_if_alone():
+    """Padding takes no bytes and no part."""
+    lengths = [250, 190]
+    batch = left_padded(lengths)
+    together = PrunedCache(shared(), Bits(0.4, score=A2SF(), share=Uniform(), sinks=2, recent=4))
+    feed(shared(), batch, together, [250])
+    for row, length in enumerate(lengths):
+        alone = PrunedCache(shared(), together.policy)
+        own = {name: each[row : row + 1, 250 - length :] for name, each in batch.items()}
+        feed(shared(), own, alone, [length])
+        for layer in together.pruned_layers:
+            mine, own = together.kept_positions(layer)[row], alone.kept_positions(layer)[0]
+            assert [[p for p in head if p >= 0] for head in mine.tolist()] == [
+                [p for p in head if p >= 0] for head in own.tolist()
+            ]
+
+
+def test_what_has_no_meaning_is_refused():
+    """Settings, and bytes that do not hold what is always exact, before anything has changed."""
+    for settings in (
+        {"score": "kivi"}, {"score": 3}, {"widths": (5,)}, {"aged_bits": 16}, {"share": "nobody"}, {"power": -1},
+        {"score": SnapKV(positions="cache")}, {"recent": 0.5},
+    ):  # fmt: skip
+        with pytest.raises(PolicyError):
+            Bits(0.1, **settings)
+    with pytest.raises(BudgetError):
+        Bits("nothing")
+    cache = PrunedCache(shared(), Bits(0.01, score=A2SF(), share=Uniform(), sinks=2, recent=4))
+    feed(shared(), left_padded([100]), cache, [100])  # a fraction never is too little
+    assert {tuple(head) for head in cache.kept_positions(0)[0].tolist()} == {(0, 1, 96, 97, 98, 99)}
+    cache = PrunedCache(shared(), Bits("0.01b", score=A2SF()))
+    with pytest.raises(BudgetError, match="sinks and recent"):
+        feed(shared(), left_padded([100]), cache, [100])
+    assert cache.seen_tokens == 0
+    assert parse("bits:score=kvzip,budget=0.05b") == Bits("0.05b", score=KVzip())
+
+
+def test_a_prompt_in_chunks_is_decided_as_in_one_piece():
+    """What competes with other layers waits for the end of the prompt."""
+    policy = Bits(0.4, score=A2SF(), sinks=2, recent=4)
+    whole, pieces = (PrunedCache(shared(), policy) for _ in range(2))
+    batch = left_padded([200])
+    feed(shared(), batch, whole, [200])
+    feed(shared(), batch, pieces, [90, 70, 40])
+    for layer in whole.pruned_layers:
+        assert torch.equal(whole.kept_positions(layer), pieces.kept_positions(layer))
+    assert {row: bits for row, (bits, _) in codes_of(whole).items()} == {
+        row: bits for row, (bits, _) in codes_of(pieces).items()
+    }
+
+
+def test_forks_and_copies_of_a_sequence_go_on_alike():
+    """Repeated for several samples, forked, or neither: the same codes, and the same logits from there on."""
+    model, batch = shared(), left_padded([240])
+    cache = PrunedCache(model, Bits(0.4, score=A2SF(), sinks=2, recent=4))
+    feed(model, batch, cache, [200, 1])
+    fork, twice = cache.fork(), cache.fork()
+    twice.batch_repeat_interleave(2)
+    doubled = {name: each.repeat_interleave(2, dim=0) for name, each in batch.items()}
+    alone = list(stepwise(model, batch, cache, [1] * 38, begin=201))
+    forked = list(stepwise(model, batch, fork, [1] * 38, begin=201))
+    both = list(stepwise(model, doubled, twice, [1] * 38, begin=201))
+    heads = cache.layers[0].table.kv_heads
+    first = {row: code for row, code in codes_of(twice).items() if row[1] < heads}
+    assert codes_of(cache) == codes_of(fork) == first
+    for one, other, pair in zip(alone, forked, both, strict=True):
+        assert torch.equal(one, other)
+        for row in range(2):
+            torch.testing.assert_close(pair[row], one[0], atol=1e-4, rtol=1e-4)
