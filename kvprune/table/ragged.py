@@ -315,13 +315,14 @@ def keep_rows(table: TokenTable, slots: Tensor, room: int) -> TokenTable:
     return table
 
 
-def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]]) -> TokenTable:
+def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], *, wait: bool) -> TokenTable:
     """The table with rows packed, see `TokenTable.quantize`: the same one, or one of other heads.
 
     Where heads of a sequence pack different numbers of rows by a codec, it is a `RaggedTable` from then on, which needs
-    no padding between them. Changes the table.
+    no padding between them. Changes the table. wait: whether the device may be waited for, which tells that; without it
+    they are padded.
     """
-    counts = [(slots >= 0).sum(-1) for _, slots in parts]
+    counts = [(slots >= 0).sum(-1) for _, slots in parts if wait]
     if not isinstance(table, RaggedTable) and any(bool((each != each[:, :1]).any()) for each in counts):
         every = torch.arange(table.length, device=table.positions.device).expand(table.positions.shape)
         table = RaggedTable.of(table, every, 0)
