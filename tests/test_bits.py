@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvprune import Adaptive, BudgetError, Everywhere, PolicyError, PrunedCache, Uniform
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, Bits, KeyDiff, KVzip, SnapKV, parse
+from kvprune.policies import A2SF, H2O, Bits, KeyDiff, KVzip, KVzipPlus, SnapKV, parse
 from kvprune.policy.allotment import EXACT, Rows, allotted, error, steps, weights_of
 
 # -- the allotment -----------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_rows_of_equal_score_go_by_recency():
 # -- in a cache --------------------------------------------------------------------------------------------------------
 
 SHARES = [Uniform(), Adaptive(floor=0.2), Everywhere(), Everywhere(floor=0.5)]
-SCORES = {"a2sf": A2SF(), "h2o": H2O(), "keydiff": KeyDiff(), "kvzip": KVzip()}
+SCORES = {"a2sf": A2SF(), "h2o": H2O(), "keydiff": KeyDiff(), "kvzip": KVzip(), "kvzip_plus": KVzipPlus()}
 
 
 def row_bytes(cache: PrunedCache) -> int:

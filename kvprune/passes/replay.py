@@ -22,7 +22,6 @@ from kvprune.attention.mass import RowWeights, Scoring
 from kvprune.attention.maxima import attention_maxima, attention_with_maxima, maxima_in_one_pass
 from kvprune.attention.operations import of as of_table
 from kvprune.attention.outputs import output_norms, output_projection
-from kvprune.attention.packed import key_blocks
 from kvprune.attention.queries import Queries
 from kvprune.attention.softmax import causal_attention
 from kvprune.cache.layer import PrunedLayer
@@ -265,8 +264,7 @@ class ReplayPass(ScratchPass):
         norms = self.norms.to(queries.states.device).float().clamp(min=torch.finfo(torch.float32).tiny)
         batch, length = norms.shape
         every = torch.arange(length, device=norms.device).expand(batch, -1)
-        values = torch.cat([block.values() for block in key_blocks(table)], dim=2) if table.packed else table.values
-        sizes = output_norms(module, values, queries.states.shape[1])
+        sizes = output_norms(module, table.all_values(), queries.states.shape[1])
         return RowWeights.explicit(every, norms.reciprocal()), sizes
 
     def _in_softmax(self, table: TokenTable) -> Tensor:
@@ -293,7 +291,7 @@ class ReplayPass(ScratchPass):
         positions = table.positions
         slots = true_rows(self._in_softmax(table))
         index = slots.clamp(min=0)
-        every = torch.cat([block.keys for block in key_blocks(table)], dim=2) if table.packed else table.keys
+        every = table.all_keys()
         keys = torch.cat([take_rows(every, index), own.to(every.dtype)], dim=2)
         count, own_positions = slots.shape[2], queries.positions[:, None].expand(*slots.shape[:2], -1)
         whole = queries.valid is None and bool((slots >= 0).all())
