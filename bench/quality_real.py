@@ -1,6 +1,6 @@
 """What compression does to the answers of a real model, SmolLM2-135M-Instruct, under every policy, beside kvpress.
 
-    python bench/quality_real.py --out bench/results/quality-real.jsonl --report bench/quality-real.md README.md
+    python bench/quality_real.py --out build/quality-real.jsonl --report build/quality-real.md
 
 Needles in prose, tasks of LongBench, and likelihood of texts; with the question known when the prompt is compressed,
 and unknown. A prompt is read once, whoever compresses it. Results are JSON lines, the most important ones first: a run

@@ -163,6 +163,8 @@ class Bits(Scored):
         loose = packed.new_zeros(*packed.shape[:2], positions.shape[2] - packed.shape[2])
         there = positions >= 0
         scores = self.share.normalized(self.compared(table, step), there & ~always)
+        least = scores.masked_fill(~(there & ~always & scores.isfinite()), 0.0).amin(-1, keepdim=True)
+        scores = scores - least.clamp(max=0)  # cosines, norms and "z" have a sign
         return Rows(
             weights_of(scores, positions, self.power),
             always & there,
@@ -192,11 +194,12 @@ class Bits(Scored):
             if self._budget.kind == "fraction":  # a greeting is no mistake
                 exact = min(self.sinks + self.recent, tokens) * self._prices(table)[EXACT]
                 size = max(size, (exact + self._overhead(table)) * heads)
-            rows = int(size / full)
+            size = max(0.0, size - self._overhead(table) * heads)
+            rows = int(size / (self._prices(table)[EXACT] * heads) + 1e-9)  # of those in full precision
             own = self.share.of_layer(
                 rows, depth=step.depth, layers=step.layers, prompt_tokens=tokens, least=self.sinks + self.recent
             )
-            limits.append((size * own / rows if rows else size) - self._overhead(table) * heads)
+            limits.append(size * own / rows if rows else size)
         of_layer = torch.tensor(limits, dtype=torch.float64, device=table.positions.device)[:, None]
         scope = scope or self.share.scope
         return of_layer * step.layers if scope == "model" else of_layer / (heads if scope == "head" else 1)
@@ -235,8 +238,9 @@ class Bits(Scored):
             parts = [
                 (codec, in_order(true_rows(own), positions, table.packed_length)) for codec, own in chosen if own.any()
             ]
-            return Decision(quantize=tuple(parts)) if parts else None
-        if not table.packed:
+            return Decision(quantize=tuple(parts), apart=True) if parts else None
+        if not table.packed or step.generated < _TOGETHER:
             return None
-        slots = oldest(table, residual=self.recent, together=_TOGETHER, sinks=self.sinks)
-        return None if slots is None else Decision(quantize=((RotatedCodec(self.aged_bits), slots),))
+        given = torch.as_tensor(step.tokens - step.generated - self.recent, device=table.positions.device)
+        slots = oldest(table, residual=self.recent, together=_TOGETHER, sinks=given.clamp(min=self.sinks))
+        return None if slots is None else Decision(quantize=((RotatedCodec(self.aged_bits), slots),), apart=True)

@@ -11,9 +11,22 @@ from families import feed, generate, left_padded, shared, stepwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprune import Adaptive, BudgetError, Everywhere, PolicyError, PrunedCache, Uniform
+from kvprune import Adaptive, BudgetError, Everywhere, PolicyError, PrunedCache, Pyramid, Uniform
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, Bits, KeyDiff, KVzip, KVzipPlus, SnapKV, parse
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    TOVA,
+    Bits,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    KVzipPlus,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    parse,
+)  # fmt: skip
 from kvprune.policy.allotment import EXACT, Rows, allotted, error, steps, weights_of
 
 # -- the allotment -----------------------------------------------------------------------------------------------------
@@ -131,6 +144,59 @@ def test_eviction_alone_is_the_policy_of_the_scores():
         feed(shared(), left_padded([250]), inner, [250])
         for layer in cache.pruned_layers:
             assert torch.equal(cache.kept_positions(layer), inner.kept_positions(layer))
+
+
+@pytest.mark.parametrize("score", [Knorm(), Random(), H2O()], ids=str)
+@pytest.mark.parametrize("share", [Uniform(), Adaptive(normalize="z")], ids=str)
+def test_scores_of_any_sign_rank_rows(score, share):
+    """Of a head with so many exact rows, these are the ones that score most."""
+    cache = PrunedCache(shared(), Bits("0.5b", score=score, widths=(), share=share, sinks=2, recent=4))
+    feed(shared(), left_padded([250]), cache, [250])
+    for layer in cache.layers:
+        heads = getattr(layer.table, "heads", None)
+        for head in range(layer.table.kv_heads):
+            kept = [at for at in layer.kept_positions()[0, head].tolist() if 2 <= at < 246]
+            whole = PrunedCache(shared(), type(score)(1.0, sinks=2, recent=4))
+            feed(shared(), left_padded([250]), whole, [250])
+            scores = whole.policy.scores(whole.layers[layer.index].table, None)[0, head]
+            assert heads is None or len(heads) == layer.table.kv_heads
+            assert set(scores[2:246].topk(len(kept)).indices.add(2).tolist()) == set(kept)
+
+
+def test_what_a_prompt_was_given_exactly_stays_exact():
+    """Only generated tokens age."""
+    cache = PrunedCache(shared(), Bits("1b", score=H2O(), widths=(2,), sinks=2, recent=4))
+    packed = []
+    for _ in stepwise(shared(), left_padded([330]), cache, [250, *[1] * 70]):
+        cache._end_prompt()
+        codes = codes_of(cache)
+        packed.append(sum(place < 246 for _, _, place in codes))
+    assert 0 < packed[0] == packed[-1] < 246 * len(cache.layers) * cache.layers[0].table.kv_heads
+    assert any(place >= 250 for _, _, place in codes)
+
+
+@pytest.mark.parametrize("score", [H2O(), TOVA(), StreamingLLM()], ids=str)
+def test_a_padded_batch_keeps_to_its_bytes(score):
+    """Sequences of other lengths pack other numbers of rows, and take no padding for each other beyond the budget."""
+    cache = PrunedCache(shared(), Bits("0.9b", score=score, share=Uniform(), sinks=2, recent=4))
+    feed(shared(), left_padded([250, 160]), cache, [250])
+    cache._end_prompt()
+    assert row_bytes(cache) <= 0.9 * full_bytes(cache)
+
+
+def test_a_sequence_of_a_batch_in_chunks_may_come_later():
+    """A chunk that is padding alone asks for no bytes; nor does a share of no tokens of any other policy."""
+    for policy in (Bits("0.5b", score=H2O(), share=Uniform(), sinks=2, recent=4), H2O("0.5b", sinks=2, recent=4)):
+        cache = PrunedCache(shared(), policy)
+        feed(shared(), left_padded([240, 120]), cache, [120, 120])
+        assert cache.seen_tokens == 240
+
+
+def test_where_layers_get_more_and_less_exact_rows_are_paid_first():
+    """In full precision of 32 bits, too."""
+    cache = PrunedCache(shared(), Bits(0.3, score=A2SF(), share=Pyramid()))
+    feed(shared(), left_padded([240]), cache, [240])
+    assert row_bytes(cache) <= 0.3 * full_bytes(cache)
 
 
 def test_where_all_rows_stay_precision_is_mixed():

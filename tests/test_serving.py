@@ -425,6 +425,24 @@ def test_who_hangs_up_leaves_the_batch(one_by_one, endless, embedded):
     settled(one_by_one)
 
 
+def test_who_hangs_up_while_another_answer_ends_is_not_forgotten(one_by_one, endless, monkeypatch):
+    batches, end = one_by_one.engine._batches, type(one_by_one.engine._batches)._end
+
+    def ends(over, rows, *args):
+        end(batches, over, rows, *args)
+        for row in rows:
+            row.job.called_off.set()
+
+    off = one_by_one.metrics.value("requests_total", "called off")
+    monkeypatch.setattr(batches, "_end", ends)
+    with held_up(one_by_one, 2) as ask:
+        done, left = ask(chat, one_by_one, tokens=3), ask(chat, one_by_one, stream=True, tokens=1024)
+    assert done.result().usage.completion_tokens == 3
+    wait_for(lambda: one_by_one.metrics.value("requests_total", "called off") == off + 1)
+    left.result().close()
+    settled(one_by_one)
+
+
 def test_what_one_brings_about_costs_the_others_nothing(one_by_one, monkeypatch):
     batches, write = one_by_one.engine._batches, type(one_by_one.engine._batches)._write
 
@@ -456,8 +474,10 @@ def test_what_fits_in_a_batch(embedded, one_by_one):
     assert can_be(KEYDIFF)
     assert not can_be(parse("full | keydiff:budget=1MiB"))
     assert not can_be(parse("keydiff:budget=0.05b"))
-    hybrid = build("mistral-sliding")
+    hybrid, moving = build("mistral-sliding"), build("llama")
     assert not Batches(hybrid, None, None, Metrics()).can_be(KEYDIFF)
+    moving.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4}  # by the longest text of a batch
+    assert not Batches(moving, None, None, Metrics()).can_be(KEYDIFF)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class RowWeights:
     def suffix(self, device: torch.device, count: int) -> Tensor:
         """Weights of the newest `count` rows, oldest first, `[count]` float32."""
         if self.decay == 1.0:
-            return torch.ones(count, device=device)
+            return torch.ones(count, dtype=torch.float32, device=device)
         ages = torch.arange(count - 1, -1, -1, device=device, dtype=torch.float64)
         return torch.pow(self.decay, ages).float()  # from exponents: repeated products would drift
 
@@ -331,7 +331,7 @@ def attention_mass(
             )
             if found is not None:
                 return found
-    mass = torch.zeros(batch, kv_heads, 1, keys_length, device=device)
+    mass = torch.zeros(batch, kv_heads, 1, keys_length, dtype=torch.float32, device=device)
     for block in row_blocks(count, batch * query_heads * keys_length, device, block_bytes):
         hidden: Tensor | None
         if in_order and row_weights.rows is not None:

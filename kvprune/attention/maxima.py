@@ -101,7 +101,7 @@ def packed_maxima(
     states, weights, positions, _ = weighed_rows(states, row_weights, positions)
     logits = packed.RowLogits(states, positions, table, scoring)
     total = packed.log_sum_exp(logits)
-    found = torch.zeros(table.positions.shape, device=states.device)
+    found = torch.zeros(table.positions.shape, dtype=torch.float32, device=states.device)
     for keys in packed.key_blocks(table):
         count = keys.slots.stop - keys.slots.start
         scale = None if key_weights is None else key_weights[..., keys.slots]
@@ -122,7 +122,7 @@ def _shifted_maxima(queries: Tensor, keys: Tensor, scale: float, shift: Tensor, 
     longer = torch.cat([queries.unflatten(1, (kv_heads, -1)) * scale, -shift.unsqueeze(-1)], dim=-1)
     rows = longer.transpose(3, 4)
     columns = torch.cat([keys, keys.new_ones(batch, kv_heads, length, 1)], dim=-1).unsqueeze(2)
-    best = torch.empty((*shift.shape[:3], length), device=keys.device)
+    best = torch.empty((*shift.shape[:3], length), dtype=torch.float32, device=keys.device)
     # Keys by blocks: all queries of one lie side by side, and the maximum is taken along them.
     for block in row_blocks(length, shift.numel(), keys.device, block_bytes):
         best[..., block] = torch.matmul(columns[:, :, :, block], rows).amax(-1)
@@ -144,7 +144,7 @@ class _Running:
     ) -> None:
         self.group, self.key_weights = group, key_weights
         shape = (batch, kv_heads, group_size, columns) if group == "max" else (batch, kv_heads, 1, columns)
-        self.best = torch.full(shape, -math.inf if group == "max" else 0.0, device=device)
+        self.best = torch.full(shape, -math.inf if group == "max" else 0.0, dtype=torch.float32, device=device)
 
     def add(self, logits: Tensor, total: Tensor, weights: Tensor) -> None:
         """logits: `[B, Hkv, G, l, columns]`, overwritten. total: of their rows, `[B, Hkv, G, l]`. weights: `[B, l]`."""
@@ -218,7 +218,7 @@ def maxima_in_one_pass(
     """Output and maxima, of groups reduced by "max", where kernels find both at once; None where they do not."""
     rows, given = row_weights.chosen(len(asked), keys.device)
     batch = keys.shape[0]
-    weights = torch.zeros(batch, len(asked), device=keys.device)
+    weights = torch.zeros(batch, len(asked), dtype=torch.float32, device=keys.device)
     weights.scatter_(1, rows.expand(batch, -1), given.expand(batch, -1))
     states = asked.states.to(keys.dtype)
     found = kernels.attention_maxima(states, keys, values, weights, scoring, asked.positions, key_positions)

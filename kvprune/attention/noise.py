@@ -61,7 +61,7 @@ def uniform(bits: Tensor) -> Tensor:
 def consecutive(first: int, count: int, device: torch.device) -> Tensor:
     """Counters `first .. first + count - 1`, `[count]`, for `hashed`."""
     # No arange: inductor (torch 2.13) knows its bounds, and takes it that sums and products stay within theirs.
-    return torch.ones(count, device=device).cumsum(0).add_(first - 1)
+    return torch.ones(count, dtype=torch.float32, device=device).cumsum(0).add_(first - 1)
 
 
 @dataclass(frozen=True)

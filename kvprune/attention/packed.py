@@ -92,7 +92,7 @@ class RowLogits:
         """Where a running softmax begins: maximum and sum of exponentials, `[B, Hkv, G, L, 1]`, of attention sinks."""
         batch, query_heads, length, _ = self.states.shape
         kv_heads, sinks = self.table.kv_heads, self.scoring.sinks
-        largest = torch.full((batch, query_heads, length), -math.inf, device=self.states.device)
+        largest = torch.full((batch, query_heads, length), -math.inf, dtype=torch.float32, device=self.states.device)
         if sinks is not None:
             largest.copy_(sinks[:, None])
         total = (largest > -math.inf).float()
@@ -112,7 +112,7 @@ def attention(states: Tensor, positions: Tensor, table: TokenTable, scoring: Sco
     """
     logits = RowLogits(states, positions, table, scoring)
     largest, total = logits.running()
-    output = torch.zeros(*largest.shape[:4], table.values.shape[3], device=states.device)
+    output = torch.zeros(*largest.shape[:4], table.values.shape[3], dtype=torch.float32, device=states.device)
     for keys in key_blocks(table):
         values = keys.values()[:, :, None]
         for rows in logits.blocks(keys):
@@ -135,7 +135,7 @@ def attention_mass(
     states, weights, positions, noise = weighed_rows(states, row_weights, positions)
     logits = RowLogits(states, positions, table, scoring, noise)
     lse = log_sum_exp(logits)
-    mass = torch.zeros(*table.positions.shape, device=states.device)
+    mass = torch.zeros(*table.positions.shape, dtype=torch.float32, device=states.device)
     for keys in key_blocks(table):
         for rows in logits.blocks(keys):
             probabilities = logits.of(rows, keys).sub_(lse[..., rows, :]).exp_().nan_to_num_(0.0)

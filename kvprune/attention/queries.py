@@ -140,7 +140,7 @@ class Queries:
         if together is not None:
             return Attended(self._with_padding_behind(together, table, scoring))
         output = states.new_zeros(*states.shape[:3], values.shape[3])
-        lse = torch.zeros(states.shape[:3], device=states.device)
+        lse = torch.zeros(states.shape[:3], dtype=torch.float32, device=states.device)
         told = True
         for one in self._sequences():  # one by one, so that no mask of L x L is ever made
             output[one], found = causal_attention(states[one], keys[one], values[one], scoring, backend)
@@ -209,7 +209,7 @@ class Queries:
                 self.states, table.keys, weights, scoring,
                 group=group, query_positions=self.positions, key_positions=table.positions,
             )  # fmt: skip
-        mass = torch.zeros(table.keys.shape[:3], device=table.keys.device)
+        mass = torch.zeros(table.keys.shape[:3], dtype=torch.float32, device=table.keys.device)
         for one in self._sequences():
             mass[one] = operations.of(table).attention_mass(
                 self.states[one], table.keys[one], weights, scoring,

@@ -19,6 +19,11 @@ _MOVING = {"dynamic", "longrope"}
 _ADVICE = 'write positions="original", which keeps keys where they were in the text'
 
 
+def moving(model: Any) -> set[str]:
+    """Rope types of a model whose frequencies depend on the longest text of a batch."""
+    return set(_kinds(getattr(text_config(model), "rope_parameters", None))) & _MOVING
+
+
 def rotations(model: Any, layers: tuple[int, ...]) -> dict[int, Rotation | None]:
     """For each of these layers, how it turns its keys; None for a layer that does not.
 
@@ -30,7 +35,7 @@ def rotations(model: Any, layers: tuple[int, ...]) -> dict[int, Rotation | None]
     """
     name = type(model).__name__
     kinds = set(_kinds(getattr(text_config(model), "rope_parameters", None)))
-    for kind in sorted(kinds & _MOVING):
+    for kind in sorted(moving(model)):
         raise UnsupportedModelError(
             f'the frequencies of {name} depend on the length of the text (rope type "{kind}"), so that its keys cannot '
             f"be turned on to their places in the cache: {_ADVICE}."
@@ -79,7 +84,8 @@ def _fits(rotation: Rotation | None, first: Tensor, second: Tensor) -> bool:
     elif 2 * len(rotation.frequencies) > first.shape[-1]:
         return False
     else:
-        expected = rotation.turned(first.float(), torch.full(first.shape[:-1], _PLACE, device=first.device))
+        states = first.float()
+        expected = rotation.turned(states, torch.full_like(states[..., 0], _PLACE))
     exact = first.dtype in (torch.float32, torch.float64)
     return bool(
         (expected.float() - second.float()).abs().max() <= (1e-4 if exact else 3e-2) * first.float().abs().max()

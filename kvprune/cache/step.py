@@ -365,7 +365,7 @@ class LayerStep(CacheLayerMixin):
         if plan.step.prefill:  # once, since it waits for the device
             decision.check(table)
         if decision.quantize is not None:
-            self.table = table = pack_rows(table, decision.quantize, wait=plan.step.prefill)
+            self.table = table = pack_rows(table, decision.quantize, apart=decision.apart)
             newest = table.length - table.packed_length if table.dense else 0
             self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
             return False

@@ -47,7 +47,7 @@ def rotary_of(model: Any, layer: int) -> Rotary:
 
     def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
         device = next(iter(copied.buffers()), positions).device
-        cosines, sines = copied(torch.zeros(1, device=device), positions.to(device), **settings)
+        cosines, sines = copied(torch.zeros(1, dtype=torch.float32, device=device), positions.to(device), **settings)
         return cosines, sines
 
     def apply(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _slices(angles: Any, *, apply_to: Any, single: bool, attention: Any) -> bool
     cosines, sines = angles(torch.zeros(1, 1, dtype=torch.int64))
     if not dim or cosines.shape[-1] >= dim:
         return False
-    states = torch.zeros(1, 1, 1, dim, device=cosines.device)
+    states = torch.zeros(1, 1, 1, dim, dtype=torch.float32, device=cosines.device)
     try:
         found = apply_to(states, cosines, sines) if single else apply_to(states, states, cosines, sines)[0]
     except RuntimeError:  # shapes that do not fit

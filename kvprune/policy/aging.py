@@ -40,13 +40,14 @@ def learn_basis(table: TokenTable, step: Step, bits: int) -> None:
         table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed))
 
 
-def oldest(table: TokenTable, *, residual: int, together: int, sinks: int = 0) -> Tensor | None:
+def oldest(table: TokenTable, *, residual: int, together: int, sinks: int | Tensor = 0) -> Tensor | None:
     """Slots of the rows to pack, LongTensor `[B, Hkv, R]` by position, -1 for none; None where it is too early.
 
-    Of rows in full precision the newest `residual` stay, those at positions below `sinks`, and what does not make
-    another `together`.
+    Of rows in full precision the newest `residual` stay, those at positions below `sinks`, an int or LongTensor
+    `[B, 1, 1]`, and what does not make another `together`.
     """
-    if table.length - table.packed_length < residual + together + sinks:
+    least = sinks if isinstance(sinks, int) else 0
+    if table.length - table.packed_length < residual + together + least:
         return None
     positions = table.positions[:, :, table.packed_length :]
     old = positions >= sinks

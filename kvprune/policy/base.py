@@ -41,13 +41,14 @@ class Decision:
     exact: of slots to evict, that each holds a row, which need not be looked at again then.
     quantize: codecs, each with the slots to pack by it, LongTensor `[B, Hkv, rows]` in the order of their positions, -1
         for none. Only rows in full precision can be packed, those from slot `table.packed_length` on; all others stay
-        as they are.
+        as they are. apart: whether heads are stored one by one, where they would take padding for each other.
     """
 
     keep: Tensor | None = None
     evict: Tensor | None = None
     exact: bool = False
     quantize: tuple[tuple[Codec, Tensor], ...] | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.keep, self.evict, self.quantize)) != 1:

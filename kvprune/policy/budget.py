@@ -126,6 +126,8 @@ class Budget:
             return max(floor, share(self.amount, prompt_tokens))
         if self.kind == "tokens":
             return int(self.amount)
+        if self.kind == "share" and not prompt_tokens:  # of a batch in chunks, one that has not begun
+            return floor
         full = half_bytes * prompt_tokens
         size = int(self.amount) if self.kind == "bytes" else math.floor(self.amount * full + 1e-9)
         other_bytes -= stock_bytes if self.kind == "share" else 0

@@ -59,7 +59,8 @@ class Passage:
         width = max(self.tokens)
         looked_at = self.looked_at(table)
         at = torch.where(looked_at, table.positions.long(), width).flatten(1)
-        total = torch.zeros(len(at), width + 1, device=rows.device).scatter_add_(1, at, rows.float().flatten(1))
+        total = torch.zeros(len(at), width + 1, dtype=torch.float32, device=rows.device)
+        total.scatter_add_(1, at, rows.float().flatten(1))
         known = torch.zeros(len(at), width + 1, dtype=torch.bool, device=rows.device).scatter_(1, at, True)
         return total.masked_fill_(~known, -math.inf)[:, :width]
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.cache.rotary import moving
 from kvprune.policy.base import Policy
 from kvprune.policy.budget import Budget
 from kvprune.serving.jobs import Done, Job
@@ -126,7 +127,9 @@ class Batches:
     def __init__(self, model: Any, tokenizer: Any, prefixes: Prefixes, metrics: Metrics) -> None:
         self._model, self._tokenizer, self._prefixes, self._metrics = model, tokenizer, prefixes, metrics
         hybrid = any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers)
-        self._alone = hybrid or any(getattr(model.generation_config, name, None) for name in _BY_PLACE)
+        self._alone = (
+            hybrid or bool(moving(model)) or any(getattr(model.generation_config, name, None) for name in _BY_PLACE)
+        )
 
     def can_be(self, policy: Policy) -> bool:
         """Whether requests of a policy are answered in a batch as they are alone.
@@ -187,8 +190,9 @@ class Batches:
                     logits_processor=[_Sampling(rows)] if any(row.processors for row in rows) else [],
                     stopping_criteria=[writing],
                 )
-                self._end([at for at, row in enumerate(rows) if row.over], rows, cache, end)
-                stay = [at for at, row in enumerate(rows) if not row.over]
+                over = [at for at, row in enumerate(rows) if row.over]  # once: a row may be called off meanwhile
+                self._end(over, rows, cache, end)
+                stay = [at for at in range(len(rows)) if at not in over]
                 if stay and len(stay) < len(rows):
                     cache.batch_select_indices(stay)
                 rows = [rows[at] for at in stay]

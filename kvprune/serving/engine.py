@@ -137,12 +137,14 @@ class Engine:
             self._batches.answer(jobs, self._ended)
         except Exception as error:
             left = [job for job in jobs if job.number in self._open]
-            if len(jobs) > 1 and not any(job.told for job in left):
-                for job in left:  # what one of them brings about should not cost the others their answers
-                    self._answer([job])
+            if len(jobs) == 1 or any(job.told for job in left):
+                for job in left:
+                    self._tell(job, error)
                 return
-            for job in left:
-                self._tell(job, error)
+        else:
+            return
+        for job in left:  # what one brings about should not cost the others; outside, where the error holds no cache
+            self._answer([job])
 
     def _tell(self, job: Job, error: Exception) -> None:
         if isinstance(error, KVPruneError):

@@ -315,19 +315,24 @@ def keep_rows(table: TokenTable, slots: Tensor, room: int) -> TokenTable:
     return table
 
 
-def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], *, wait: bool) -> TokenTable:
-    """The table with rows packed, see `TokenTable.quantize`: the same one, or one of other heads.
+def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], *, apart: bool) -> TokenTable:
+    """The table with rows packed, see `TokenTable.quantize`: the same one, or one of other heads. Changes the table.
 
-    Where heads of a sequence pack different numbers of rows by a codec, it is a `RaggedTable` from then on, which needs
-    no padding between them. Changes the table. wait: whether the device may be waited for, which tells that; without it
-    they are padded.
+    apart: whether it is a `RaggedTable` from then on where heads, or sequences, would take padding for each other. To
+    find that out waits for the device.
     """
-    counts = [(slots >= 0).sum(-1) for _, slots in parts if wait]
-    if not isinstance(table, RaggedTable) and any(bool((each != each[:, :1]).any()) for each in counts):
+    if apart and not isinstance(table, RaggedTable) and _pads(table, [(slots >= 0).sum(-1) for _, slots in parts]):
         every = torch.arange(table.length, device=table.positions.device).expand(table.positions.shape)
         table = RaggedTable.of(table, every, 0)
     table.quantize(parts)
     return table
+
+
+def _pads(table: TokenTable, packed: list[Tensor]) -> bool:
+    """Whether heads that pack so many rows by each codec, `[B, Hkv]`, would take padding for each other."""
+    loose = (table.positions[:, :, table.packed_length :] >= 0).sum(-1)
+    counts = torch.stack([*packed, loose - torch.stack(packed).sum(0)])  # [codecs + 1, B, Hkv]
+    return bool((counts != counts[:, :, :1]).any() | (counts.amax((1, 2)).sum() > counts.sum(0).amax()))
 
 
 def _alone(table: TokenTable, row: int, head: int) -> TokenTable:

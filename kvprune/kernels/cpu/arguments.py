@@ -101,6 +101,11 @@ def native(columns: Columns) -> Any:
     return columns.native
 
 
+def floats(*shape: int) -> Tensor:
+    """Memory for what the loops write as float32, whatever a user has made torch's default."""
+    return torch.empty(*shape, dtype=torch.float32)
+
+
 def threads_for(multiplications: int) -> int:
     return 1 if multiplications < _ALONE else torch.get_num_threads()
 

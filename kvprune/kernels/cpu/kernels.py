@@ -25,6 +25,7 @@ from kvprune.kernels.cpu.arguments import (
     are_rows,
     can_encode,
     check_slots,
+    floats,
     native,
     needs_gradients,
     parts_of,
@@ -68,11 +69,11 @@ class CPUKernels(Kernels):
         (batch, kv_heads, rows, dim), value_dim = keys.shape, values.shape[3]
         heads, group = batch * kv_heads, queries.shape[1] // kv_heads
         positions = None if empty is None else empty.int().neg_().contiguous()  # -1 where empty
-        probabilities = torch.empty(batch, kv_heads, group, rows)
-        output = torch.empty(batch, heads // batch * group, 1, value_dim)
+        probabilities = floats(batch, kv_heads, group, rows)
+        output = floats(batch, heads // batch * group, 1, value_dim)
         self._c.single_query(
             output, probabilities, queries.float().contiguous(), keys, keys.stride(1), values, values.stride(1),
-            positions, rows, sinks_of(scoring, batch), torch.empty(heads * parts_of(rows) * group * value_dim),
+            positions, rows, sinks_of(scoring, batch), floats(heads * parts_of(rows) * group * value_dim),
             scoring.scale, KINDS[keys.dtype], heads, group, rows, dim, value_dim,
             threads_for(heads * group * rows * (dim + value_dim)),
         )  # fmt: skip
@@ -89,12 +90,12 @@ class CPUKernels(Kernels):
         batch, query_heads, _, dim = queries.shape
         heads, value_dim, width = len(table.heads), values.shape[1], table.length
         group = query_heads // table.kv_heads
-        probabilities = torch.empty(batch, table.kv_heads, group, width)
-        output = torch.empty(batch, query_heads, 1, value_dim)
+        probabilities = floats(batch, table.kv_heads, group, width)
+        output = floats(batch, query_heads, 1, value_dim)
         parts = parts_of(len(keys)) + heads  # at most
         self._c.flat_query(
             output, probabilities, queries.float().contiguous(), keys, values, flat.starts, flat.lengths,
-            sinks_of(scoring, batch), torch.empty(parts * group * value_dim), scoring.scale, KINDS[keys.dtype],
+            sinks_of(scoring, batch), floats(parts * group * value_dim), scoring.scale, KINDS[keys.dtype],
             heads, group, width, dim, value_dim, threads_for(group * len(keys) * (dim + value_dim)),
         )  # fmt: skip
         return output.to(queries.dtype), probabilities
@@ -118,7 +119,7 @@ class CPUKernels(Kernels):
         length, kind = table.length, KINDS[keys.dtype]
         threads = threads_for(heads * group * length * (dim + value_dim))
         wide, scale = queries.float().contiguous(), scoring.scale
-        weights = torch.empty(batch, kv_heads, group, length)
+        weights = floats(batch, kv_heads, group, length)
 
         first = 0
         for tier in table.packed:
@@ -134,7 +135,7 @@ class CPUKernels(Kernels):
         self._c.softmax(weights, positions, stride, sinks_of(scoring, batch), heads, group, length, threads)
 
         parts = parts_of(loose) + sum(parts_of(len(tier)) for tier in table.packed if not isinstance(tier, RotatedRows))
-        sums = torch.empty(heads * parts * group * value_dim)
+        sums = floats(heads * parts * group * value_dim)
         turned: list[Tensor] = []
         first, part = 0, 0
         for tier in table.packed:
@@ -151,7 +152,7 @@ class CPUKernels(Kernels):
             sums, parts, part, weights, length, first, values, values.stride(1), loose, kind, heads, group, value_dim,
             threads,
         )  # fmt: skip
-        output = torch.empty(batch, queries.shape[1], 1, value_dim)
+        output = floats(batch, queries.shape[1], 1, value_dim)
         self._c.add_parts(output, sums, heads, parts, group * value_dim)
         for each in turned:
             output += each.view_as(output)
@@ -176,7 +177,7 @@ class CPUKernels(Kernels):
             or (noise is not None and not (one_position and noise.scale and isinstance(noise.temperature, float)))
         ):
             return super().query_mass(probabilities, group, noise, query_positions, key_positions)
-        mass = torch.empty(batch, kv_heads, keys)
+        mass = floats(batch, kv_heads, keys)
         if noise is None or query_positions is None or key_positions is None:
             self._c.mean(mass, probabilities, batch * kv_heads, heads, keys, threads_for(probabilities.numel()))
             return mass
@@ -200,7 +201,7 @@ class CPUKernels(Kernels):
             return super().noisy_weights(logits, noise, scoring, query_positions, key_positions)
         batch, kv_heads, group, rows, keys = logits.shape
         positions = key_positions.int().expand(batch, kv_heads, keys).contiguous()
-        totals = torch.empty(batch, kv_heads, group, rows)
+        totals = floats(batch, kv_heads, group, rows)
         sinks = sinks_of(scoring, batch)
         self._c.noisy_weights(
             logits, totals, positions,
@@ -235,7 +236,7 @@ class CPUKernels(Kernels):
         lse = lse.float().contiguous()
         weights = (weights / group)[:, None].expand(-1, kv_heads, -1).contiguous()
         limits = (places + 1)[:, None].expand(batch, kv_heads, -1).contiguous()
-        mass = torch.empty(batch, kv_heads, length)
+        mass = floats(batch, kv_heads, length)
         rows_of_keys, threads = ctypes.byref(StridedRows.of(keys)), torch.get_num_threads()
         if noise is None or query_positions is None or key_positions is None:
             self._c.mass_from_lse(
@@ -245,7 +246,7 @@ class CPUKernels(Kernels):
         padded = -(-length // TILE) * TILE
         column_words = noise.column_words(key_positions).expand(batch, kv_heads, length)
         failed = self._c.noisy_mass_from_lse(
-            mass, torch.empty(heads * padded * dim), torch.empty(heads * padded * STRETCHES), rows_of_keys,
+            mass, floats(heads * padded * dim), floats(heads * padded * STRETCHES), rows_of_keys,
             scaled, F.pad(column_words, (0, padded - length)).contiguous(),
             noise.row_words(query_positions, kv_heads, group).expand(batch, -1, -1, -1).contiguous(),
             lse, weights, limits, heads, group, rows, length, dim, threads,
@@ -268,8 +269,8 @@ class CPUKernels(Kernels):
 
     def largest_near(self, scores: Tensor, positions: Tensor, before: int, after: int, recent: int | Tensor) -> Tensor:
         batch, heads, rows = positions.shape
-        pooled = torch.empty(batch, heads, rows)
-        begins = torch.as_tensor(recent).flatten().expand(batch).contiguous()
+        pooled = floats(batch, heads, rows)
+        begins = torch.as_tensor(recent).long().flatten().expand(batch).contiguous()
         threads = threads_for(batch * heads * rows * min(before + 1 + after, rows))
         failed = scores.dtype != torch.float32 or self._c.largest_near(
             pooled, scores, *scores.stride(), positions, positions.stride(1), begins, before, after, batch, heads, rows,
@@ -363,7 +364,7 @@ class CPUKernels(Kernels):
 
         tensors = {}
         if codec.separable:
-            sizes = torch.empty(batch, kv_heads, blocks, value_dim)
+            sizes = floats(batch, kv_heads, blocks, value_dim)
             check_slots(self._c.channel_sizes(sizes, of_values, heads, value_dim, threads))
             tensors["channel_scale"] = channel_scales(sizes)
         for name, dim, parameters in (("key", key_dim, (blocks, key_dim)), ("value", value_dim, (rows, groups))):

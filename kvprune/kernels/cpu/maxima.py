@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvprune.attention.mass import Scoring
-from kvprune.kernels.cpu.arguments import KINDS, LANES, TILE, StridedRows, needs_gradients, sinks_of
+from kvprune.kernels.cpu.arguments import KINDS, LANES, TILE, StridedRows, floats, needs_gradients, sinks_of
 
 
 def in_one_pass(
@@ -35,11 +35,11 @@ def in_one_pass(
     heads, group, threads = batch * kv_heads, query_heads // kv_heads, torch.get_num_threads()
     value_dim = 0 if values is None else values.shape[3]
     padded = -(-length // TILE) * TILE
-    output = None if values is None else torch.empty(batch, query_heads, count, value_dim)
-    best = torch.empty(batch, kv_heads, group, padded)
+    output = None if values is None else floats(batch, query_heads, count, value_dim)
+    best = floats(batch, kv_heads, group, padded)
     failed = c.attend_maxima(
-        output, best, torch.empty(heads * padded * dim), torch.empty(heads * padded // TILE, dtype=torch.int32),
-        torch.empty(threads * best.numel()), ctypes.byref(StridedRows.of(keys)),
+        output, best, floats(heads * padded * dim), torch.empty(heads * padded // TILE, dtype=torch.int32),
+        floats(threads * best.numel()), ctypes.byref(StridedRows.of(keys)),
         None if values is None else ctypes.byref(StridedRows.of(values)),
         (queries.float() * scoring.scale).contiguous(),
         F.pad(key_positions.int().expand(batch, kv_heads, length), (0, padded - length), value=-1).contiguous(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.kernels.cpu.arguments import LANES, parts_of, threads_for
+from kvprune.kernels.cpu.arguments import LANES, floats, parts_of, threads_for
 from kvprune.table.rotated_rows import STEPS, Quantizer, RotatedRows, scales_of
 
 
@@ -80,7 +80,7 @@ def dots(c: Any, logits: Tensor, first: int, queries: Tensor, scale: float, rows
 def sums(c: Any, weights: Tensor, first: int, rows: RotatedRows, threads: int) -> Tensor:
     """Sums of the values `[B, Hkv, G, Dv]` float32, weighted by `[B, Hkv, G, S]` from slot `first` on."""
     batch, heads, group, length = weights.shape
-    scratch = torch.empty(batch, heads, parts_of(len(rows)), group, rows.value_dim)
+    scratch = floats(batch, heads, parts_of(len(rows)), group, rows.value_dim)
     held = ctypes.byref(Rotated.of(rows, "value"))
     c.rotated_sums(scratch, weights, length, first, held, batch * heads, group, threads)
     part = rows.basis.values

@@ -218,7 +218,7 @@ def attention_mass(
     kv_heads, keys_length = keys.shape[1:3]
     queries, keys = with_dense_rows(queries), with_dense_rows(keys)
     count = min(row_weights.last, length) if row_weights.rows is None else row_weights.rows.shape[-1]
-    mass = torch.empty(batch, kv_heads, keys_length, device=keys.device)
+    mass = torch.empty(batch, kv_heads, keys_length, dtype=torch.float32, device=keys.device)
     if count == 0 or keys_length == 0:
         return mass.zero_()
     if in_order and row_weights.noise is None:  # then positions would only repeat what the slots say

@@ -9,6 +9,7 @@ A *pair* is a sequence and a KV head; a *segment* is the rows that one kernel go
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -87,9 +88,10 @@ class Partials:
         """flat: that the slots of the pairs follow one another. Raises PolicyError for scores that do not exist."""
         if scores is not None and scores not in SCORES:
             raise PolicyError(f"scores must be None or one of {', '.join(map(repr, SCORES))}, not {scores!r}.")
-        logits = torch.empty((group, slots) if flat else (pairs, group, slots), device=device) if scores else None
-        outputs = torch.empty(pairs, group, splits, dim, device=device)
-        maxima, sums = torch.empty(2, pairs, group, splits, device=device).unbind()
+        floats = partial(torch.empty, dtype=torch.float32, device=device)
+        logits = floats((group, slots) if flat else (pairs, group, slots)) if scores else None
+        outputs = floats((pairs, group, splits, dim))
+        maxima, sums = floats((2, pairs, group, splits)).unbind()
         return cls(outputs, maxima, sums, logits)
 
     @property
@@ -257,7 +259,7 @@ def combine(
     logits = partials.logits
     slots = 0 if logits is None else logits.shape[-1]
     shape = (slots,) if starts is not None else (batch, kv_heads, slots)
-    reduced = torch.empty(shape, device=device) if scores in GROUPS else None
+    reduced = torch.empty(shape, dtype=torch.float32, device=device) if scores in GROUPS else None
     stretches = triton.cdiv(slots if longest is None else min(slots, longest), _COMBINED_SLOTS)
     _combine_kernel[pairs, max(group, stretches)](
         partials.outputs, partials.maxima, partials.sums, logits, sinks, starts, output, reduced,
