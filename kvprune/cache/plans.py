@@ -215,10 +215,10 @@ class Planner:
         if not (self._own_codecs and self._evicts):  # then nobody asks what a packed row costs
             return table.token_bytes, 0
         sinks = ROTATED_SINKS if any(isinstance(codec, RotatedCodec) for codec in self._own_codecs) else 0
-        waiting = self._buffer + sinks + _LEAST_ROOM
+        waiting = self._buffer + sinks + _LEAST_ROOM + MOST_HOLES  # rows that go may all be of those that wait
         packed = max(table.packed_row_bytes(codec) for codec in self._own_codecs)  # any row may be one of many bits
         parameters = sum(table.block_bytes(codec) for codec in self._own_codecs)
-        return packed, waiting * table.token_bytes + parameters + MOST_HOLES * packed
+        return packed, waiting * table.token_bytes + parameters
 
     def observe(
         self,
