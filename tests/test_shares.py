@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from kvprune import Adaptive, Everywhere, PolicyError, PrunedCache, Pyramid, Share, Uniform
-from kvprune.policies import A2SF, H2O, AdaKV, PyramidKV, SnapKV, parse
+from kvprune.policies import A2SF, H2O, AdaKV, Keyformer, PyramidKV, Random, SnapKV, parse
 from kvprune.policy.registry import described, from_description
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT
 from kvprune.table.rows import ranked
@@ -280,6 +280,15 @@ def kept_by(policy) -> list[list[list[int]]]:
         [[at for at in head if at >= 0] for head in pruned.kept_positions(layer)[0].tolist()]
         for layer in pruned.pruned_layers
     ]
+
+
+def test_a_sequence_that_may_hold_more_gives_no_row_for_another():
+    """Behind a link that left it fewer rows than it was given, with no empty slot to give in its place."""
+    first = Keyformer(0.75, sinks=0, recent=3, noise=0, share=Everywhere(floor=0.2))
+    model = build("llama")
+    cache = PrunedCache(model, first | Random(4, sinks=0, recent=0, interval=2))
+    feed(model, left_padded([4, 7]), cache, [6, 1])
+    assert all(len(head) == 5 and head[-1] == 6 for layer in kept_everywhere(cache, 1) for head in layer)
 
 
 def test_adakv_is_snapkv_whose_heads_compete():

@@ -62,7 +62,7 @@ class Eviction(Ranking):
     def _evict(
         self, table: TokenTable, step: Step, capacity: tuple[int, ...], excess: int, surplus: int | Tensor | None = None
     ) -> Decision:
-        """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots.
+        """After a generated token: the `excess` worst rows; a sequence below its own budget gives empty slots, or none.
 
         surplus: rows above what a head may hold, where the capacity does not say that.
         """
@@ -83,6 +83,7 @@ class Eviction(Ranking):
         retention = self._ranks(table, step, capacity, scores, rows - surplus.clamp(min=0))
         worst = retention.masked_fill(empty, ALWAYS_KEPT).topk(excess, dim=-1, largest=False).indices
         vacant = empty.to(torch.int8).topk(excess, dim=-1).indices
+        vacant = torch.where(empty.gather(2, vacant), vacant, EMPTY)
         rank = torch.arange(excess, device=empty.device).expand_as(worst)
         return Decision(
             evict=torch.where(rank < surplus, worst, vacant.gather(2, (rank - surplus.clamp(min=0)).clamp(min=0)))
@@ -154,9 +155,13 @@ class Eviction(Ranking):
         rows, capacity = table.row_totals(), self.capacity(step)
         given = table.given or tuple(tokens * table.kv_heads for tokens in capacity)
         surplus = tuple(max(0, -((most - here) // table.kv_heads)) for most, here in zip(given, rows, strict=True))
-        if not any(surplus):
+        excess = max(surplus)
+        if not table.is_ragged:  # every sequence gives up as many slots, rows or empty ones
+            slots = (table.length - here // table.kv_heads for here in rows)
+            excess = min(excess, *(most + empty for most, empty in zip(surplus, slots, strict=True)))
+        if not excess:
             return None
-        return self._evict(table, step, capacity, max(surplus), per_sequence(surplus, table.positions.device))
+        return self._evict(table, step, capacity, excess, per_sequence(surplus, table.positions.device))
 
 
 def _best(table: TokenTable, retention: Tensor, most: int, counts: int | Tensor | None) -> Decision:

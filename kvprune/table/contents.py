@@ -24,6 +24,9 @@ class Contents:
     _storage: Storage
     _most_rows: int
 
+    is_ragged = False
+    """Whether heads lie apart, each with rows of its own number."""
+
     @property
     def kernels(self) -> RowOperations:
         """What moves rows: PyTorch's where torch.compile makes kernels of its own of them."""

@@ -22,6 +22,8 @@ class RaggedContents(TokenTable):
     _flat: Flat | None
     _shown: dict[str, Tensor]
 
+    is_ragged = True
+
     # -- what is in it: nothing changes ----------------------------------------------------------------------------
 
     @property
