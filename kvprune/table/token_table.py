@@ -38,7 +38,7 @@ from kvprune.table.storage import Storage, is_of_all_slots
 from kvprune.table.view import TableView
 
 # Rows that are evicted from a packed table leave holes; so many of them, and the rows close up.
-MOST_HOLES = 16
+MOST_HOLES = 8
 # Spare slots that a saved table may have beyond the number of its rows.
 MOST_SPARE = 32
 
