@@ -14,9 +14,7 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,6 +32,7 @@ from kvprune import PrunedCache, demo
 from kvprune.cache.models import cache_argument
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policy.registry import parse
+from measuring.servers import Serving
 
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
 POLICIES = {"snapkv:budget=0.25": 0, "keydiff:budget=0.25": 1, "kivi:bits=4": 1}
@@ -78,33 +77,17 @@ def generated(model: Any, tokenizer: Any, document: str, question: str, policy: 
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-class Serving:
-    """A server in a process of its own."""
+class OurServing(Serving):
+    """What `kvprune serve` serves, and what it says of itself."""
 
     def __init__(self, folder: Path, parallel: int, memory: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
         (folder / "chat.jinja").write_text(CHAT)
-        self._command = [
-            *(sys.executable, "-m", "kvprune", "serve", "--model", "demo", "--port", str(self.port)),
+        command = [
+            *(sys.executable, "-m", "kvprune", "serve", "--model", "demo"),
             *("--chat-template", str(folder / "chat.jinja"), "--cache-dir", str(folder / "caches")),
             *("--parallel", str(parallel), "--cache-memory", memory, "--queue", "1000"),
         ]
-        self.log = folder / "log"
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        while True:
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-                return
-            except httpx.HTTPError:
-                if self.process.poll() is not None:
-                    raise SystemExit(f"the server ended:\n{self.log.read_text()}") from None
-                time.sleep(0.1)
+        super().__init__(command, folder / "log")
 
     def metrics(self) -> dict[str, float]:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
@@ -190,7 +173,7 @@ def main() -> None:
 
     asked = cases(options.documents, options.questions, options.length)
     with tempfile.TemporaryDirectory() as folder:
-        server = Serving(Path(folder), options.parallel, options.memory)
+        server = OurServing(Path(folder), options.parallel, options.memory)
         server.start()
         clients = Clients(server.url, asked)
         threads = [threading.Thread(target=clients.run, args=[seed]) for seed in range(options.clients)]
@@ -215,8 +198,7 @@ def main() -> None:
             thread.join()
         time.sleep(1)
         last = server.metrics()
-        server.process.terminate()
-        server.process.wait()
+        server.stop()
     summary = {
         "command": " ".join(["python", *sys.argv]),
         "counts": dict(clients.counts) | {"wrong": len(clients.wrong)},

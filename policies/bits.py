@@ -8,26 +8,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvprune.errors import BudgetError, PolicyError
+from kvprune.errors import PolicyError
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policy.aging import oldest
-from kvprune.policy.allotment import EXACT, Rows, allotted, weights_of
+from kvprune.policy.allotment import Rows, allotted, weights_of
 from kvprune.policy.base import Decision, Step
 from kvprune.policy.budget import Budget
+from kvprune.policy.byte_limits import ByteLimits
 from kvprune.policy.ranking import Ranking
 from kvprune.policy.registry import parse
 from kvprune.policy.scored import Scored
 from kvprune.policy.settings import check_count, check_number
 from kvprune.policy.shares import Adaptive, Everywhere, Share
-from kvprune.table.basis import lanes_of
 from kvprune.table.quantize import BITS, Codec, is_width
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import in_order, true_rows
 from kvprune.table.token_table import TokenTable
 
 _TOGETHER = 32  # generated tokens that are packed together
-
-
 _SCORE, _SHARE = SnapKV(), Everywhere()
 
 
@@ -42,8 +40,7 @@ class Bits(Scored):
     0 and 16 bits alone, it is the eviction policy whose scores it takes, and where all rows stay, mixed precision. The
     rule is that of rate and distortion, as in RDKV (arXiv 2605.08317); `kvprune/policy/allotment.py` says what
     is minimised. theta is common to all who share a budget: heads and layers (`Everywhere`), heads of a layer
-    (`Adaptive`), or no others. Codes are of a Hadamard transform, carry their
-    scale, and share nothing with other rows.
+    (`Adaptive`), or no others. Codes are of a Hadamard transform, carry their scale, and share nothing with other rows.
 
     Every prompt is decided when it has ended, from the bytes that all tokens so far may take. What is packed by then
     keeps its bits or goes. Generated tokens stay exact until 32 are older than the newest `recent`, and then get
@@ -103,6 +100,10 @@ class Bits(Scored):
     def _budget(self) -> Budget:
         return Budget.parse(self.budget)
 
+    @cached_property
+    def _limits(self) -> ByteLimits:
+        return ByteLimits(self._budget, self.share, self.codecs, self.sinks + self.recent)
+
     @property
     def scorer(self) -> Ranking:
         return self.score  # type: ignore[return-value]
@@ -129,7 +130,7 @@ class Bits(Scored):
     def observe(self, table: TokenTable, step: Step) -> None:
         super().observe(table, step)
         if step.prefill:
-            self._check(table, step)
+            self._limits.check(table, step, self.budget)
 
     # -- which rows stay ---------------------------------------------------------------------------------------------
 
@@ -138,23 +139,14 @@ class Bits(Scored):
 
     def decide_together(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
         rows = [self._rows(table, step) for table, step in zip(tables, steps, strict=True)]
-        limits = [self._limit(table, step) for table, step in zip(tables, steps, strict=True)]
+        limits = [self._limits.of(table, step) for table, step in zip(tables, steps, strict=True)]
         floor = self.share.floor if isinstance(self.share, Adaptive) else 0
         if floor:
-            of_heads = [floor * self._limit(table, step, "head") for table, step in zip(tables, steps, strict=True)]
+            of_heads = [floor * self._limits.of(table, step, "head") for table, step in zip(tables, steps, strict=True)]
             least = allotted(rows, of_heads, lambda sizes: sizes)
             rows = [replace(own, least=bits) for own, bits in zip(rows, least, strict=True)]
 
-        def total(sizes: list[Tensor]) -> list[Tensor]:
-            if self.share.scope == "head":
-                return sizes
-            sums = [each.sum(1, keepdim=True) for each in sizes]
-            if self.share.scope == "layer":
-                return [step.heads.sum(each) for step, each in zip(steps, sums, strict=True)]
-            whole = steps[0].heads.sum(torch.stack([each.to(sums[0].device) for each in sums]).sum(0))
-            return [whole.to(each.device) for each in sums]
-
-        bits = allotted(rows, limits, total)
+        bits = allotted(rows, limits, self._limits.total(steps))
         return [self._decision(*each) for each in zip(tables, bits, strict=True)]
 
     def _rows(self, table: TokenTable, step: Step) -> Rows:
@@ -170,57 +162,9 @@ class Bits(Scored):
             always & there,
             there,
             torch.cat([packed, loose], dim=2),
-            self._prices(table),
+            self._limits.prices(table),
             self.widths,
         )
-
-    def _prices(self, table: TokenTable) -> dict[int, int]:
-        """Bytes of a row of a head, by bits."""
-        heads = table.batch_size * table.kv_heads
-        packed = {codec.bits: table.packed_row_bytes(codec) // heads for codec in self.codecs}
-        return {**packed, EXACT: table.token_bytes // heads}
-
-    def _limit(self, table: TokenTable, step: Step, scope: str | None = None) -> Tensor:
-        """Bytes of rows: of a head, of the heads of a layer, or of all layers, float64 `[B, 1]`."""
-        heads = table.kv_heads * step.heads.size
-        full = step.half_bytes / (step.layers * table.batch_size)  # of a token, in all heads of a layer
-        limits = []
-        for tokens in step.prompt_tokens:
-            size = self._budget.amount * full
-            if self._budget.kind == "bytes":
-                size = (self._budget.amount - step.stock_bytes) / (step.layers * table.batch_size)
-            elif self._budget.kind != "tokens":
-                size *= tokens
-            if self._budget.kind == "fraction":  # a greeting is no mistake
-                exact = min(self.sinks + self.recent, tokens) * self._prices(table)[EXACT]
-                size = max(size, (exact + self._overhead(table)) * heads)
-            size = max(0.0, size - self._overhead(table) * heads)
-            rows = int(size / (self._prices(table)[EXACT] * heads) + 1e-9)  # of those in full precision
-            own = self.share.of_layer(
-                rows, depth=step.depth, layers=step.layers, prompt_tokens=tokens, least=self.sinks + self.recent
-            )
-            limits.append(size * own / rows if rows else size)
-        of_layer = torch.tensor(limits, dtype=torch.float64, device=table.positions.device)[:, None]
-        scope = scope or self.share.scope
-        return of_layer * step.layers if scope == "model" else of_layer / (heads if scope == "head" else 1)
-
-    def _overhead(self, table: TokenTable) -> int:
-        """Bytes that a head holds beside its rows: the widths of its components."""
-        return sum(dim // lanes_of(dim) for dim in table.dims[:2]) * len(self.codecs)
-
-    def _check(self, table: TokenTable, step: Step) -> None:
-        """Raise BudgetError where the bytes do not hold what is always exact."""
-        price, heads = self._prices(table)[EXACT], table.kv_heads * step.heads.size
-        limits = self._limit(table, step, "layer")[:, 0].tolist()
-        for limit, tokens in zip(limits, step.prompt_tokens, strict=True):
-            rows = min(self.sinks + self.recent, tokens)
-            need = rows * price * heads
-            if need > limit:
-                raise BudgetError(
-                    f"budget={self.budget!r} leaves {max(0, int(limit)):,} bytes for the rows of a layer, and the "
-                    f"{rows} exact ones (sinks and recent) of its {heads} heads take {need:,}: give more, or lower "
-                    "sinks or recent."
-                )
 
     def _decision(self, table: TokenTable, bits: Tensor) -> Decision | None:
         table["bits"] = bits[:, :, table.packed_length :]
@@ -239,7 +183,7 @@ class Bits(Scored):
                 (codec, in_order(true_rows(own), positions, table.packed_length)) for codec, own in chosen if own.any()
             ]
             return Decision(quantize=tuple(parts), apart=True) if parts else None
-        if not table.packed or step.generated < _TOGETHER:
+        if not table.packed or step.generated // _TOGETHER == (step.generated - step.queries) // _TOGETHER:
             return None
         given = torch.as_tensor(step.tokens - step.generated - self.recent, device=table.positions.device)
         slots = oldest(table, residual=self.recent, together=_TOGETHER, sinks=given.clamp(min=self.sinks))

@@ -6,16 +6,15 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
-from kvprune.passes.cascades import Cascade, newest_rows
+from kvprune.passes.cascades import Staged
 from kvprune.passes.schedule import Schedule, checked, share_after
 from kvprune.policy.base import Step
 from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)
-class LazyLLM(Cascade):
+class LazyLLM(Staged):
     """After some layers, only the tokens that the newest query attends to most go on to deeper ones.
 
         s_i = (1 / H) sum_h A^l[h, N, i],   T = the ceil(share * N) tokens of largest s among those that layer l saw
@@ -52,18 +51,8 @@ class LazyLLM(Cascade):
     def revives(self) -> bool:
         return self.revive
 
-    @property
-    def needs_question(self) -> bool:
-        return True
-
     def share_after(self, layer: int, layers: int) -> float | None:
-        """The share of tokens that goes on after a layer, of so many; None if all that it looks at do."""
         return share_after(self.schedule, layer, layers)  # type: ignore[arg-type]
-
-    def row_weights(self, step: Step) -> RowWeights | None:
-        if step.passage is None or self.share_after(step.depth, step.layers) is None:
-            return None
-        return newest_rows(step)
 
     def onward(self, table: TokenTable, step: Step) -> Tensor | None:
         share = self.share_after(step.depth, step.layers)

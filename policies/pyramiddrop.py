@@ -6,9 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
-from kvprune.passes.cascades import Cascade, newest_rows
+from kvprune.passes.cascades import Staged
 from kvprune.policy.base import Step
 from kvprune.policy.passage import share_of
 from kvprune.policy.settings import check_count, check_number
@@ -16,7 +15,7 @@ from kvprune.table.token_table import TokenTable
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Cascade):
+class PyramidDrop(Staged):
     """The layers are `stages` of equal size; at the end of each but the last, tokens that the last one ignores stop.
 
         after stage s:  the ceil(share**s * M) tokens of largest (1 / H) sum_h A^l[h, N, i] go on, of M in the middle
@@ -53,19 +52,10 @@ class PyramidDrop(Cascade):
         check_count("keep_first", self.keep_first, least=0)
         check_count("keep_last", self.keep_last, least=1)
 
-    @property
-    def needs_question(self) -> bool:
-        return True
-
     def share_after(self, layer: int, layers: int) -> float | None:
-        """The share of the middle that goes on after a layer, of so many; None if all that it looks at does."""
+        """Of the middle."""
         ended = [stage for stage in range(1, self.stages) if round(stage * layers / self.stages) == layer + 1]
         return self.share ** max(ended) if ended and layer + 1 < layers else None
-
-    def row_weights(self, step: Step) -> RowWeights | None:
-        if step.passage is None or self.share_after(step.depth, step.layers) is None:
-            return None
-        return newest_rows(step)
 
     def onward(self, table: TokenTable, step: Step) -> Tensor | None:
         share = self.share_after(step.depth, step.layers)

@@ -64,11 +64,7 @@ class Found:
 
 def percent(values: Sequence[float], *, sign: str = "") -> str:
     """A mean and its standard error, with how many there are."""
-    if not values:
-        return ""
-    error = standard_error(list(values))
-    spread = "" if error is None else f" ± {100 * error:.0f}"
-    return f"{100 * statistics.mean(values):{sign}.0f}{spread}% ({len(values)})"
+    return _measured([100 * value for value in values], f"{sign}.0f", "%")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -77,11 +73,15 @@ def _mean(values: Sequence[float]) -> float:
 
 def _nats(values: Sequence[float], *, sign: str = "") -> str:
     """As `percent`, in nats."""
+    return _measured(values, f"{sign}.3f")
+
+
+def _measured(values: Sequence[float], form: str, unit: str = "") -> str:
     if not values:
         return ""
     error = standard_error(list(values))
-    spread = "" if error is None else f" ± {error:.3f}"
-    return f"{statistics.mean(values):{sign}.3f}{spread} ({len(values)})"
+    spread = "" if error is None else f" ± {error:{form.removeprefix('+')}}"
+    return f"{statistics.mean(values):{form}}{spread}{unit} ({len(values)})"
 
 
 def _bytes(rows: Iterable[Row]) -> str:

@@ -52,7 +52,7 @@ class ForwardPass(Masks):
 
     def reset(self) -> None:
         """Empty the cache, whatever has happened to it."""
-        raise NotImplementedError
+        raise NotImplementedError  # by the cache, of which this is a part
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -26,7 +26,7 @@ class Masks(Cache):
 
     def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
         """The error to raise for a forward pass that this cache cannot serve."""
-        raise NotImplementedError
+        raise NotImplementedError  # by the cache, of which this is a part
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a layer's mask; the length of a pruned layer says that it is of this cache."""

@@ -172,10 +172,10 @@ class LayerStep(CacheLayerMixin):
         return output.transpose(1, 2).contiguous().to(device)
 
     def _hide(self, past: Past, table: TokenTable) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # by the layer, of which this is a part
 
     def _tensors(self) -> list[Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError  # by the layer, of which this is a part
 
     def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
         """Whether a step of so many columns is one of a prompt."""

@@ -94,3 +94,21 @@ class Cascade(Policy, ABC):
             )
         install(model, len(cache.layers))
         cache.cascade = self
+
+
+@dataclass(frozen=True)
+class Staged(Cascade):
+    """Base of those that cut after some of the layers, by the attention of the newest token there."""
+
+    @property
+    def needs_question(self) -> bool:
+        return True
+
+    @abstractmethod
+    def share_after(self, layer: int, layers: int) -> float | None:
+        """The share of tokens that goes on after a layer, of so many; None if all that it looks at do."""
+
+    def row_weights(self, step: Step) -> RowWeights | None:
+        if step.passage is None or self.share_after(step.depth, step.layers) is None:
+            return None
+        return newest_rows(step)

@@ -38,7 +38,7 @@ class ScratchPass(Cache):
     def look(self, module: torch.nn.Module, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor,
              scoring: Scoring) -> Tensor:  # fmt: skip
         """The output of attention, `[B, L, Hq, Dv]`. query: `[B, Hq, L, D]`. keys, values: of this pass alone."""
-        raise NotImplementedError
+        raise NotImplementedError  # by each kind of pass
 
     def over(
         self, layer: PrunedLayer, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring

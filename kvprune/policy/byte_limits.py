@@ -1,0 +1,92 @@
+"""`ByteLimits`: how many bytes the rows of heads may take of a budget, by who shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import BudgetError
+from kvprune.policy.allotment import EXACT
+from kvprune.policy.budget import Budget
+from kvprune.policy.shares import Share
+from kvprune.policy.step import Step
+from kvprune.table.basis import lanes_of
+from kvprune.table.quantize import Codec
+from kvprune.table.token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class ByteLimits:
+    """Of a budget that heads, layers, or all of them share, as share says.
+
+    codecs: of rows in few bits. always: rows of a head that are in full precision whatever it is, and are paid first.
+    """
+
+    budget: Budget
+    share: Share
+    codecs: tuple[Codec, ...]
+    always: int
+
+    def prices(self, table: TokenTable) -> dict[int, int]:
+        """Bytes of a row of a head, by bits; of one in full precision under 16."""
+        heads = table.batch_size * table.kv_heads
+        packed = {codec.bits: table.packed_row_bytes(codec) // heads for codec in self.codecs}
+        return {**packed, EXACT: table.token_bytes // heads}
+
+    def of(self, table: TokenTable, step: Step, scope: str | None = None) -> Tensor:
+        """Bytes of rows: of a head, of the heads of a layer, or of all layers, float64 `[B, 1]`.
+
+        scope: "head", "layer" or "model"; None for that of the share.
+        """
+        heads, exact = table.kv_heads * step.heads.size, self.prices(table)[EXACT]
+        full = step.half_bytes / (step.layers * table.batch_size)  # of a token, in all heads of a layer
+        overhead = sum(dim // lanes_of(dim) for dim in table.dims[:2]) * len(self.codecs) * heads  # widths
+        limits = []
+        for tokens in step.prompt_tokens:
+            size = self.budget.amount * full
+            if self.budget.kind == "bytes":
+                size = (self.budget.amount - step.stock_bytes) / (step.layers * table.batch_size)
+            elif self.budget.kind != "tokens":
+                size *= tokens
+            if self.budget.kind == "fraction":  # a greeting is no mistake
+                size = max(size, min(self.always, tokens) * exact * heads + overhead)
+            size = max(0.0, size - overhead)
+            rows = int(size / (exact * heads) + 1e-9)  # of those in full precision
+            own = self.share.of_layer(
+                rows, depth=step.depth, layers=step.layers, prompt_tokens=tokens, least=self.always
+            )
+            limits.append(size * own / rows if rows else size)
+        of_layer = torch.tensor(limits, dtype=torch.float64, device=table.positions.device)[:, None]
+        scope = scope or self.share.scope
+        return of_layer * step.layers if scope == "model" else of_layer / (heads if scope == "head" else 1)
+
+    def total(self, steps: Sequence[Step]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """What bytes of heads, `[B, Hkv]` for each of these layers, come to together: what `of` limits."""
+
+        def summed(sizes: list[Tensor]) -> list[Tensor]:
+            if self.share.scope == "head":
+                return sizes
+            sums = [each.sum(1, keepdim=True) for each in sizes]
+            if self.share.scope == "layer":
+                return [step.heads.sum(each) for step, each in zip(steps, sums, strict=True)]
+            whole = steps[0].heads.sum(torch.stack([each.to(sums[0].device) for each in sums]).sum(0))
+            return [whole.to(each.device) for each in sums]
+
+        return summed
+
+    def check(self, table: TokenTable, step: Step, written: object) -> None:
+        """Raise BudgetError where the bytes do not hold what is always exact. written: the budget, as a person did."""
+        price, heads = self.prices(table)[EXACT], table.kv_heads * step.heads.size
+        limits = self.of(table, step, "layer")[:, 0].tolist()
+        for limit, tokens in zip(limits, step.prompt_tokens, strict=True):
+            rows = min(self.always, tokens)
+            need = rows * price * heads
+            if need > limit:
+                raise BudgetError(
+                    f"budget={written!r} leaves {max(0, int(limit)):,} bytes for the rows of a layer, and the "
+                    f"{rows} exact ones (sinks and recent) of its {heads} heads take {need:,}: give more, or lower "
+                    "sinks or recent."
+                )
