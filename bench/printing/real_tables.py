@@ -64,7 +64,18 @@ class Found:
 
 def percent(values: Sequence[float], *, sign: str = "") -> str:
     """A mean and its standard error, with how many there are."""
-    return _measured([100 * value for value in values], f"{sign}.0f", "%")
+    return f"{_share(values, sign)} ({len(values)})" if values else ""
+
+
+def _share(values: Sequence[float], sign: str = "") -> str:
+    digits = int(0.995 <= statistics.mean(values) < 1)  # what is not all should not read as if it were
+    return f"{_measured([100 * value for value in values], digits, sign)}%"
+
+
+def _measured(values: Sequence[float], digits: int, sign: str = "") -> str:
+    error = standard_error(list(values))
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -73,15 +84,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _nats(values: Sequence[float], *, sign: str = "") -> str:
     """As `percent`, in nats."""
-    return _measured(values, f"{sign}.3f")
-
-
-def _measured(values: Sequence[float], form: str, unit: str = "") -> str:
-    if not values:
-        return ""
-    error = standard_error(list(values))
-    spread = "" if error is None else f" ± {error:{form.removeprefix('+')}}"
-    return f"{statistics.mean(values):{form}}{spread}{unit} ({len(values)})"
+    return f"{_measured(values, 3, sign)} ({len(values)})" if values else ""
 
 
 def _bytes(rows: Iterable[Row]) -> str:
@@ -177,10 +180,8 @@ def overview(rows: Sequence[Row], only: Sequence[str] = ()) -> Table | None:
 def _written(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    values = [row["tokens_right"] for row in rows]
-    error = standard_error(values)
-    spread = "" if error is None else f" ± {100 * error:.0f}"
-    return f"{100 * statistics.mean(values):.0f}{spread}% ({sum(row['score'] == 1 for row in rows)} of {len(rows)})"
+    whole = sum(row["score"] == 1 for row in rows)
+    return f"{_share([row['tokens_right'] for row in rows])} ({whole} of {len(rows)})"
 
 
 def constructed(text: str) -> str:

@@ -3,7 +3,7 @@
     base        `Policy`, its `Chain`s, the `Step` that it is told of and the `Decision` that it returns
     eviction    `Eviction`: rank rows by a score and keep the best within a budget; budget: what budgets mean
     ranking     what rows are ranked by, and what stays whatever its rank; pooling: scores over neighbouring positions
-    allotment   how many bits each row gets of a number of bytes; byte_limits: how many bytes there are, by who shares them
+    allotment   how many bits each row gets of a number of bytes; byte_limits: how many there are, by who shares them
     scored      base of policies that do other things than evict by the scores of one that ranks rows
     representatives   links of a chain that choose a part of what the one before them keeps
     heads       whose heads a policy sees, where several processes share a layer
