@@ -191,6 +191,7 @@ class Batches:
                     stopping_criteria=[writing],
                 )
                 over = [at for at, row in enumerate(rows) if row.over]  # once: a row may be called off meanwhile
+                writing.weigh(gone=len(over) == len(rows))  # first: who hears of the last end finds nothing held
                 self._end(over, rows, cache, end)
                 stay = [at for at in range(len(rows)) if at not in over]
                 if stay and len(stay) < len(rows):
