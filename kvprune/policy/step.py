@@ -68,13 +68,13 @@ class Step:
     """How the model makes probabilities of queries and keys; there when policies observe and decide."""
     tallies: Tallies = field(default_factory=Tallies)
     """What the policy remembers beside rows, see `Policy.tallies`; update them in place."""
-    rotary: Rotary = NO_ROTARY
+    rotary: Rotary = field(default_factory=lambda: NO_ROTARY)  # torch.compile of 2.11 takes no object as a default
     """How the layer turns queries and keys by their positions, for a policy that `turns_back`."""
     asked: Asked | None = None
     """What its queries look at; there when policies observe."""
     outputs: Outputs | None = None
     """What values become in the output of the layer, for a policy that `weighs_outputs`."""
-    heads: Heads = ALL_HEADS
+    heads: Heads = field(default_factory=lambda: ALL_HEADS)
     """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
     passage: Passage | None = None
     """There where tokens may stop after this layer, for a policy that `stops_tokens`."""

@@ -226,7 +226,7 @@ def attention_mass(
 
     common = {
         **_weights(row_weights, batch, queries.device),
-        **_noise(row_weights),
+        **_noise(row_weights, queries.device),
         **_positions(query_positions, key_positions, batch, kv_heads),
         "count": count, "queries_length": length, "keys_length": keys_length, "kv_heads": kv_heads,
         "scale": scoring.scale, "SOFTCAP": scoring.softcap,
@@ -282,7 +282,7 @@ def _weights(row_weights: RowWeights, batch: int, device: torch.device) -> dict[
     return {"chosen": rows, "weights": weights, "chosen_stride": stride, "log2_decay": log2_decay}
 
 
-def _noise(row_weights: RowWeights) -> dict[str, Any]:
+def _noise(row_weights: RowWeights, device: torch.device) -> dict[str, Any]:
     noise = row_weights.noise
     if noise is None:
         return {"NOISY": False, "layer_word": 0, "noise_scale": 0.0, "temperature": 1.0, "temperatures": None}
@@ -292,7 +292,7 @@ def _noise(row_weights: RowWeights) -> dict[str, Any]:
         "layer_word": layer_word(noise),
         "noise_scale": float(noise.scale),
         "temperature": 1.0 if per_row else float(noise.temperature),
-        "temperatures": noise.temperature.contiguous() if per_row else None,  # type: ignore[union-attr]
+        "temperatures": noise.temperature.to(device).contiguous() if per_row else None,  # type: ignore[union-attr]
     }
 
 

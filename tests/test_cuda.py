@@ -1,0 +1,137 @@
+"""Whatever a cache can do, it does on a GPU as on the CPU: the same tokens stay, and the model says the same."""
+
+import pytest
+import torch
+from families import build, feed, generate, kept_everywhere, left_padded, storage_nbytes, token_ids
+
+from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
+from kvprune.errors import KVPruneError
+from kvprune.policy.registry import names, parse
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = 48
+CHAINS = (
+    "a2sf:kernel_size=5,ahead=4", "snapkv:window=4,share=adaptive", "snapkv:window=4,share=everywhere",
+    "a2sf:share=pyramid", "a2sf:interval=4", "a2sf | zipcache:buffer=4", "snapkv:window=4 | kivi:bits=2",
+    "snapkv:window=4,share=adaptive | kivi:bits=2", "a2sf | kvcrush", "a2sf | spectral:bits=4", "zipcache:buffer=4",
+    "kivi:bits=2,residual=8,group_size=8", "kivi:bits=4,residual=8,group_size=8", "streaming_llm | kivi",
+    "tova:share=adaptive", "keyformer:seed=3,share=adaptive", "kvzip:share=everywhere",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The same weights here and there; three layers, as cascades want some."""
+    here = build("llama", num_hidden_layers=3)
+    there = build("llama", num_hidden_layers=3).to("cuda")
+    return here, there
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def made(text, models):
+    """A cache here and one there, or a skip where the policy cannot be on such a model."""
+    found = []
+    for model in models:
+        try:
+            found.append(PrunedCache(model, parse(text, budget=0.5)))
+        except KVPruneError as error:
+            pytest.skip(str(error))
+    return found
+
+
+def to(batch, device):
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def same(here, there, rows=1):
+    """What is kept, and that the bytes that a cache tells are those that are there."""
+    for row in range(rows):
+        assert kept_everywhere(there, row) == kept_everywhere(here, row)
+    assert there.nbytes == storage_nbytes(there)
+    assert there.seen_tokens == here.seen_tokens
+    str(there.report())
+
+
+@pytest.mark.parametrize("text", [*names(), *CHAINS])
+def test_every_policy_keeps_the_same(text, models):
+    """A prompt in one step or in two, then tokens one by one."""
+    batch = {"input_ids": token_ids(1, PROMPT + 12), "attention_mask": torch.ones(1, PROMPT + 12).long()}
+    here, there = made(text, models)
+    sizes = [PROMPT] + [1] * 12
+    try:
+        expected = feed(models[0], batch, here, sizes)
+    except KVPruneError as error:
+        pytest.skip(str(error))
+    logits = feed(models[1], to(batch, "cuda"), there, sizes).cpu()
+    torch.testing.assert_close(logits[:, -12:], expected[:, -12:], atol=2e-3, rtol=2e-3)
+    same(here, there)
+
+
+@pytest.mark.parametrize("text", [*names(), *CHAINS])
+def test_padded_batches_and_second_turns(text, models):
+    batch = left_padded([PROMPT, PROMPT - 9], seed=3)
+    here, there = made(text, models)
+    try:
+        expected = feed(models[0], batch, here, [PROMPT - 8, 1, 1, 6])
+    except KVPruneError as error:
+        pytest.skip(str(error))
+    logits = feed(models[1], to(batch, "cuda"), there, [PROMPT - 8, 1, 1, 6]).cpu()
+    torch.testing.assert_close(logits[:, -6:], expected[:, -6:], atol=2e-3, rtol=2e-3)
+    same(here, there, 2)
+
+
+@pytest.mark.parametrize("text", ["a2sf", "a2sf | zipcache:buffer=4", "snapkv:window=4,share=adaptive", "spectral:bits=4"])
+def test_forks_selections_and_files(text, models, tmp_path):
+    """Rows of a batch are repeated and chosen; a fork goes its own way; a file brings back what was saved."""
+    here, there = made(text, models)
+    batch = {"input_ids": token_ids(1, PROMPT), "attention_mask": torch.ones(1, PROMPT).long()}
+    more = token_ids(3, 4, seed=5)
+    logits = []
+    for model, cache in zip(models, (here, there), strict=True):
+        with torch.no_grad():
+            ids = batch["input_ids"].to(model.device)
+            model(ids, **cache_argument(cache))
+            cache.save(tmp_path / f"{model.device.type}.safetensors")
+            again = PrunedCache.load(tmp_path / f"{model.device.type}.safetensors", model)
+            forked = cache.fork()
+            for each in (cache, again, forked):
+                if "share" not in text:
+                    each.batch_repeat_interleave(3)
+                    each.batch_select_indices(torch.tensor([2, 0], device=model.device))
+                rows = 1 if "share" in text else 2
+                logits.append(model(more[:rows].to(model.device), **cache_argument(each)).logits.cpu())
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], atol=2e-3, rtol=2e-3)
+    same(here, there)
+
+
+@pytest.mark.parametrize("text", ["a2sf", "snapkv:window=4,share=adaptive", "kivi:bits=4,residual=8,group_size=8", "bits"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(text, dtype):
+    """Rounding decides some tokens otherwise; what is generated must be there, and finite."""
+    model = build("llama", dtype=dtype).to("cuda")
+    cache = PrunedCache(model, parse(text, budget=0.5))
+    ids = generate(model, {"input_ids": token_ids(1, PROMPT).cuda()}, 8, **cache_argument(cache))
+    assert ids.shape == (1, PROMPT + 8)
+    with torch.no_grad():
+        assert model(ids[:, -1:], **cache_argument(cache)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3", "gpt-oss", "gpt2", "gpt-neox"])
+def test_families(family):
+    """Hybrids, sinks, and models without grouped heads."""
+    here, there = build(family), build(family).to("cuda")
+    batch = left_padded([PROMPT, PROMPT - 9], seed=3)
+    found = []
+    for model in (here, there):
+        cache = PrunedCache(model, parse("a2sf:recent=4", budget=20))
+        tokens = generate(model, to(batch, model.device), 6, **cache_argument(cache))
+        found.append((tokens.tolist(), kept_everywhere(cache)))
+    assert found[0] == found[1]
