@@ -78,7 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     MODELS["some layers"] = MODELS["llama-3.1-8b"] | {"num_hidden_layers": arguments.layers}
     model = build_model("some layers", "bfloat16", device=arguments.device)
-    log, rows = Log(), []
+    log = Log()
+    rows: list[dict[str, Any]] = []
 
     def pruned(name: str) -> PrunedCache:
         return PrunedCache(model, parse(name, budget=arguments.budget))

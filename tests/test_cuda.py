@@ -12,6 +12,8 @@ from kvprune.policy.registry import names, parse
 pytestmark = pytest.mark.gpu
 
 PROMPT = 48
+HALVES = ("a2sf", "snapkv:window=4,share=adaptive", "kivi:bits=4,residual=8,group_size=8", "bits")
+FORKED = ("a2sf", "a2sf | zipcache:buffer=4", "snapkv:window=4,share=adaptive", "spectral:bits=4")
 CHAINS = (
     "a2sf:kernel_size=5,ahead=4", "snapkv:window=4,share=adaptive", "snapkv:window=4,share=everywhere",
     "a2sf:share=pyramid", "a2sf:interval=4", "a2sf | zipcache:buffer=4", "snapkv:window=4 | kivi:bits=2",
@@ -87,7 +89,9 @@ def test_padded_batches_and_second_turns(text, models):
     same(here, there, 2)
 
 
-@pytest.mark.parametrize("text", ["a2sf", "a2sf | zipcache:buffer=4", "snapkv:window=4,share=adaptive", "spectral:bits=4"])
+@pytest.mark.parametrize(
+    "text", ["a2sf", "a2sf | zipcache:buffer=4", "snapkv:window=4,share=adaptive", "spectral:bits=4"]
+)
 def test_forks_selections_and_files(text, models, tmp_path):
     """Rows of a batch are repeated and chosen; a fork goes its own way; a file brings back what was saved."""
     here, there = made(text, models)
@@ -112,7 +116,9 @@ def test_forks_selections_and_files(text, models, tmp_path):
     same(here, there)
 
 
-@pytest.mark.parametrize("text", ["a2sf", "snapkv:window=4,share=adaptive", "kivi:bits=4,residual=8,group_size=8", "bits"])
+@pytest.mark.parametrize(
+    "text", ["a2sf", "snapkv:window=4,share=adaptive", "kivi:bits=4,residual=8,group_size=8", "bits"]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(text, dtype):
     """Rounding decides some tokens otherwise; what is generated must be there, and finite."""

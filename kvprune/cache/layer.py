@@ -293,9 +293,9 @@ class PrunedLayer(LayerStep):
         """Bytes of every tensor this layer holds."""
         if self.table is not None:
             self.table.settle()  # copies of columns that somebody has looked at are not held
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         held = [] if self.table is None else list(self.table.tensors().values())
         held += self.tallies.values()
         if self.remembered is not None:

@@ -31,6 +31,7 @@ from kvprune.cache.models import (
 )
 from kvprune.cache.modes import without_gradients
 from kvprune.cache.progress import Progress, watch
+from kvprune.cache.recording import Graphs
 from kvprune.cache.rolling_back import RollingBack
 from kvprune.cache.rotary import rotations
 from kvprune.cache.transcript import Transcript
@@ -115,6 +116,7 @@ class PrunedCache(Contents, RollingBack):
         backend = choose(attention, _device(device) or model.device, model.dtype, widest)
         self._empty = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in pruned}
         turning = rotations(model, tuple(pruned)) if policy.renumbers and pruned else {}
+        graphs = Graphs()
         for depth, index in enumerate(pruned):
             layers[index] = PrunedLayer(
                 policy,
@@ -123,6 +125,7 @@ class PrunedCache(Contents, RollingBack):
                 kernels=kernels,
                 backend=backend,
                 rotation=turning.get(index),
+                graphs=graphs,
                 depth=depth,
                 pruned_layers=len(pruned),
                 stock_tokens=_stock_tokens(layers, configs, configs[index]),

@@ -14,6 +14,7 @@ from kvprune.cache import stock
 from kvprune.cache.forward_pass import ForwardPass
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.modes import without_gradients
+from kvprune.cache.recording import Graphs
 from kvprune.cache.transcript import Transcript
 from kvprune.errors import CacheError
 
@@ -117,6 +118,9 @@ class RollingBack(ForwardPass):
         other.layers = [
             layer.fork() if isinstance(layer, PrunedLayer) else stock.copied(layer) for layer in self.layers
         ]
+        graphs = Graphs()  # what is recorded of both may run at the same time
+        for index in self.pruned_layers:
+            other.layers[index].graphs = graphs
         other._forget_step()
         return other
 

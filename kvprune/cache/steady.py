@@ -7,22 +7,33 @@ graph replays the ints it was recorded with: a compiled step reads and advances 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvprune.cache.recording import Graphs, Recording
 
 
 @dataclass
 class Steady:
     """counts: LongTensor `[2 + B]`: columns seen, tokens generated since the prompt, and the tokens of each sequence.
 
-    ahead: whether compiled steps have counted on, past the ints of the layer.
+    ahead: whether compiled steps have counted on, past the ints of the layer. in_graph: whether a step is being run
+    that is to be recorded, which must not depend on them.
     """
 
     counts: Tensor
     ahead: bool = False
+    in_graph: bool = False
+    recording: Recording | None = field(default=None, repr=False)
+
+    def recorded(self, graphs: Graphs) -> Recording:
+        """The step of this state, which is recorded where `graphs` say so."""
+        if self.recording is None:
+            self.recording = Recording(graphs)
+        return self.recording
 
     @classmethod
     def of(cls, seen: int, generated: int, tokens: tuple[int, ...], device: torch.device) -> Steady:

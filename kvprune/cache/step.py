@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.attention.backends import SDPA, Sdpa
 from kvprune.attention.mass import Scoring
@@ -23,8 +22,10 @@ from kvprune.attention.rotation import Rotation
 from kvprune.cache.columns import ALL_REAL, Past
 from kvprune.cache.ledger import Ledger
 from kvprune.cache.plans import Plan, Planner
+from kvprune.cache.recording import Graphs
 from kvprune.cache.selection import FilteredStep, Selection
-from kvprune.cache.steady import Counted, Steady, pin
+from kvprune.cache.steady import Steady
+from kvprune.cache.steady_state import SteadyState
 from kvprune.cache.undecided import Undecided
 from kvprune.cache.unread import Unread
 from kvprune.errors import KVPruneError
@@ -39,17 +40,12 @@ from kvprune.table.token_table import TokenTable
 _UNDECIDED = 128
 
 
-class LayerStep(CacheLayerMixin):
+class LayerStep(SteadyState):
     """The part of a `PrunedLayer` that a forward pass goes through. `attend` changes its table, and frees memory."""
 
     is_croppable = True
     is_sliding = False
     supports_early_init = False
-
-    seen = Counted()  # columns of the model's input so far, padding included: the length transformers knows
-    tokens = Counted()  # per sequence, without padding: what positions are made of
-    generated = Counted()  # tokens since the last prefill step
-    last_eviction = Counted()  # `seen` when rows last went away: no crop can go behind it
 
     def __init__(
         self,
@@ -60,6 +56,7 @@ class LayerStep(CacheLayerMixin):
         kernels: str = "auto",
         backend: Sdpa = SDPA,
         rotation: Rotation | None = None,
+        graphs: Graphs | None = None,
         **shared: Any,
     ) -> None:
         """Args:
@@ -67,6 +64,7 @@ class LayerStep(CacheLayerMixin):
         device: where the table lives and is attended to; None for the model's.
         kernels: what computes on the cache, a name. backend: what attention over several new tokens runs on.
         rotation: how keys are turned by their position, where they are to be seen at their places in the cache.
+        graphs: what records steps for all layers of a cache.
         """
         super().__init__()
         self.planner = Planner(policy, index, **shared)
@@ -74,6 +72,7 @@ class LayerStep(CacheLayerMixin):
         self.kernels = kernels
         self.backend = backend
         self.rotation = rotation
+        self.graphs = graphs or Graphs()
         self.reset()
 
     @property
@@ -124,9 +123,13 @@ class LayerStep(CacheLayerMixin):
             past: what the mask of this step hides of what is cached, if there is any; it goes.
         """
         if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
-            return self._compiled_step(self.table, self.steady, states, scoring)
+            return self.steady_step(self.table, self.steady, states, scoring)
         self.settle_mode()
         first = self.table is None
+        if self.steady is not None and states.shape[2] == 1 and valid is None and past is None and filtered is None:
+            recorded = self.steady.recorded(self.graphs).step(self, states, scoring)
+            if recorded is not None:
+                return recorded
         try:
             return self._attend(states, valid, scoring, filtered, past)
         except KVPruneError:
@@ -156,15 +159,15 @@ class LayerStep(CacheLayerMixin):
             self.generated += max(queries.tokens if filtered is None else filtered.tokens)
 
         if self.record_past:
-            output = queries.attend(self._placed(table), scoring, backend=self.backend).output
+            output = queries.attend(self.placed(table), scoring, backend=self.backend).output
             self._defer(table, queries, prefill, scoring)
         else:
-            plans = self._plans(table, queries, prefill, passage=passage)
+            plans = self.plans(table, queries, prefill, passage=passage)
             wanted = any(plan.weights is not None for plan in plans)
-            seen = self._placed(table) if passage is None else passage.seen(table)
+            seen = self.placed(table) if passage is None else passage.seen(table)
             attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
             output = attended.output
-            self._observe(seen, plans, queries, scoring, attended)
+            self.observe(seen, plans, queries, scoring, attended)
             self._decide(plans, prefill=prefill)
             padded = passage is not None and valid is not None
             if padded and self.table.close_up(self.planner.room(self.table), self.seen):  # type: ignore[union-attr, arg-type]
@@ -172,9 +175,6 @@ class LayerStep(CacheLayerMixin):
         return output.transpose(1, 2).contiguous().to(device)
 
     def _hide(self, past: Past, table: TokenTable) -> None:
-        raise NotImplementedError  # by the layer, of which this is a part
-
-    def _tensors(self) -> list[Tensor]:
         raise NotImplementedError  # by the layer, of which this is a part
 
     def takes_prompt(self, length: int, filtered: FilteredStep | None) -> bool:
@@ -197,53 +197,6 @@ class LayerStep(CacheLayerMixin):
             self.remembered = self.remembered and self.remembered.clone()
             if steady:
                 self._enter_steady(self.table)  # type: ignore[arg-type]
-
-    # -- the steady state -------------------------------------------------------------------------------------------
-
-    def _enter_steady(self, table: TokenTable) -> None:
-        """After a step that evicted: the next token takes the spare slot, and another row goes."""
-        if not table.dense or table.packed or table.capacity == table.length or self.home is not None:
-            return
-        if self.remembered is not None:
-            if self.remembered.states.shape[2] < self.planner.query_window(False) - 1:
-                return
-            self.remembered = self.remembered.writable()
-        self.steady = Steady.of(self.seen, self.generated, self.tokens, table.positions.device)
-        pin(self._tensors())
-
-    def leave_steady(self) -> None:
-        """Steps may change shapes again."""
-        if self.steady is not None:
-            self.catch_up()
-            self.steady = None
-
-    def catch_up(self) -> None:
-        """Count what compiled steps have counted on the device."""
-        if self.steady is not None and self.steady.ahead:
-            self.seen, self.generated, self.tokens = self.steady.read()
-            self.last_eviction = self.seen
-
-    def _compiled_step(self, table: TokenTable, steady: Steady, states: Tensor, scoring: Scoring) -> Tensor:
-        """`_attend` for a generated token in the steady state: nothing here depends on what an int has counted."""
-        keys, values = self.incoming  # type: ignore[misc]
-        self.incoming = None
-        queries = Queries(states, steady.tokens, None, (1,) * len(states))
-        table.append(keys, values, queries.first)
-        plans = self._plans(table, queries, False)
-        wanted = plans[0].weights is not None
-        seen = self._placed(table)
-        attended = queries.attend(seen, scoring, with_probabilities=wanted, backend=self.backend)
-        self._observe(seen, plans, queries, scoring, attended)
-        decision = plans[0].policy.decide(plans[0].table, plans[0].step)
-        table.evict(decision.evict)  # type: ignore[union-attr, arg-type]  # at its budget, it evicts a row
-        steady.advance()
-        return attended.output.transpose(1, 2).contiguous()
-
-    def _placed(self, table: TokenTable) -> TokenTable:
-        """The table as queries see it: rows where they are in the text, or where they are in the cache."""
-        if self.rotation is None:
-            return table
-        return table.with_keys(self.rotation.closed_up(table.keys, table.positions))
 
     def _append(
         self, states: Tensor, valid: Tensor | None, filtered: FilteredStep | None
@@ -286,12 +239,12 @@ class LayerStep(CacheLayerMixin):
 
     # -- the policies ----------------------------------------------------------------------------------------------
 
-    def _plans(
+    def plans(
         self, table: TokenTable, queries: Queries, prefill: bool, to_come: tuple[int, ...] = (),
         passage: Passage | None = None,
     ) -> list[Plan]:  # fmt: skip
         """to_come: tokens of each sequence that have been counted, and come after these queries."""
-        if (steady := self.steady) is not None and torch.compiler.is_dynamo_compiling():
+        if (steady := self.steady) is not None and (steady.in_graph or torch.compiler.is_dynamo_compiling()):
             tokens: int | Tensor = steady.tokens + 1
             generated: int | Tensor = steady.generated + 1
         else:
@@ -309,7 +262,7 @@ class LayerStep(CacheLayerMixin):
             passage=passage,
         )
 
-    def _observe(
+    def observe(
         self,
         table: TokenTable,
         plans: list[Plan],
@@ -386,7 +339,7 @@ class LayerStep(CacheLayerMixin):
             early = queries.part(0, split)
             with table.without_newest(len(queries) - split):  # all that these queries can see
                 to_come = tuple(a - b for a, b in zip(queries.tokens, early.tokens, strict=True))
-                self._observe(self._placed(table), self._plans(table, early, prefill, to_come), early, scoring)
+                self.observe(self.placed(table), self.plans(table, early, prefill, to_come), early, scoring)
         self.undecided = Undecided(queries.part(split, len(queries)), prefill, scoring)
 
     def _commit(self) -> None:
@@ -395,6 +348,6 @@ class LayerStep(CacheLayerMixin):
             return
         if undecided.prefill:
             self.prompt_tokens, self.generated = self.tokens, 0
-        plans = self._plans(self.table, undecided.queries, undecided.prefill)
-        self._observe(self._placed(self.table), plans, undecided.queries, undecided.scoring)
+        plans = self.plans(self.table, undecided.queries, undecided.prefill)
+        self.observe(self.placed(self.table), plans, undecided.queries, undecided.scoring)
         self._decide(plans, prefill=undecided.prefill)

@@ -1,0 +1,131 @@
+"""`Recording`: the steady step of one layer as a CUDA graph, so that a GPU is not kept waiting by Python.
+
+A decode step launches dozens of small kernels in every layer, and on a GPU to launch them takes longer than to run
+them. In the steady state all of them write to the same memory at every step, and what differs is counted on the device
+(see `Steady`). So the step is recorded once, as soon as a layer is steady, and from then on one launch replays it.
+Nothing has to be compiled by torch.compile, which records the rest of the model as well where it is used.
+
+Recordings end with the steady state they are of: whatever else changes a table, ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvprune.attention.mass import Scoring
+
+if TYPE_CHECKING:
+    from kvprune.cache.step import LayerStep
+    from kvprune.table.token_table import TokenTable
+
+Run = Callable[..., Tensor]
+Replay = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Graphs:
+    """Makes recordings for the layers of one cache, which run one after another and share scratch memory.
+
+    They are made where the kernels are Triton's: with `kernels="torch"` there are none.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, Any] = {}
+
+    def wanted(self, layer: LayerStep, states: Tensor) -> bool:
+        """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
+        on_gpu = states.is_cuda and layer.table is not None and layer.table.kernels.name == "triton"
+        return on_gpu and layer.planner.heads.size == 1 and not torch.cuda.is_current_stream_capturing()
+
+    def capture(self, run: Run, inputs: Sequence[Tensor]) -> Replay:
+        """Record `run(*inputs)`, of which nothing runs yet; returns what replays it on other inputs of the same shapes.
+
+        What it holds beside the graph is scratch memory, the size of a token's activations. Raises RuntimeError for
+        what cannot be recorded.
+        """
+        device, given = inputs[0].device, [torch.empty_like(each) for each in inputs]
+        with torch.cuda.device(device):
+            if device not in self._pools:
+                self._pools[device] = torch.cuda.graph_pool_handle()
+            graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(current)
+            with torch.cuda.stream(aside):
+                # Other threads may go on; `torch.cuda.graph` would also collect garbage and empty torch's cache.
+                graph.capture_begin(pool=self._pools[device], capture_error_mode="thread_local")
+                try:
+                    output = run(*given)
+                finally:
+                    graph.capture_end()
+            current.wait_stream(aside)
+
+        def replay(inputs: Sequence[Tensor]) -> Tensor:
+            torch._foreach_copy_(given, list(inputs))
+            graph.replay()
+            return output.clone()  # the next replay writes there
+
+        return replay
+
+
+class Recording:
+    """The step of one layer in one steady state: run once as it is, then recorded, then replayed."""
+
+    def __init__(self, graphs: Graphs) -> None:
+        self._graphs = graphs
+        self._refused = False
+        self._replay: Replay | None = None
+        self._known: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: Any) -> Recording:
+        return Recording(self._graphs)  # of tensors of its own, and not recorded yet
+
+    def step(self, layer: LayerStep, states: Tensor, scoring: Scoring) -> Tensor | None:
+        """The output of a steady step `[B, 1, Hq, Dv]`; None where this one has to be run in the ordinary way.
+
+        states: `[B, Hq, 1, D]`, beside the incoming keys and values of the layer.
+        """
+        if self._refused or not self._graphs.wanted(layer, states):
+            return None
+        inputs = (states, *layer.incoming)  # type: ignore[misc]
+        known = _facts(layer, inputs, scoring)
+        if known != self._known:  # kernels are compiled, and handles made, before anything is recorded
+            self._known, self._replay = known, None
+            output = _run(layer, scoring, *inputs)
+        else:
+            self._replay = self._replay or self._recorded(layer, inputs, scoring)
+            if self._replay is None:
+                self._refused = True
+                return None
+            output = self._replay(inputs)
+        layer.incoming = None
+        layer.count_one()
+        return output
+
+    def _recorded(self, layer: LayerStep, inputs: Sequence[Tensor], scoring: Scoring) -> Replay | None:
+        table: TokenTable = layer.table  # type: ignore[assignment]
+        incoming, length = layer.incoming, table.length
+        try:
+            return self._graphs.capture(lambda *given: _run(layer, scoring, *given), inputs)
+        except RuntimeError:  # with counts of what has not run
+            table.drop_newest(table.length - length)
+            layer.incoming = incoming
+            return None
+
+
+def _run(layer: LayerStep, scoring: Scoring, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    layer.incoming = keys, values
+    steady = layer.steady
+    steady.in_graph = True  # type: ignore[union-attr]
+    try:
+        return layer.steady_step(layer.table, steady, states, scoring)  # type: ignore[arg-type]
+    finally:
+        steady.in_graph = False  # type: ignore[union-attr]
+
+
+def _facts(layer: LayerStep, inputs: Sequence[Tensor], scoring: Scoring) -> tuple[Any, ...]:
+    """What has to be as it was when the step was recorded."""
+    shapes = tuple((each.shape, each.stride(), each.dtype) for each in inputs)
+    places = tuple(each.data_ptr() for each in layer.tensors())
+    return shapes, places, scoring.scale, scoring.softcap, id(scoring.sinks), layer.prompt_tokens

@@ -1,0 +1,179 @@
+"""Steps that are recorded once and replayed keep what steps that are run keep.
+
+On a GPU they are CUDA graphs (see also test_cuda.py); here a tape of the operations of torch, replayed one by one on the
+same memory, which shows as well what a graph would not notice: an int that differed from step to step.
+"""
+
+import copy
+
+import pytest
+import torch
+from families import generate, left_padded, shared, token_ids
+from test_compile import STATIC, assert_same_state, decode, prefilled
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from kvprune import PrunedCache
+from kvprune.cache.models import cache_argument
+from kvprune.cache.recording import Graphs
+from kvprune.policies import A2SF, SnapKV
+
+
+class Tape(TorchDispatchMode):
+    """Operations, with what they were given and what they returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.log.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self, wanted):
+        """Do it all again: tensors that an operation made are made anew, others are where they were."""
+        made = {}
+
+        def now(tensor):
+            return made.get(id(tensor), tensor)
+
+        for func, args, kwargs, out in self.log:
+            again = func(*tree_map_only(torch.Tensor, now, args), **tree_map_only(torch.Tensor, now, kwargs))
+            for old, new in zip(tensors(out), tensors(again), strict=True):
+                made[id(old)] = new
+        return now(wanted)
+
+
+def tensors(found):
+    return [each for each in (found if isinstance(found, list | tuple) else [found]) if isinstance(each, torch.Tensor)]
+
+
+class Tapes(Graphs):
+    """Graphs that are tapes. As on a GPU, nothing of a step has happened once it is recorded."""
+
+    recorded = replayed = 0
+    refuses = False
+
+    def wanted(self, layer, states):
+        self.layer = layer
+        return True
+
+    def capture(self, run, inputs):
+        given, held = [torch.empty_like(each) for each in inputs], self.layer.tensors()
+        before = [each.clone() for each in held]
+        tape = Tape()
+        with tape:
+            output = run(*given)
+            if self.refuses:
+                Tapes.recorded += 1
+                self.layer.incoming = None
+                self.layer.table.append(*inputs[1:], 0)  # where it was interrupted, a row has been counted
+        for tensor, old in zip(held, before, strict=True):
+            tensor.copy_(old)
+        if self.refuses:
+            raise RuntimeError("this operation cannot be recorded")
+        Tapes.recorded += 1
+
+        def replay(inputs):
+            Tapes.replayed += 1
+            for mine, new in zip(given, inputs, strict=True):
+                mine.copy_(new)
+            return tape.replay(output).clone()
+
+        return replay
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    for name in ("wanted", "capture", "refuses"):
+        monkeypatch.setattr(Graphs, name, Tapes.__dict__[name], raising=False)
+    monkeypatch.setattr(Tapes, "recorded", 0)
+    monkeypatch.setattr(Tapes, "replayed", 0)
+
+
+@torch.no_grad()
+def on_tape(policy, sequences=1):
+    """A cache with a prompt in it, and the token that comes next. Compiled loops would be on no tape."""
+    cache = PrunedCache(shared(), policy, kernels="torch")
+    return cache, shared()(token_ids(sequences, 40), **cache_argument(cache)).logits[:, -1:].argmax(-1)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("policy", STATIC.values(), ids=STATIC)
+def test_replayed_steps_are_those_that_are_run(policy, sequences, tapes, monkeypatch):
+    """The same tokens, rows and counts; from the third steady step on, nothing but replays."""
+    with monkeypatch.context() as plain:
+        plain.setattr(Graphs, "wanted", lambda *_: False)
+        expected, token = on_tape(policy, sequences=sequences)
+        tokens = decode(shared(), expected, token)
+    cache, token = on_tape(policy, sequences=sequences)
+    assert torch.equal(decode(shared(), cache, token), tokens)
+    assert Tapes.recorded == len(cache.layers)
+    assert Tapes.replayed > 15 * len(cache.layers)
+    assert_same_state(cache, expected)
+
+
+def test_whatever_ends_the_steady_state_ends_a_recording(tapes, monkeypatch):
+    """Forks, batches that change, second turns, copies, and other modes, in between."""
+    model, policy = shared(), A2SF(20, recent=4)
+
+    def talk():
+        cache, token = on_tape(policy)
+        parts = [decode(model, cache, token, 6)]
+        fork, copied = cache.fork(), copy.deepcopy(cache)
+        parts += [decode(model, each, token, 5) for each in (fork, cache, copied, fork)]
+        cache.batch_repeat_interleave(2)
+        parts.append(decode(model, cache, token.expand(2, -1), 5))
+        with torch.no_grad():
+            model(token_ids(2, 7, seed=3), **cache_argument(cache))
+        parts.append(decode(model, cache, token.expand(2, -1), 5))
+        with torch.inference_mode():
+            parts.append(decode(model, cache, token.expand(2, -1), 5))
+        parts.append(decode(model, cache, token.expand(2, -1), 5))
+        cache.reset()
+        with torch.no_grad():
+            model(token_ids(1, 30, seed=4), **cache_argument(cache))
+        parts.append(decode(model, cache, token, 6))
+        return parts, cache
+
+    parts, cache = talk()
+    assert Tapes.replayed > 40
+    with monkeypatch.context() as plain:
+        plain.setattr(Graphs, "wanted", lambda *_: False)
+        expected, other = talk()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(parts, expected, strict=True))
+    assert_same_state(cache, other)
+
+
+def test_what_cannot_be_recorded_is_run(tapes, monkeypatch):
+    """Once for every layer it is tried; the step that could not be recorded is run, and nothing is lost."""
+    with monkeypatch.context() as plain:
+        plain.setattr(Graphs, "wanted", lambda *_: False)
+        expected, token = on_tape(A2SF(20, recent=4))
+        tokens = decode(shared(), expected, token)
+    monkeypatch.setattr(Graphs, "refuses", True)
+    cache, token = on_tape(A2SF(20, recent=4))
+    assert torch.equal(decode(shared(), cache, token), tokens)
+    assert (Tapes.recorded, Tapes.replayed) == (len(cache.layers), 0)
+    assert_same_state(cache, expected)
+
+
+def test_padded_batches_are_replayed(tapes, monkeypatch):
+    """A batch of different lengths, with the mask that generate() gives at every step."""
+    batch, found = left_padded([40, 31, 22], seed=3), []
+    for record in (True, False):
+        with monkeypatch.context() as plain:
+            if not record:
+                plain.setattr(Graphs, "wanted", lambda *_: False)
+            cache = PrunedCache(shared(), SnapKV(20, window=8, interval=1), kernels="torch")
+            found.append((generate(shared(), batch, 20, **cache_argument(cache)).tolist(), cache))
+    assert found[0][0] == found[1][0]
+    assert_same_state(found[0][1], found[1][1])
+    assert Tapes.replayed
+
+
+def test_nothing_is_recorded_on_a_cpu():
+    cache, token = prefilled(A2SF(20, recent=4))
+    decode(shared(), cache, token, 5)
+    assert all(layer.steady.recording._replay is None for layer in cache.layers)
