@@ -4,14 +4,19 @@ import pytest
 import torch
 from families import build, feed, generate, kept_everywhere, left_padded, storage_nbytes, token_ids
 
-from kvprune import PrunedCache
+from kvprune import PrunedCache, Scoring
 from kvprune.cache.models import cache_argument
 from kvprune.errors import KVPruneError
+from kvprune.kernels.cuda import TRITON
 from kvprune.policy.registry import names, parse
 
 pytestmark = pytest.mark.gpu
 
 PROMPT = 48
+RECORDED = (
+    "a2sf:recent=4", "h2o:recent=4", "tova", "streaming_llm", "snapkv:window=8,interval=1", "keyformer:recent=4",
+    "a2sf:recent=4,kernel_size=5", "streaming_llm:positions=cache",
+)  # fmt: skip
 HALVES = ("a2sf", "snapkv:window=4,share=adaptive", "kivi:bits=4,residual=8,group_size=8", "bits")
 FORKED = ("a2sf", "a2sf | zipcache:buffer=4", "snapkv:window=4,share=adaptive", "spectral:bits=4")
 CHAINS = (
@@ -128,6 +133,48 @@ def test_half_precision(text, dtype):
     assert ids.shape == (1, PROMPT + 8)
     with torch.no_grad():
         assert model(ids[:, -1:], **cache_argument(cache)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2, 300, 64), (2, 6, 2, 4097, 80), (1, 4, 4, 1, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_single_queries_in_half_precision(shape, dtype):
+    """With and without probabilities, over rows of a table that has spare slots."""
+    batch, heads, kv_heads, length, dim = shape
+    queries = torch.randn(batch, heads, 1, dim, device="cuda", dtype=dtype)
+    keys, values = (torch.randn(batch, kv_heads, length + 3, dim, device="cuda", dtype=dtype) for _ in range(2))
+    keys, values = keys[:, :, :length], values[:, :, :length]
+    wide = (tensor.double().repeat_interleave(heads // kv_heads, dim=1) for tensor in (keys, values))
+    expected = torch.nn.functional.scaled_dot_product_attention(queries.double(), *wide)
+    for with_probabilities in (False, True):
+        output, found = TRITON.single_query(queries, keys, values, Scoring(dim**-0.5), None, with_probabilities)
+        torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=2e-2)
+        assert (found is not None) == with_probabilities
+
+
+@pytest.mark.parametrize("text", RECORDED)
+def test_recorded_steps_are_those_that_are_run(text, models):
+    """As a CUDA graph: the same tokens, rows and counts as step by step, also when forks and others take turns."""
+    model, ids = models[1], token_ids(2, PROMPT).cuda()
+    found = []
+    for kernels in ("triton", "torch"):
+        cache = PrunedCache(model, parse(text, budget=20), kernels=kernels)
+        with torch.no_grad():
+            token = model(ids, **cache_argument(cache)).logits[:, -1:].argmax(-1)
+            written = []
+            for step in range(24):
+                if step == 12:
+                    other = cache.fork()
+                    for each in (other, cache, other):
+                        model(token, **cache_argument(each))
+                    cache.batch_select_indices(torch.tensor([1, 0]).cuda())
+                logits = model(token, **cache_argument(cache)).logits[:, -1:]
+                token = logits.argmax(-1)
+                written.append(token.tolist())
+        recorded = [layer.steady.recording._replay is not None for layer in cache.layers]
+        assert all(recorded) if kernels == "triton" else not any(recorded)
+        assert cache.nbytes == storage_nbytes(cache)
+        found.append((written, kept_everywhere(cache), kept_everywhere(other, 1), cache.seen_tokens))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3", "gpt-oss", "gpt2", "gpt-neox"])

@@ -1,7 +1,7 @@
 """Steps that are recorded once and replayed keep what steps that are run keep.
 
-On a GPU they are CUDA graphs (see also test_cuda.py); here a tape of the operations of torch, replayed one by one on the
-same memory, which shows as well what a graph would not notice: an int that differed from step to step.
+On a GPU they are CUDA graphs (see also test_cuda.py); here a tape of the operations of torch, replayed one by one on
+the same memory, which shows as well what a graph would not notice: an int that differed from step to step.
 """
 
 import copy

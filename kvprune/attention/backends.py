@@ -106,6 +106,15 @@ class Flash(Sdpa):
         output = torch.lerp(among.to(ahead.dtype), before, torch.sigmoid(ahead).unsqueeze(-1))
         return output.to(queries.dtype), among_lse + F.softplus(ahead)
 
+    def single(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """A single query of every sequence sees all keys, where it `takes` them: `[B, Hq, 1, Dv]`.
+
+        Not through scaled_dot_product_attention, which on newer GPUs takes cuDNN's kernel: that is planned anew for
+        every length, which takes longer than many steps (35 ms of a step on an H200, torch 2.11).
+        """
+        folded = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
+        return _flash(folded, keys, values, scale, causal=False)[0].reshape(*queries.shape[:3], values.shape[3])
+
 
 class FlashAttn(Sdpa):
     """The flash-attn package (version 2.1 or later, whose causal mask ends at the lower right)."""
@@ -143,8 +152,8 @@ class FlashAttn(Sdpa):
         return output.transpose(1, 2)
 
 
-SDPA = Sdpa()
-BACKENDS: dict[str, Sdpa] = {backend.name: backend for backend in (FlashAttn(), Flash(), SDPA)}
+SDPA, FLASH = Sdpa(), Flash()
+BACKENDS: dict[str, Sdpa] = {backend.name: backend for backend in (FlashAttn(), FLASH, SDPA)}
 """By name, the fastest first."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.attention.backends import FLASH
 from kvprune.attention.mass import RowWeights, Scoring, lse_of_weighed
 from kvprune.kernels import gpu
 from kvprune.kernels.reference import Kernels
@@ -31,6 +32,9 @@ class TritonKernels(Kernels):
     ) -> tuple[Tensor, Tensor | None]:
         if not _fits(queries, keys, values):
             return super().single_query(queries, keys, values, scoring, empty, with_probabilities)
+        bare = empty is None and scoring.plain and not with_probabilities
+        if bare and queries.is_cuda and FLASH.takes(queries, keys, values):  # one launch, by torch's own hand
+            return FLASH.single(queries, keys, values, scoring.scale), None
         scores = "probabilities" if with_probabilities else None
         return gpu.decode_attention(queries, keys, values, scoring, empty=empty, scores=scores)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvprune.attention.mass import GROUPS, RowWeights, Scoring
 from kvprune.errors import PolicyError
 from kvprune.kernels.gpu.noise import column_words, layer_word, minus_gumbel, row_words
-from kvprune.kernels.gpu.tiles import key_order, load_rows, padded, scored, tile_rows, with_dense_rows
+from kvprune.kernels.gpu.tiles import ceil_div, key_order, load_rows, padded, scored, tile_rows, with_dense_rows
 
 # Queries or keys of a tile: 64 rows of 128 bfloat16. With twice as many keys, logits and noise do not fit in registers.
 _TILE_BYTES = 16 << 10
@@ -237,7 +237,7 @@ def attention_mass(
     block = tile_rows(dim, keys.itemsize, _TILE_BYTES, 64)
     if lse is None:
         lse = _lse(queries, keys, scoring, common, block)
-    _mass_kernel[triton.cdiv(keys_length, block), batch * kv_heads](
+    _mass_kernel[ceil_div(keys_length, block), batch * kv_heads](
         queries, keys, lse, mass,
         **common,
         **{f"lse_{name}": stride for name, stride in zip(_STRIDES, lse.stride(), strict=True)},
@@ -257,10 +257,10 @@ def _lse(queries: Tensor, keys: Tensor, scoring: Scoring, common: dict[str, Any]
     kv_heads, length, count = keys.shape[1], keys.shape[2], common["count"]
     members = count * query_heads // kv_heads
     block_members = min(block, padded(members))
-    tiles = triton.cdiv(members, block_members)
-    splits = max(1, min(_PROGRAMS // (tiles * batch * kv_heads), triton.cdiv(length, _LEAST_STRETCH)))
-    stretch = triton.cdiv(triton.cdiv(length, splits), block) * block
-    splits = triton.cdiv(length, stretch)
+    tiles = ceil_div(members, block_members)
+    splits = max(1, min(_PROGRAMS // (tiles * batch * kv_heads), ceil_div(length, _LEAST_STRETCH)))
+    stretch = ceil_div(ceil_div(length, splits), block) * block
+    splits = ceil_div(length, stretch)
     partial = torch.empty(splits, batch, query_heads, count, device=keys.device)
     _lse_kernel[tiles, splits, batch * kv_heads](
         queries, keys, partial, **common, stretch=stretch,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvprune.attention.mass import GROUPS
 from kvprune.errors import PolicyError
-from kvprune.kernels.gpu.tiles import padded
+from kvprune.kernels.gpu.tiles import ceil_div, padded
 
 SCORES = ("probabilities", *GROUPS)
 # Programs to aim at, several for each multiprocessor of a large GPU, so that its last ones do not run alone for long. A
@@ -45,13 +45,13 @@ class Segment:
     @classmethod
     def of(cls, length: int, pairs: int, block: int, after: "Segment | None" = None) -> "Segment":
         """Splits in tiles of `block` rows, behind those of another segment. They depend on shapes alone."""
-        wanted = max(1, min(_PROGRAMS // pairs, triton.cdiv(length, _LEAST_STRETCH)))
-        stretch = max(1, triton.cdiv(triton.cdiv(length, wanted), block)) * block
+        wanted = max(1, min(_PROGRAMS // pairs, ceil_div(length, _LEAST_STRETCH)))
+        stretch = max(1, ceil_div(ceil_div(length, wanted), block)) * block
         return cls(length, stretch, *((0, 0) if after is None else (after.last_split, after.last_slot)))
 
     @property
     def splits(self) -> int:
-        return triton.cdiv(self.length, self.stretch)
+        return ceil_div(self.length, self.stretch)
 
     @property
     def last_split(self) -> int:
@@ -260,7 +260,7 @@ def combine(
     slots = 0 if logits is None else logits.shape[-1]
     shape = (slots,) if starts is not None else (batch, kv_heads, slots)
     reduced = torch.empty(shape, dtype=torch.float32, device=device) if scores in GROUPS else None
-    stretches = triton.cdiv(slots if longest is None else min(slots, longest), _COMBINED_SLOTS)
+    stretches = ceil_div(slots if longest is None else min(slots, longest), _COMBINED_SLOTS)
     _combine_kernel[pairs, max(group, stretches)](
         partials.outputs, partials.maxima, partials.sums, logits, sinks, starts, output, reduced,
         splits, slots, kv_heads, partials.pair_stride, partials.member_stride,

@@ -8,9 +8,15 @@ _NEVER = tl.constexpr(2**31 - 1)  # the position of an empty slot: later than ev
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# Triton's own of these two may run in kernels as well, and take some microseconds each: as long as a launch, in all.
 def padded(size: int, least: int = 16) -> int:
     """The next power of two, which the extent of every tile must be; tensor cores take no fewer than 16."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-dividend // divisor)
 
 
 def tile_rows(head_dim: int, itemsize: int, tile_bytes: int, most: int) -> int:
