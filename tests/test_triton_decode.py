@@ -248,6 +248,49 @@ def test_packed_lengths(device, loose):
         assert_alike(found, twin, scores)
 
 
+def exact_attention(queries: Tensor, tier: PackedRows, scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[B, Hq, 1, Dv]` and probabilities in float64, by what codes and parameters stand for."""
+    keys, values = (tensor.double() for tensor in tier.decoded())
+    grouped = queries.double().view(keys.shape[0], keys.shape[1], -1, keys.shape[3])
+    weights = torch.softmax(torch.einsum("bhgd,bhnd->bhgn", grouped, keys) * scale, -1)
+    return torch.einsum("bhgn,bhnd->bhgd", weights, values).flatten(1, 2)[:, :, None], weights
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [Codec(2), Codec(3), Codec(4, separable=True), Codec(8)], ids=str)
+def test_packed_rows_far_from_zero(device, dtype, codec):
+    """Where zero points are hundreds of scales away, probabilities are exact in any dtype: no key is rounded to it.
+
+    Of outputs, only the last step is, or values and the last step. One step of rounding is a place at 2 .. 4, as the
+    interpreter cuts off a bfloat16.
+    """
+    torch.manual_seed(0)
+    keys, values = 0.5 * torch.randn(1, 2, 100, 64), 0.1 * torch.randn(1, 2, 100, 64)
+    keys[..., 5] += 200.0
+    values += 3.0
+    tier = PackedRows.encode(codec, keys.to(device), values.to(device))
+    queries = torch.randn(1, 8, 1, 64).to(device, dtype)
+    loose = torch.empty(1, 2, 0, 64, dtype=dtype, device=device)
+    found = kernels.packed_decode_attention(queries, [tier], loose, loose, Scoring(0.3), scores="probabilities")
+    output, probabilities = exact_attention(queries, tier, 0.3)
+    torch.testing.assert_close(found[1].double(), probabilities, atol=1e-6, rtol=2e-4)
+    steps = 1 if codec.bits in (2, 4) else 2
+    bound = 1e-4 if dtype == torch.float32 else 1.02 * steps * 2 * torch.finfo(dtype).eps
+    assert (found[0].double() - output).abs().max() < bound
+
+
+@on_devices
+@pytest.mark.parametrize("rows", [64, 100])
+@pytest.mark.parametrize("codec", [Codec(4, tokens=32, channels=32), Codec(2, tokens=64, separable=True)], ids=str)
+def test_regular_blocks(device, rows, codec):
+    """Blocks of whole tiles, of which the last may have fewer rows, have their numbers from the slots."""
+    queries, keys, values = tokens((1, 2, 3, 5, 64, 64), device)
+    tier = tier_of(codec, rows, 64, 64, device)
+    found = kernels.packed_decode_attention(queries, [tier], keys, values, Scoring(0.2), scores="probabilities")
+    assert_alike(found, dense_twin(queries, [tier], keys, values, Scoring(0.2)), "probabilities")
+
+
 # -- the package -------------------------------------------------------------------------------------------------------
 
 

@@ -59,7 +59,7 @@ def _decode_kernel(
         logits += pair.to(tl.int64) * pair_stride + first_row + first_slot
 
     largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    total = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # not added up over threads before the end
     output = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     begin = split * stretch
     end = tl.minimum(begin + stretch, own_length)
@@ -73,15 +73,16 @@ def _decode_kernel(
         found = tl.where(seen[None, :], scored(states, tl.trans(tile), scale, SOFTCAP), float("-inf"))
         if logits is not None:
             store_logits(logits, found, members, slots, length, member_stride, GROUP)
-        weights, shrink, largest, total = folded(found, largest, total)
+        weights, shrink, largest = folded(found, largest)
+        total = total * shrink[:, None] + weights
         tile = load_rows(values, slots, valid, values_stride, VALUE_DIM, BLOCK_DV)
         output = output * shrink[:, None] + matmul(weights.to(tile.dtype), tile)
     if logits is not None:
         attended = begin + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N) * BLOCK_N
         store_nothing(logits, attended, tl.minimum(begin + stretch, length), members, member_stride, GROUP, BLOCK_N)
     store_partial(
-        outputs, maxima, sums, output, largest, total, pair, first_split + split, splits, members,
-        GROUP, VALUE_DIM, BLOCK_DV,
+        outputs, maxima, sums, output, largest, tl.sum(total, 1), pair, first_split + split, splits, members,
+        tl.arange(0, BLOCK_DV), GROUP, VALUE_DIM,
     )  # fmt: skip
 
 

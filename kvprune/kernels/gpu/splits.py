@@ -28,7 +28,7 @@ _LEAST_STRETCH = 256
 _COMBINED_SLOTS = 1024
 # These change as a cache grows: a kernel compiled for a multiple of 16 would be compiled again at the next step.
 CHANGING = (
-    "length blocks slots stretch first_split splits first_slot pair_stride member_stride "
+    "length blocks tokens slots stretch first_split splits first_slot pair_stride member_stride "
     "marks_batch_stride marks_head_stride"
 ).split()
 
@@ -128,13 +128,13 @@ def is_empty(marks, slots, valid, stride, BELOW_ZERO: tl.constexpr):
 
 
 @triton.jit
-def folded(logits, largest, total):
-    """One step of a running softmax: weights `[G, N]`, by what to shrink all so far, and the new maxima and sums."""
+def folded(logits, largest):
+    """One step of a running softmax: weights `[G, N]`, by what to shrink all so far, and the new maxima."""
     larger = tl.maximum(largest, tl.max(logits, 1))
     base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet: exp(-inf - 0), not exp(-inf + inf)
     weights = tl.exp(logits - base[:, None])
     shrink = tl.exp(largest - base)
-    return weights, shrink, larger, total * shrink + tl.sum(weights, 1)
+    return weights, shrink, larger
 
 
 @triton.jit
@@ -154,12 +154,11 @@ def store_nothing(logits, begin, end, members, member_stride, GROUP: tl.constexp
 
 @triton.jit
 def store_partial(
-    outputs, maxima, sums, output, largest, total, pair, split, splits, members,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    outputs, maxima, sums, output, largest, total, pair, split, splits, members, dims,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Leave the softmax of one split."""
+    """Leave the softmax of one split. dims: which channel each column of `output` is."""
     places = (pair.to(tl.int64) * GROUP + members) * splits + split
-    dims = tl.arange(0, BLOCK_DV)
     tl.store(maxima + places, largest, mask=members < GROUP)
     tl.store(sums + places, total, mask=members < GROUP)
     mask = (members < GROUP)[:, None] & (dims < VALUE_DIM)[None, :]

@@ -59,9 +59,14 @@ def matmul(a, b):
 
 
 @triton.jit
-def scored(queries, keys_transposed, scale, SOFTCAP: tl.constexpr):
-    """Logits `[M, N]` float32 under the soft cap."""
-    logits = matmul(queries, keys_transposed) * scale
+def capped(logits, SOFTCAP: tl.constexpr):
+    """Logits under the soft cap."""
     if SOFTCAP is not None:  # tanh(x) = 2 sigmoid(2x) - 1; tanh itself is no function of Triton's own
         logits = SOFTCAP * (2 * tl.sigmoid(2 * logits / SOFTCAP) - 1)
     return logits
+
+
+@triton.jit
+def scored(queries, keys_transposed, scale, SOFTCAP: tl.constexpr):
+    """Logits `[M, N]` float32 under the soft cap."""
+    return capped(matmul(queries, keys_transposed) * scale, SOFTCAP)
