@@ -65,4 +65,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("triton") is None:
         raise KVPruneError(f"kvprune.kernels.gpu.{name} needs Triton: pip install 'kvprune[triton]'.")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)  # asked for once
+    return found
