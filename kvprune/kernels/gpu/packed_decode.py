@@ -266,7 +266,7 @@ def _attend_tier(
         BLOCK_LOW=padded(keys.low, 32), BLOCK_HIGH=padded(keys.row - keys.low, 32),
         BLOCK_GROUPS=padded(triton.cdiv(value_dim, channels), 1),
         num_warps=4, num_stages=2 if block is not None else 3,
-        **(_FOUR_PROGRAMS if one_scale and in_pairs and max(dim, value_dim) <= 128 else {}),
+        **(_FOUR_PROGRAMS if one_scale and in_pairs and members <= 8 and max(dim, value_dim) <= 128 else {}),
     )  # fmt: skip
 
 
