@@ -10,20 +10,37 @@ Recordings end with the steady state they are of: whatever else changes a table,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kvprune.attention.mass import Scoring
+from kvprune.table.token_table import TokenTable
 
-if TYPE_CHECKING:
-    from kvprune.cache.step import LayerStep
-    from kvprune.table.token_table import TokenTable
+logger = logging.getLogger("kvprune")
 
 Run = Callable[..., Tensor]
 Replay = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Recordable(Protocol):
+    """A layer in its steady state."""
+
+    table: TokenTable | None
+    steady: Any
+    planner: Any
+    prompt_tokens: tuple[int, ...]
+    incoming: tuple[Tensor, Tensor] | None
+    """Keys and values of the step."""
+
+    def steady_step(self, table: TokenTable, steady: Any, states: Tensor, scoring: Scoring) -> Tensor: ...
+
+    def count_one(self) -> None: ...
+
+    def tensors(self) -> list[Tensor]: ...
 
 
 class Graphs:
@@ -35,7 +52,7 @@ class Graphs:
     def __init__(self) -> None:
         self._pools: dict[torch.device, Any] = {}
 
-    def wanted(self, layer: LayerStep, states: Tensor) -> bool:
+    def wanted(self, layer: Recordable, states: Tensor) -> bool:
         """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
         on_gpu = states.is_cuda and layer.table is not None and layer.table.kernels.name == "triton"
         return on_gpu and layer.planner.heads.size == 1 and not torch.cuda.is_current_stream_capturing()
@@ -81,7 +98,7 @@ class Recording:
     def __deepcopy__(self, memo: Any) -> Recording:
         return Recording(self._graphs)  # of tensors of its own, and not recorded yet
 
-    def step(self, layer: LayerStep, states: Tensor, scoring: Scoring) -> Tensor | None:
+    def step(self, layer: Recordable, states: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of a steady step `[B, 1, Hq, Dv]`; None where this one has to be run in the ordinary way.
 
         states: `[B, Hq, 1, D]`, beside the incoming keys and values of the layer.
@@ -103,28 +120,29 @@ class Recording:
         layer.count_one()
         return output
 
-    def _recorded(self, layer: LayerStep, inputs: Sequence[Tensor], scoring: Scoring) -> Replay | None:
+    def _recorded(self, layer: Recordable, inputs: Sequence[Tensor], scoring: Scoring) -> Replay | None:
         table: TokenTable = layer.table  # type: ignore[assignment]
         incoming, length = layer.incoming, table.length
         try:
             return self._graphs.capture(lambda *given: _run(layer, scoring, *given), inputs)
-        except RuntimeError:  # with counts of what has not run
+        except RuntimeError as error:  # with counts of what has not run
+            logger.info("a decode step goes on unrecorded: %s", error)
             table.drop_newest(table.length - length)
             layer.incoming = incoming
             return None
 
 
-def _run(layer: LayerStep, scoring: Scoring, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _run(layer: Recordable, scoring: Scoring, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     layer.incoming = keys, values
     steady = layer.steady
-    steady.in_graph = True  # type: ignore[union-attr]
+    steady.in_graph = True
     try:
         return layer.steady_step(layer.table, steady, states, scoring)  # type: ignore[arg-type]
     finally:
-        steady.in_graph = False  # type: ignore[union-attr]
+        steady.in_graph = False
 
 
-def _facts(layer: LayerStep, inputs: Sequence[Tensor], scoring: Scoring) -> tuple[Any, ...]:
+def _facts(layer: Recordable, inputs: Sequence[Tensor], scoring: Scoring) -> tuple[Any, ...]:
     """What has to be as it was when the step was recorded."""
     shapes = tuple((each.shape, each.stride(), each.dtype) for each in inputs)
     places = tuple(each.data_ptr() for each in layer.tensors())

@@ -34,6 +34,7 @@ class SteadyState(CacheLayerMixin):
     steady: Steady | None
     remembered: Remembered | None
     incoming: tuple[Tensor, Tensor] | None
+    prompt_tokens: tuple[int, ...]
 
     def _enter_steady(self, table: TokenTable) -> None:
         """After a step that evicted: the next token takes the spare slot, and another row goes."""

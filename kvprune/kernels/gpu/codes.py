@@ -144,10 +144,11 @@ def dot_codes(planes, bytes_, BITS: tl.constexpr):
     """
     LAST: tl.constexpr = 8 // BITS - 1
     codes = (bytes_ & (((1 << BITS) - 1) << (LAST * BITS))) ^ 0x80
-    products = tl.dot(planes[LAST], tl.trans(codes.to(tl.int8, bitcast=True)))
+    products = tl.dot(planes[LAST], tl.trans(codes.to(tl.int8, bitcast=True)), out_dtype=tl.int32)
     for step in tl.static_range(1, LAST + 1):
         codes = bytes_ & (((1 << BITS) - 1) << ((LAST - step) * BITS))
-        products = tl.dot(planes[LAST - step], tl.trans(codes.to(tl.int8, bitcast=True)), products >> BITS)
+        transposed = tl.trans(codes.to(tl.int8, bitcast=True))
+        products = tl.dot(planes[LAST - step], transposed, products >> BITS, out_dtype=tl.int32)
     return products
 
 

@@ -41,7 +41,7 @@ from kvprune.kernels.gpu.splits import (
     store_partial,
 )
 from kvprune.kernels.gpu.terms import for_terms, in_terms, numbers_of, of_channels, over_terms, planes_of
-from kvprune.kernels.gpu.tiles import capped, matmul, padded, tile_rows, with_dense_rows
+from kvprune.kernels.gpu.tiles import capped, ceil_div, matmul, padded, tile_rows, with_dense_rows
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import packed_bytes
 
@@ -106,7 +106,7 @@ def _packed_kernel(
     queries += batch * queries_batch_stride + kv_head * GROUP * queries_head_stride
     begin = split * stretch
     end = tl.minimum(begin + stretch, own_length)
-    GROUPS: tl.constexpr = tl.cdiv(VALUE_DIM, CHANNELS)
+    GROUPS: tl.constexpr = (VALUE_DIM + CHANNELS - 1) // CHANNELS
     key_codes += (pair * length + begin) * KEY_UNITS
     value_codes += (pair * length + begin) * VALUE_UNITS
     value_scale += pair * length * GROUPS
@@ -264,7 +264,7 @@ def _attend_tier(
         MEMBERS=members, TERMS=max(4 if queries.dtype == torch.float32 else 2, 16 // members),
         BLOCK_N=_block_rows(tier), BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
         BLOCK_LOW=padded(keys.low, 32), BLOCK_HIGH=padded(keys.row - keys.low, 32),
-        BLOCK_GROUPS=padded(triton.cdiv(value_dim, channels), 1),
+        BLOCK_GROUPS=padded(ceil_div(value_dim, channels), 1),
         num_warps=4, num_stages=2 if block is not None else 3,
         **(_FOUR_PROGRAMS if one_scale and in_pairs and members <= 8 and max(dim, value_dim) <= 128 else {}),
     )  # fmt: skip
