@@ -5,6 +5,7 @@ the same memory, which shows as well what a graph would not notice: an int that 
 """
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -157,6 +158,24 @@ def test_what_cannot_be_recorded_is_run(tapes, monkeypatch):
     assert torch.equal(decode(shared(), cache, token), tokens)
     assert (Tapes.recorded, Tapes.replayed) == (len(cache.layers), 0)
     assert_same_state(cache, expected)
+
+
+def test_nothing_is_recorded_beside_other_threads(tapes):
+    """Who draws random numbers on the same GPU meanwhile would be told that it cannot; unless one says otherwise."""
+    stop = threading.Event()
+    beside = threading.Thread(target=stop.wait)
+    beside.start()
+    try:
+        for allowed, recorded in ((None, False), (True, True)):
+            cache = PrunedCache(shared(), A2SF(20, recent=4), kernels="torch", cuda_graphs=allowed)
+            with torch.no_grad():
+                token = shared()(token_ids(1, 40), **cache_argument(cache)).logits[:, -1:].argmax(-1)
+            decode(shared(), cache, token, 6)
+            assert bool(Tapes.replayed) == recorded
+            assert all(layer.graphs.allowed is allowed for layer in cache.fork().layers)
+    finally:
+        stop.set()
+        beside.join()
 
 
 def test_padded_batches_are_replayed(tapes, monkeypatch):

@@ -201,7 +201,7 @@ def _longbench(model: LanguageModel, data: Path) -> list[Callable[[int], Place |
 
         return place
 
-    return [kind(task) for task in LONGBENCH]
+    return [kind(task) for task in LONGBENCH if any(folder.glob(f"*{task}.json*"))]
 
 
 def _texts(model: LanguageModel, data: Path, prompt: int, fed: int) -> list[Callable[[int], Place | None]]:

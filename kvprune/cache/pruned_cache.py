@@ -74,6 +74,8 @@ class PrunedCache(Contents, RollingBack):
             is.
         attention: what attention over a prompt runs on: "sdpa", "flash" (torch's own kernels), "flash-attn" (the
             package), or "auto" for the fastest that serves the model. All compute the same.
+        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed; None for where no
+            other thread is at work: while steps are recorded, at the second of them, none may draw random numbers.
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
@@ -95,6 +97,7 @@ class PrunedCache(Contents, RollingBack):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
+        cuda_graphs: bool | None = None,
     ) -> None:
         policy = _policy(policy)
         check_name(kernels)
@@ -116,7 +119,7 @@ class PrunedCache(Contents, RollingBack):
         backend = choose(attention, _device(device) or model.device, model.dtype, widest)
         self._empty = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in pruned}
         turning = rotations(model, tuple(pruned)) if policy.renumbers and pruned else {}
-        graphs = Graphs()
+        graphs = Graphs(cuda_graphs)
         for depth, index in enumerate(pruned):
             layers[index] = PrunedLayer(
                 policy,
@@ -135,6 +138,7 @@ class PrunedCache(Contents, RollingBack):
             )
         super().__init__(layers=layers)
         self.policy = policy
+        self.cuda_graphs = cuda_graphs
         self.attention = backend.name
         self.pruned_layers = tuple(pruned)
         self._model_name = type(model).__name__
@@ -218,6 +222,7 @@ class PrunedCache(Contents, RollingBack):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
+        cuda_graphs: bool | None = None,
         trust_model: bool = False,
     ) -> PrunedCache:
         """The cache that `save` wrote, with the model it was made for, in the same dtype.
@@ -225,7 +230,8 @@ class PrunedCache(Contents, RollingBack):
         Args:
             path, model: as of `save`, and of the constructor. The model may be on another device than it was.
             policy: needed only where its class is not registered (see `kvprune.policies`), with the settings of then.
-            device, kernels, attention: as of the constructor; they are settings of this machine, and are not saved.
+            device, kernels, attention, cuda_graphs: as of the constructor; they are settings of this machine, and are
+                not saved.
             trust_model: take your word that the weights at work, adapters included, are those of then. Its config is
                 compared all the same.
 
@@ -235,7 +241,7 @@ class PrunedCache(Contents, RollingBack):
             UnsupportedModelError, PolicyError, CacheError: as the constructor.
         """
         check_supported(model)
-        settings = {"device": device, "kernels": kernels, "attention": attention}
+        settings = {"device": device, "kernels": kernels, "attention": attention, "cuda_graphs": cuda_graphs}
         given = None if policy is None else _policy(policy)
         return cls._files().load(cls, path, model, given, trust_model=trust_model, **settings)
 

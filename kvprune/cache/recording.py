@@ -11,6 +11,7 @@ Recordings end with the steady state they are of: whatever else changes a table,
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -47,15 +48,28 @@ class Graphs:
     """Makes recordings for the layers of one cache, which run one after another and share scratch memory.
 
     They are made where the kernels are Triton's: with `kernels="torch"` there are none.
+
+    allowed: whether to record; None for yes, where no other thread could draw random numbers on the GPU meanwhile. That
+        fails while a step is recorded: torch counts on the numbers of the recording.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: bool | None = None) -> None:
+        self.allowed = allowed
         self._pools: dict[torch.device, Any] = {}
+        self._first: dict[torch.device, Any] = {}  # recordings come and go; a pool that none is left of takes no other
 
     def wanted(self, layer: Recordable, states: Tensor) -> bool:
         """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
-        on_gpu = states.is_cuda and layer.table is not None and layer.table.kernels.name == "triton"
+        if self.allowed is False or not states.is_cuda or layer.table is None:
+            return False
+        on_gpu = layer.table.kernels.name == "triton"
         return on_gpu and layer.planner.heads.size == 1 and not torch.cuda.is_current_stream_capturing()
+
+    def may_record(self) -> bool:
+        """Whether nobody would be disturbed. Threads that end with the program, such as those of a notebook, are its
+        helpers."""
+        current = threading.current_thread()
+        return bool(self.allowed) or all(each.daemon or each is current for each in threading.enumerate())
 
     def capture(self, run: Run, inputs: Sequence[Tensor]) -> Replay:
         """Record `run(*inputs)`, of which nothing runs yet; returns what replays it on other inputs of the same shapes.
@@ -69,14 +83,21 @@ class Graphs:
                 self._pools[device] = torch.cuda.graph_pool_handle()
             graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                # Other threads may go on; `torch.cuda.graph` would also collect garbage and empty torch's cache.
-                graph.capture_begin(pool=self._pools[device], capture_error_mode="thread_local")
-                try:
-                    output = run(*given)
-                finally:
-                    graph.capture_end()
-            current.wait_stream(aside)
+            try:
+                with torch.cuda.stream(aside):
+                    # Other threads may go on; `torch.cuda.graph` would also collect garbage and empty torch's cache.
+                    graph.capture_begin(pool=self._pools[device], capture_error_mode="thread_local")
+                    try:
+                        output = run(*given)
+                    finally:
+                        graph.capture_end()
+            except RuntimeError:
+                chance = torch.cuda.default_generators[torch.cuda.current_device()]
+                chance.graphsafe_set_state(chance.clone_state())  # which would go on as if still recorded (torch 2.11)
+                raise
+            finally:
+                current.wait_stream(aside)
+            self._first.setdefault(device, graph)
 
         def replay(inputs: Sequence[Tensor]) -> Tensor:
             torch._foreach_copy_(given, list(inputs))
@@ -123,6 +144,8 @@ class Recording:
     def _recorded(self, layer: Recordable, inputs: Sequence[Tensor], scoring: Scoring) -> Replay | None:
         table: TokenTable = layer.table  # type: ignore[assignment]
         incoming, length = layer.incoming, table.length
+        if not self._graphs.may_record():
+            return None
         try:
             return self._graphs.capture(lambda *given: _run(layer, scoring, *given), inputs)
         except RuntimeError as error:  # with counts of what has not run

@@ -118,7 +118,7 @@ class RollingBack(ForwardPass):
         other.layers = [
             layer.fork() if isinstance(layer, PrunedLayer) else stock.copied(layer) for layer in self.layers
         ]
-        graphs = Graphs()  # what is recorded of both may run at the same time
+        graphs = Graphs(self.cuda_graphs)  # what is recorded of both may run at the same time
         for index in self.pruned_layers:
             other.layers[index].graphs = graphs
         other._forget_step()
