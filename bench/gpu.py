@@ -27,15 +27,15 @@ from rich.table import Table
 
 from measuring.workload import MODELS, Job, build_model
 from printing.output import Log, save, save_markdown, table
-from subjects.contenders import PEERS_STOCK, STOCK
+from subjects.contenders import PEERS_STOCK, STOCK, WITHOUT_CUDNN
 from subjects.rounds import Row, Runner, interleave, label, summarise
 from subjects.worker import Here, Worker, incomparable, versions
 
 Run = tuple[str, float | int | None]
 # The first of each is what the others are compared with: a contender and its budget.
 OURS: tuple[Run, ...] = (
-    (STOCK, None), ("A2SF", 0.25), ("A2SF", 0.1), ("SnapKV", 0.25), ("ZipCache", None), ("A2SF | ZipCache", 0.25),
-    ("GemFilter", 1024),
+    (STOCK, None), (WITHOUT_CUDNN, None), ("A2SF", 0.25), ("A2SF", 0.1), ("SnapKV", 0.25), ("ZipCache", None),
+    ("A2SF | ZipCache", 0.25), ("GemFilter", 1024), ("H2O", 0.25), ("Keyformer", 0.25),
 )  # fmt: skip
 PRESSES: tuple[Run, ...] = ((PEERS_STOCK, None), ("kvpress SnapKV", 0.25))
 GIB = 2**30

@@ -12,10 +12,9 @@ every length: "stock" is measured with it, as PyTorch chooses, and without.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from kvprune import PrunedCache
 from kvprune.policy.registry import parse
 from measuring.workload import MODELS, build_model, cache_argument
 from printing.output import Log, save, table
+from subjects.contenders import WITHOUT_CUDNN, without_cudnn
 
 WARM_UP = 6
 POLICIES = ("full", "snapkv", "a2sf", "h2o", "tova", "keyformer", "streaming_llm", "zipcache", "kivi:bits=2")
@@ -52,16 +52,6 @@ def steps(forward: Callable[..., Any], held: Any, token: Tensor, count: int) -> 
             whole.append(time.perf_counter() - began)
             launching.append(launched - began)
     return 1000 * statistics.median(whole), 1000 * statistics.median(launching)
-
-
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def main() -> None:
@@ -104,7 +94,7 @@ def main() -> None:
         with torch.inference_mode():
             measure("stock", DynamicCache(config=model.config), model)
             with without_cudnn():
-                measure("stock, no cuDNN", DynamicCache(config=model.config), model)
+                measure(WITHOUT_CUDNN, DynamicCache(config=model.config), model)
             for name in arguments.policies:
                 measure(name, pruned(name), model)
                 if arguments.profile:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import torch
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache
 
 from measuring.workload import Contender, Job, Session
 
 STOCK, EAGER, PEERS_STOCK = "stock sdpa", "stock eager", "stock beside kvpress"
+WITHOUT_CUDNN = "stock, no cuDNN"
 TRANSFORMERS, KVPRUNE, KVPRESS = "transformers", "kvprune", "kvpress"
 # As `kvprune.policy.registry.parse` reads them; those with a budget take that of the job.
 POLICIES = {
@@ -63,6 +67,21 @@ QUANTIZED: dict[str, tuple[str, int | None, str | None]] = {
 
 def _stock(model: LlamaForCausalLM, job: Job) -> Session:
     return Session(DynamicCache(config=model.config))
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Without cuDNN's attention, which PyTorch chooses on newer GPUs, and plans anew for every length."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def _stock_without_cudnn(model: LlamaForCausalLM, job: Job) -> Session:
+    return Session(DynamicCache(config=model.config), decoding=without_cudnn())
 
 
 def _quantized(backend: str, bits: int | None, model: LlamaForCausalLM, job: Job) -> Session:
@@ -123,6 +142,7 @@ def _attention(press: str) -> str:
 _ALL = [
     Contender(STOCK, TRANSFORMERS, _stock),
     Contender(EAGER, TRANSFORMERS, _stock, attention="eager"),
+    Contender(WITHOUT_CUDNN, TRANSFORMERS, _stock_without_cudnn),
     *(
         Contender(name, KVPRUNE, partial(_pruned, policy), has_budget=name not in WITHOUT_BUDGET)
         for name, policy in POLICIES.items()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from measuring.workload import MODELS, Contender, Job
-from subjects.contenders import CONTENDERS, KVPRESS, STOCK, missing_package
+from subjects.contenders import CONTENDERS, KVPRESS, STOCK, WITHOUT_CUDNN, missing_package
 from subjects.worker import PEERS
 
 Row = dict[str, Any]
@@ -68,6 +68,8 @@ def taking_part(cell: Cell, names: Iterable[str], center: Cell) -> list[Contende
 
 def hindrance(contender: Contender, job: Job, peers: Path = PEERS) -> str | None:
     """Why a contender cannot run here, or None if it can."""
+    if contender.name == WITHOUT_CUDNN and job.device == "cpu":
+        return "cuDNN is a library for GPUs"
     if contender.family == KVPRESS:
         if not peers.exists():
             return f"no environment for kvpress at {peers}: `make peers` makes it"
