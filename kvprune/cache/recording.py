@@ -126,6 +126,8 @@ class Recording:
         """
         if self._refused or not self._graphs.wanted(layer, states):
             return None
+        if len({*layer.prompt_tokens}) > 1:  # counts by sequence are in tensors that nobody keeps for a recording
+            return None
         inputs = (states, *layer.incoming)  # type: ignore[misc]
         known = _facts(layer, inputs, scoring)
         if known != self._known:  # kernels are compiled, and handles made, before anything is recorded

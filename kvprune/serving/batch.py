@@ -25,7 +25,10 @@ from kvprune.serving.metrics import Metrics
 from kvprune.serving.prefixes import Prefixes
 from kvprune.serving.writing import Text, processors
 
-_BY_PLACE = ("no_repeat_ngram_size", "begin_suppress_tokens", "min_length", "min_new_tokens", "forced_eos_token_id")
+_BY_PLACE = (
+    "no_repeat_ngram_size", "begin_suppress_tokens", "min_length", "min_new_tokens", "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+)  # fmt: skip
 """Settings of `generate()` that go by how long a text is, padding included, or by what stands side by side in it."""
 
 
