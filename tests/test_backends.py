@@ -9,14 +9,14 @@ import torch
 from families import assert_same_rows, feed, generate, left_padded, shared, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from kvprune import CacheError, PrunedCache, Scoring
-from kvprune.attention.backends import BACKENDS, SDPA, FlashAttn, choose
+from kvprune.attention.backends import BACKENDS, FLASH, SDPA, FlashAttn, choose
 from kvprune.attention.softmax import causal_attention
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, GemFilter
 
-FLASH = BACKENDS["flash"]
 gpu = pytest.mark.gpu
 
 
@@ -224,6 +224,18 @@ def test_without_the_package(monkeypatch):
     assert choose("auto", *model).name == "flash"
     with pytest.raises(CacheError, match="pip install flash-attn"):
         choose("flash-attn", *model)
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_single_queries_that_no_flash_kernel_takes(length):
+    """Whatever the number of keys: heads that are not in eights, other types, values of another size."""
+    for dtype, dim, value_dim in ((torch.float32, 64, 64), (torch.float16, 20, 20), (torch.float16, 192, 128)):
+        with FakeTensorMode():
+            queries, keys, values = (
+                torch.empty(1, heads, rows, width, dtype=dtype, device="cuda")
+                for heads, rows, width in ((4, 1, dim), (2, length, dim), (2, length, value_dim))
+            )
+        assert not FLASH.takes_single(queries, keys, values)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

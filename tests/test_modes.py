@@ -135,7 +135,7 @@ def test_no_graph_is_kept(policy):
     logits = fed(shared(), cache)
     with torch.no_grad():
         torch.testing.assert_close(logits, fed(shared(), straight), atol=1e-5, rtol=1e-4)
-    held = [tensor for index in cache.pruned_layers for tensor in cache.layers[index]._tensors()]
+    held = [tensor for index in cache.pruned_layers for tensor in cache.layers[index].tensors()]
     assert not any(tensor.requires_grad for tensor in held)
     assert cache.nbytes == straight.nbytes
 
@@ -171,9 +171,9 @@ def test_copies_are_forks(policy, mode, copied):
         fed(shared(), cache, [30])
         other = copied(cache)
         assert other._model() is shared()
-        before = [tensor.clone() for index in cache.pruned_layers for tensor in cache.layers[index]._tensors()]
+        before = [tensor.clone() for index in cache.pruned_layers for tensor in cache.layers[index].tensors()]
         fed(shared(), other, [4, 1, 1], begin=30)
-    held = [tensor for index in cache.pruned_layers for tensor in cache.layers[index]._tensors()]
+    held = [tensor for index in cache.pruned_layers for tensor in cache.layers[index].tensors()]
     assert all(torch.equal(a, b) for a, b in zip(before, held, strict=True))
     assert cache.seen_tokens == 30
 

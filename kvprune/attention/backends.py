@@ -106,8 +106,13 @@ class Flash(Sdpa):
         output = torch.lerp(among.to(ahead.dtype), before, torch.sigmoid(ahead).unsqueeze(-1))
         return output.to(queries.dtype), among_lse + F.softplus(ahead)
 
+    def takes_single(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether `single` can be asked."""
+        alike = queries.dtype == keys.dtype == values.dtype and queries.shape[3] == values.shape[3]
+        return alike and not self.missing(queries.device, queries.dtype, queries.shape[3])
+
     def single(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """A single query of every sequence sees all keys, where it `takes` them: `[B, Hq, 1, Dv]`.
+        """A single query of every sequence sees all keys: `[B, Hq, 1, Dv]`.
 
         Not through scaled_dot_product_attention, which on newer GPUs takes cuDNN's kernel: that is planned anew for
         every length, which takes longer than many steps (35 ms of a step on an H200, torch 2.11).

@@ -194,6 +194,7 @@ class PrunedLayer(LayerStep):
         if self.undecided is not None:
             queries = self.undecided.queries
             other.undecided = replace(self.undecided, queries=queries.part(0, len(queries)))
+        other.steady = None
         if self.steady is not None:
             other._enter_steady(other.table)  # type: ignore[arg-type]
         return other

@@ -39,6 +39,8 @@ class Recordable(Protocol):
 
     def steady_step(self, table: TokenTable, steady: Any, states: Tensor, scoring: Scoring) -> Tensor: ...
 
+    def catch_up(self) -> None: ...
+
     def count_one(self) -> None: ...
 
     def tensors(self) -> list[Tensor]: ...
@@ -56,7 +58,11 @@ class Graphs:
     def __init__(self, allowed: bool | None = None) -> None:
         self.allowed = allowed
         self._pools: dict[torch.device, Any] = {}
+        self._streams: dict[torch.device, Any] = {}
         self._first: dict[torch.device, Any] = {}  # recordings come and go; a pool that none is left of takes no other
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return Graphs(self.allowed)
 
     def wanted(self, layer: Recordable, states: Tensor) -> bool:
         """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
@@ -80,8 +86,8 @@ class Graphs:
         device, given = inputs[0].device, [torch.empty_like(each) for each in inputs]
         with torch.cuda.device(device):
             if device not in self._pools:
-                self._pools[device] = torch.cuda.graph_pool_handle()
-            graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+                self._pools[device], self._streams[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._streams[device]
             aside.wait_stream(current)
             try:
                 with torch.cuda.stream(aside):
@@ -115,6 +121,7 @@ class Recording:
         self._refused = False
         self._replay: Replay | None = None
         self._known: tuple[Any, ...] = ()
+        self._scoring: Scoring | None = None  # whose sinks the graph reads
 
     def __deepcopy__(self, memo: Any) -> Recording:
         return Recording(self._graphs)  # of tensors of its own, and not recorded yet
@@ -124,14 +131,13 @@ class Recording:
 
         states: `[B, Hq, 1, D]`, beside the incoming keys and values of the layer.
         """
-        if self._refused or not self._graphs.wanted(layer, states):
+        if self._refused or len({*layer.prompt_tokens}) > 1:  # counts by sequence are in tensors that nobody keeps
             return None
-        if len({*layer.prompt_tokens}) > 1:  # counts by sequence are in tensors that nobody keeps for a recording
-            return None
+        layer.catch_up()  # with compiled steps, before this one is counted on the device
         inputs = (states, *layer.incoming)  # type: ignore[misc]
         known = _facts(layer, inputs, scoring)
         if known != self._known:  # kernels are compiled, and handles made, before anything is recorded
-            self._known, self._replay = known, None
+            self._known, self._replay, self._scoring = known, None, scoring
             output = _run(layer, scoring, *inputs)
         else:
             self._replay = self._replay or self._recorded(layer, inputs, scoring)
@@ -170,5 +176,6 @@ def _run(layer: Recordable, scoring: Scoring, states: Tensor, keys: Tensor, valu
 def _facts(layer: Recordable, inputs: Sequence[Tensor], scoring: Scoring) -> tuple[Any, ...]:
     """What has to be as it was when the step was recorded."""
     shapes = tuple((each.shape, each.stride(), each.dtype) for each in inputs)
-    places = tuple(each.data_ptr() for each in layer.tensors())
-    return shapes, places, scoring.scale, scoring.softcap, id(scoring.sinks), layer.prompt_tokens
+    sinks = [] if scoring.sinks is None else [scoring.sinks]
+    places = tuple((each.data_ptr(), each.dtype) for each in (*layer.tensors(), *sinks))
+    return shapes, places, scoring.scale, scoring.softcap, layer.prompt_tokens

@@ -126,7 +126,8 @@ class LayerStep(SteadyState):
             return self.steady_step(self.table, self.steady, states, scoring)
         self.settle_mode()
         first = self.table is None
-        if self.steady is not None and states.shape[2] == 1 and valid is None and past is None and filtered is None:
+        one = states.shape[2] == 1 and valid is None and past is None and filtered is None
+        if self.steady is not None and one and self.graphs.wanted(self, states):
             recorded = self.steady.recorded(self.graphs).step(self, states, scoring)
             if recorded is not None:
                 return recorded

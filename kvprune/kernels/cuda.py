@@ -33,7 +33,7 @@ class TritonKernels(Kernels):
         if not _fits(queries, keys, values):
             return super().single_query(queries, keys, values, scoring, empty, with_probabilities)
         bare = empty is None and scoring.plain and not with_probabilities
-        if bare and queries.is_cuda and FLASH.takes(queries, keys, values):  # one launch, by torch's own hand
+        if bare and queries.is_cuda and FLASH.takes_single(queries, keys, values):  # one launch, by torch's own hand
             return FLASH.single(queries, keys, values, scoring.scale), None
         scores = "probabilities" if with_probabilities else None
         return gpu.decode_attention(queries, keys, values, scoring, empty=empty, scores=scores)

@@ -141,7 +141,8 @@ class Policy(metaclass=SettingsType):
     def static_decode(self) -> bool:
         """Whether, once sequences have reached their budget, every generated token costs one row: see `Steady`.
 
-        Where steps are compiled, `step.tokens` and `step.generated` are then tensors, and no value may be looked at.
+        Where steps are compiled, or recorded on a GPU, the policy runs once for all of them: `step.tokens` and
+        `step.generated` are then tensors, and no value may be looked at.
         """
         return False
 
