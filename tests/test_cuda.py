@@ -160,7 +160,7 @@ def test_recorded_steps_are_those_that_are_run(text, models):
     model, ids = models[1], token_ids(2, PROMPT).cuda()
     found = []
     for kernels in ("triton", "torch"):
-        cache = PrunedCache(model, parse(text, budget=20), kernels=kernels)
+        cache = PrunedCache(model, parse(text, budget=20), kernels=kernels, cuda_graphs=True)
         with torch.no_grad():
             token = model(ids, **cache_argument(cache)).logits[:, -1:].argmax(-1)
             written = []

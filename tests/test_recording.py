@@ -5,7 +5,6 @@ the same memory, which shows as well what a graph would not notice: an int that 
 """
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -58,7 +57,7 @@ class Tapes(Graphs):
 
     def wanted(self, layer, states):
         self.layer = layer
-        return self.allowed is not False
+        return self.allowed
 
     def capture(self, run, inputs):
         given, held = [torch.empty_like(each) for each in inputs], self.layer.tensors()
@@ -96,7 +95,7 @@ def tapes(monkeypatch):
 @torch.no_grad()
 def on_tape(policy, sequences=1):
     """A cache with a prompt in it, and the token that comes next. Compiled loops would be on no tape."""
-    cache = PrunedCache(shared(), policy, kernels="torch")
+    cache = PrunedCache(shared(), policy, kernels="torch", cuda_graphs=True)
     return cache, shared()(token_ids(sequences, 40), **cache_argument(cache)).logits[:, -1:].argmax(-1)
 
 
@@ -160,22 +159,15 @@ def test_what_cannot_be_recorded_is_run(tapes, monkeypatch):
     assert_same_state(cache, expected)
 
 
-def test_nothing_is_recorded_beside_other_threads(tapes):
-    """Who draws random numbers on the same GPU meanwhile would be told that it cannot; unless one says otherwise."""
-    stop = threading.Event()
-    beside = threading.Thread(target=stop.wait)
-    beside.start()
-    try:
-        for allowed, recorded in ((None, False), (True, True)):
-            cache = PrunedCache(shared(), A2SF(20, recent=4), kernels="torch", cuda_graphs=allowed)
-            with torch.no_grad():
-                token = shared()(token_ids(1, 40), **cache_argument(cache)).logits[:, -1:].argmax(-1)
-            decode(shared(), cache, token, 6)
-            assert bool(Tapes.replayed) == recorded
-            assert all(layer.graphs.allowed is allowed for layer in cache.fork().layers)
-    finally:
-        stop.set()
-        beside.join()
+@pytest.mark.parametrize("allowed", [True, False])
+def test_recorded_where_it_is_asked_for(allowed, tapes):
+    """Forks and all layers are asked alike."""
+    cache = PrunedCache(shared(), A2SF(20, recent=4), kernels="torch", cuda_graphs=allowed)
+    with torch.no_grad():
+        token = shared()(token_ids(1, 40), **cache_argument(cache)).logits[:, -1:].argmax(-1)
+    decode(shared(), cache, token, 6)
+    assert bool(Tapes.replayed) == allowed
+    assert all(layer.graphs.allowed is allowed for layer in cache.fork().layers)
 
 
 def test_compiled_and_replayed_steps_take_turns(tapes):
@@ -183,7 +175,7 @@ def test_compiled_and_replayed_steps_take_turns(tapes):
     model, tokens = shared(), []
     for record in (True, False):
         torch._dynamo.reset()
-        cache = PrunedCache(model, A2SF(20, recent=4), kernels="torch", cuda_graphs=None if record else False)
+        cache = PrunedCache(model, A2SF(20, recent=4), kernels="torch", cuda_graphs=record)
         with torch.no_grad():
             model(token_ids(1, 40), **cache_argument(cache))
         forward, token = torch.compile(model.forward, backend="eager"), token_ids(1, 1, seed=9)
@@ -207,7 +199,7 @@ def test_masks_at_every_step(lengths, tapes, monkeypatch):
         with monkeypatch.context() as plain:
             if not record:
                 plain.setattr(Graphs, "wanted", lambda *_: False)
-            cache = PrunedCache(shared(), SnapKV(20, window=8, interval=1), kernels="torch")
+            cache = PrunedCache(shared(), SnapKV(20, window=8, interval=1), kernels="torch", cuda_graphs=True)
             found.append((generate(shared(), batch, 20, **cache_argument(cache)).tolist(), cache))
     assert found[0][0] == found[1][0]
     assert_same_state(found[0][1], found[1][1])

@@ -74,8 +74,8 @@ class PrunedCache(Contents, RollingBack):
             is.
         attention: what attention over a prompt runs on: "sdpa", "flash" (torch's own kernels), "flash-attn" (the
             package), or "auto" for the fastest that serves the model. All compute the same.
-        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed; None for where no
-            other thread is at work: while steps are recorded, at the second of them, none may draw random numbers.
+        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed. While they are
+            recorded, at the second of them, no other thread may draw random numbers there.
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
@@ -97,7 +97,7 @@ class PrunedCache(Contents, RollingBack):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         policy = _policy(policy)
         check_name(kernels)
@@ -222,7 +222,7 @@ class PrunedCache(Contents, RollingBack):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = False,
         trust_model: bool = False,
     ) -> PrunedCache:
         """The cache that `save` wrote, with the model it was made for, in the same dtype.

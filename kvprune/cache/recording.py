@@ -11,7 +11,6 @@ Recordings end with the steady state they are of: whatever else changes a table,
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -49,13 +48,11 @@ class Recordable(Protocol):
 class Graphs:
     """Makes recordings for the layers of one cache, which run one after another and share scratch memory.
 
-    They are made where the kernels are Triton's: with `kernels="torch"` there are none.
-
-    allowed: whether to record; None for yes, where no other thread could draw random numbers on the GPU meanwhile. That
-        fails while a step is recorded: torch counts on the numbers of the recording.
+    They are made where the kernels are Triton's: with `kernels="torch"` there are none. While a step is recorded, no
+    other thread can draw random numbers on the GPU: torch counts on the numbers of the recording.
     """
 
-    def __init__(self, allowed: bool | None = None) -> None:
+    def __init__(self, allowed: bool = False) -> None:
         self.allowed = allowed
         self._pools: dict[torch.device, Any] = {}
         self._streams: dict[torch.device, Any] = {}
@@ -66,16 +63,10 @@ class Graphs:
 
     def wanted(self, layer: Recordable, states: Tensor) -> bool:
         """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
-        if self.allowed is False or not states.is_cuda or layer.table is None:
+        if not self.allowed or not states.is_cuda or layer.table is None:
             return False
         on_gpu = layer.table.kernels.name == "triton"
         return on_gpu and layer.planner.heads.size == 1 and not torch.cuda.is_current_stream_capturing()
-
-    def may_record(self) -> bool:
-        """Whether nobody would be disturbed. Threads that end with the program, such as those of a notebook, are its
-        helpers."""
-        current = threading.current_thread()
-        return bool(self.allowed) or all(each.daemon or each is current for each in threading.enumerate())
 
     def capture(self, run: Run, inputs: Sequence[Tensor]) -> Replay:
         """Record `run(*inputs)`, of which nothing runs yet; returns what replays it on other inputs of the same shapes.
@@ -152,8 +143,6 @@ class Recording:
     def _recorded(self, layer: Recordable, inputs: Sequence[Tensor], scoring: Scoring) -> Replay | None:
         table: TokenTable = layer.table  # type: ignore[assignment]
         incoming, length = layer.incoming, table.length
-        if not self._graphs.may_record():
-            return None
         try:
             return self._graphs.capture(lambda *given: _run(layer, scoring, *given), inputs)
         except RuntimeError as error:  # with counts of what has not run
