@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,15 @@ class Recordable(Protocol):
     def tensors(self) -> list[Tensor]: ...
 
 
+@dataclass
+class _Scratch:
+    """Memory and a stream to record in, on one GPU, and the first recording: a pool that has lost all takes no more."""
+
+    pool: Any
+    stream: Any
+    first: Any = None
+
+
 class Graphs:
     """Makes recordings for the layers of one cache, which run one after another and share scratch memory.
 
@@ -54,9 +64,7 @@ class Graphs:
 
     def __init__(self, allowed: bool = False) -> None:
         self.allowed = allowed
-        self._pools: dict[torch.device, Any] = {}
-        self._streams: dict[torch.device, Any] = {}
-        self._first: dict[torch.device, Any] = {}  # recordings come and go; a pool that none is left of takes no other
+        self._scratch: dict[torch.device, _Scratch] = {}
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs(self.allowed)
@@ -76,14 +84,15 @@ class Graphs:
         """
         device, given = inputs[0].device, [torch.empty_like(each) for each in inputs]
         with torch.cuda.device(device):
-            if device not in self._pools:
-                self._pools[device], self._streams[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._streams[device]
+            if device not in self._scratch:
+                self._scratch[device] = _Scratch(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+            scratch, graph, current = self._scratch[device], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            aside = scratch.stream
             aside.wait_stream(current)
             try:
                 with torch.cuda.stream(aside):
                     # Other threads may go on; `torch.cuda.graph` would also collect garbage and empty torch's cache.
-                    graph.capture_begin(pool=self._pools[device], capture_error_mode="thread_local")
+                    graph.capture_begin(pool=scratch.pool, capture_error_mode="thread_local")
                     try:
                         output = run(*given)
                     finally:
@@ -94,7 +103,7 @@ class Graphs:
                 raise
             finally:
                 current.wait_stream(aside)
-            self._first.setdefault(device, graph)
+            scratch.first = scratch.first or graph
 
         def replay(inputs: Sequence[Tensor]) -> Tensor:
             torch._foreach_copy_(given, list(inputs))
