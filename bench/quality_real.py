@@ -155,8 +155,8 @@ class Presses:
 class Quality:
     """Answers of all contenders to prompts, as rows of results."""
 
-    def __init__(self, model: LanguageModel, results: Results, log: Log) -> None:
-        self.model, self.results, self.log = model, results, log
+    def __init__(self, model: LanguageModel, results: Results, log: Log, together: int = 1000) -> None:
+        self.model, self.results, self.log, self.together = model, results, log, together
         self._refused: set[str] = set()
 
     def ask(self, prompt: Prompt, who: Sequence[Entry]) -> int:
@@ -166,8 +166,11 @@ class Quality:
             for entry in who
             if (entry.known or prompt.question) and not self.results.has(prompt.task, prompt.index, entry.label)
         ]
-        caches = {entry.label: cache for entry in missing if (cache := self._cache(entry)) is not None}
-        asked = [entry for entry in missing if entry.label in caches]
+        return sum(self._ask(prompt, missing[at : at + self.together]) for at in range(0, len(missing), self.together))
+
+    def _ask(self, prompt: Prompt, who: Sequence[Entry]) -> int:
+        caches = {entry.label: cache for entry in who if (cache := self._cache(entry)) is not None}
+        asked = [entry for entry in who if entry.label in caches]
         if not asked:
             return 0
         together = [entry for entry in asked if shareable(caches[entry.label])]
@@ -203,6 +206,8 @@ class Quality:
         seconds = (time.process_time() - began) / len(reader.caches)
         for place, (cache, figures) in enumerate(zip(reader.caches, found, strict=True)):
             entry = ordered[place - 1] if place else None
+            if entry is None and self.results.has(prompt.task, prompt.index, FULL):
+                continue
             yield self._row(prompt, entry, cache, kept[place], seconds, figures)
 
     def _likelihood(self, prompt: Prompt, reader: Reader) -> list[Row]:
@@ -278,6 +283,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop before the next prompt once they have gone by")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument(
+        "--together", type=int, metavar="N", default=1000,
+        help="so many caches share a prompt at most: rows are written, and memory is free, when these are done",
+    )  # fmt: skip
+    parser.add_argument(
         "--share", type=int, nargs=2, metavar=("NUMBER", "OF"), default=[0, 1],
         help="every so many prompts, from this one on: for several processes, each with an --out of its own",
     )  # fmt: skip
@@ -327,7 +336,7 @@ def measure(
     stack: ExitStack,
 ) -> None:
     model = load(arguments.model)
-    quality = Quality(model, results, log)
+    quality = Quality(model, results, log, arguments.together)
     presses: Presses | None = None
     if arguments.presses:
         worker = stack.enter_context(Worker(arguments.peers, script=PRESS_WORKER))

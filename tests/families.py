@@ -323,6 +323,9 @@ def storage_nbytes(cache: PrunedCache) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors_in(cache, set())
     }
+    model = cache._model()
+    for tensor in () if model is None else (*model.parameters(), *model.buffers()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 

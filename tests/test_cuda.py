@@ -1,11 +1,14 @@
 """Whatever a cache can do, it does on a GPU as on the CPU: the same tokens stay, and the model says the same."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from families import build, feed, generate, kept_everywhere, left_padded, storage_nbytes, token_ids
 
 from kvprune import PrunedCache, Scoring
 from kvprune.cache.models import cache_argument
+from kvprune.cache.recording import Graphs
 from kvprune.errors import KVPruneError
 from kvprune.kernels.cuda import TRITON
 from kvprune.policy.registry import names, parse
@@ -160,7 +163,7 @@ def test_recorded_steps_are_those_that_are_run(text, models):
     model, ids = models[1], token_ids(2, PROMPT).cuda()
     found = []
     for kernels in ("triton", "torch"):
-        cache = PrunedCache(model, parse(text, budget=20), kernels=kernels, cuda_graphs=True)
+        cache = PrunedCache(model, parse(text, budget=20), kernels=kernels)
         with torch.no_grad():
             token = model(ids, **cache_argument(cache)).logits[:, -1:].argmax(-1)
             written = []
@@ -178,6 +181,34 @@ def test_recorded_steps_are_those_that_are_run(text, models):
         assert cache.nbytes == storage_nbytes(cache)
         found.append((written, kept_everywhere(cache), kept_everywhere(other, 1), cache.seen_tokens))
     assert found[0] == found[1]
+
+
+def test_chance_goes_on_beside_a_recording():
+    """Other threads draw while a step is recorded, the numbers that come next, and go on after one that failed."""
+    graphs, given = Graphs(), torch.arange(4.0, device="cuda")
+    torch.cuda.manual_seed(7)
+    expected = [torch.rand(1, device="cuda").item() for _ in range(5)]
+    torch.cuda.manual_seed(7)
+    drawn = [torch.rand(1, device="cuda")]
+
+    def doubled(tensor):
+        with ThreadPoolExecutor(1) as other:
+            drawn.append(other.submit(torch.rand, 1, device="cuda").result())
+        return tensor * 2
+
+    def waits(tensor):
+        return tensor * tensor.sum().item()
+
+    replay = graphs.capture(doubled, [given])
+    with pytest.raises(RuntimeError):
+        graphs.capture(waits, [given])
+    drawn += [torch.rand(1, device="cuda")]
+    again = graphs.capture(lambda tensor: tensor + 1, [given])
+    drawn += [torch.rand(1, device="cuda")]
+    assert replay([given]).tolist() == [0, 2, 4, 6]
+    assert again([given + 1]).tolist() == [2, 3, 4, 5]
+    drawn += [torch.rand(1, device="cuda")]
+    assert torch.cat(drawn).tolist() == expected
 
 
 @pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3", "gpt-oss", "gpt2", "gpt-neox"])

@@ -54,6 +54,8 @@ def launch(dim: int, dtype: torch.dtype) -> None:
     chosen = RowWeights.explicit(torch.arange(20), torch.rand(20)).noisy(noise)
     kernels.attention_mass(queries, keys, RowWeights.geometric(64, 0.9), plain)
     kernels.attention_mass(queries, keys, chosen, full, group="max", **by_position)
+    noisy = RowWeights.uniform(64).noisy(Gumbel(1, 2))
+    kernels.attention_mass(queries, keys, noisy, plain, in_order=True, **by_position)
 
     query = queries[:, :, :1]
     lengths = torch.tensor([[3, 200]], dtype=torch.int32)

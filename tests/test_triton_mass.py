@@ -148,7 +148,7 @@ def test_tiles_and_splits_change_nothing(device, shape, monkeypatch):
     case = case_of(shape, device, plain=False)
     weights = RowWeights.geometric(case.rows, 0.8)
     whole = kernel_mass(case, weights)
-    monkeypatch.setattr(mass_kernels, "_TILE_BYTES", 1)
+    monkeypatch.setattr(mass_kernels, "_ROW_BYTES", 1)
     monkeypatch.setattr(mass_kernels, "_LEAST_STRETCH", 16)
     torch.testing.assert_close(kernel_mass(case, weights), whole, atol=1e-6, rtol=1e-5)
 
@@ -217,7 +217,8 @@ def _write_words(words, noise, queries, keys, layer_word, HEAD: tl.constexpr, SI
     columns = noise_kernels.column_words(tl.load(keys + each))[None, :]
     places = each[:, None] * SIZE + each[None, :]
     tl.store(words + places, noise_kernels._mix(rows ^ columns).to(tl.int32, bitcast=True))
-    tl.store(noise + places, noise_kernels.minus_gumbel(rows, columns))
+    waiting = noise_kernels.log2_exponential(noise_kernels.shifted(rows), noise_kernels.shifted(columns))
+    tl.store(noise + places, waiting * 0.693147181)
 
 
 @on_devices

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ class Place:
         return [entry for entry in who if entry.known or not self.known_only]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Prompts that differ in a number, of which there may be too few. Nothing is read before one is asked for."""
+
+    task: str
+    place: Callable[[int], Place | None]
+
+
 def grid(
     model: LanguageModel,
     data: Path,
@@ -79,7 +88,7 @@ def grid(
     needles = partial(_needles, model)
     if quick:
         kinds = [needles("single", 3, QUICK), *_texts(model, data, QUICK, 17)[:1]]
-        yield from filter(None, (kind(0) for kind in kinds))
+        yield from filter(None, (kind.place(0) for kind in kinds))
         return
     groups = [
         (11, [needles("single", tokens, 1000) for tokens in ANSWERS]),
@@ -94,14 +103,14 @@ def grid(
         (4, [needles(kind, 7, 4000) for kind in ("multi-key", "multi-value")]),
     ]
     for number, kinds in groups:
-        for index in range(count or number):
-            for kind in kinds:
-                place = kind(index)
-                if place is not None and (not cells or any(part in place.task for part in cells)):
-                    yield place
+        wanted = [kind for kind in kinds if not cells or any(part in kind.task for part in cells)]
+        for index, kind in product(range(count or number), wanted):
+            place = kind.place(index)
+            if place is not None:
+                yield place
 
 
-def _needles(model: LanguageModel, kind: str, tokens: int, length: int) -> Callable[[int], Place | None]:
+def _needles(model: LanguageModel, kind: str, tokens: int, length: int) -> Kind:
     task = f"{kind}, {tokens} token{'s' if tokens > 1 else ''}, {length / 1000:g}k"
 
     @cache
@@ -126,7 +135,7 @@ def _needles(model: LanguageModel, kind: str, tokens: int, length: int) -> Calla
 
         return Place(task, index, made) if index < 11 else None
 
-    return place
+    return Kind(task, place)
 
 
 def _asked(
@@ -178,14 +187,14 @@ def _longest_run(answer: list[int], written: list[int]) -> int:
     return best
 
 
-def _longbench(model: LanguageModel, data: Path) -> list[Callable[[int], Place | None]]:
+def _longbench(model: LanguageModel, data: Path) -> list[Kind]:
     from kvprune.integrations.longbench import LongBench
 
     folder = data / "longbench"
     if not folder.is_dir():
         return []
 
-    def kind(task: str) -> Callable[[int], Place | None]:
+    def kind(task: str) -> Kind:
         @cache
         def examples() -> tuple[Suite, list[Example]]:
             suite = LongBench(folder, tasks=[task])
@@ -199,13 +208,13 @@ def _longbench(model: LanguageModel, data: Path) -> list[Callable[[int], Place |
             made = partial(_asked, model, f"LongBench {task}", index, suite, found[index], LONGBENCH_TOKENS, fields)
             return Place(f"LongBench {task}", index, made)
 
-        return place
+        return Kind(f"LongBench {task}", place)
 
     return [kind(task) for task in LONGBENCH if any(folder.glob(f"*{task}.json*"))]
 
 
-def _texts(model: LanguageModel, data: Path, prompt: int, fed: int) -> list[Callable[[int], Place | None]]:
-    def kind(name: str, file: Path) -> Callable[[int], Place | None]:
+def _texts(model: LanguageModel, data: Path, prompt: int, fed: int) -> list[Kind]:
+    def kind(name: str, file: Path) -> Kind:
         @cache
         def pieces() -> Tensor:
             text = file.read_text(encoding="utf-8")
@@ -220,6 +229,6 @@ def _texts(model: LanguageModel, data: Path, prompt: int, fed: int) -> list[Call
 
             return Place(name, index, made, known_only=True)
 
-        return place
+        return Kind(name, place)
 
     return [kind(name, data / "text" / file) for name, file in TEXTS.items() if (data / "text" / file).is_file()]

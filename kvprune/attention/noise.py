@@ -114,7 +114,7 @@ class Gumbel:
             noise = uniform(mix(rows ^ columns)).log_().neg_().log_()
             logits.sub_(noise, alpha=self.scale)
         if isinstance(self.temperature, Tensor):
-            return logits.div_(self.temperature.view(-1, 1))
+            return logits.div_(self.temperature.to(logits.device).view(-1, 1))
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
 

@@ -74,8 +74,7 @@ class PrunedCache(Contents, RollingBack):
             is.
         attention: what attention over a prompt runs on: "sdpa", "flash" (torch's own kernels), "flash-attn" (the
             package), or "auto" for the fastest that serves the model. All compute the same.
-        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed. While they are
-            recorded, at the second of them, no other thread may draw random numbers there.
+        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed.
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is
@@ -97,7 +96,7 @@ class PrunedCache(Contents, RollingBack):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         policy = _policy(policy)
         check_name(kernels)
@@ -222,7 +221,7 @@ class PrunedCache(Contents, RollingBack):
         device: torch.device | str | None = None,
         kernels: str = "auto",
         attention: str = "auto",
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         trust_model: bool = False,
     ) -> PrunedCache:
         """The cache that `save` wrote, with the model it was made for, in the same dtype.

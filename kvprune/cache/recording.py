@@ -11,7 +11,8 @@ Recordings end with the steady state they are of: whatever else changes a table,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,11 +59,10 @@ class _Scratch:
 class Graphs:
     """Makes recordings for the layers of one cache, which run one after another and share scratch memory.
 
-    They are made where the kernels are Triton's: with `kernels="torch"` there are none. While a step is recorded, no
-    other thread can draw random numbers on the GPU: torch counts on the numbers of the recording.
+    They are made where the kernels are Triton's: with `kernels="torch"` there are none.
     """
 
-    def __init__(self, allowed: bool = False) -> None:
+    def __init__(self, allowed: bool = True) -> None:
         self.allowed = allowed
         self._scratch: dict[torch.device, _Scratch] = {}
 
@@ -91,15 +91,15 @@ class Graphs:
             aside.wait_stream(current)
             try:
                 with torch.cuda.stream(aside):
-                    # Other threads may go on; `torch.cuda.graph` would also collect garbage and empty torch's cache.
-                    graph.capture_begin(pool=scratch.pool, capture_error_mode="thread_local")
+                    with _chance_aside():
+                        # Other threads may go on; `torch.cuda.graph` would also collect garbage, and empty its cache.
+                        graph.capture_begin(pool=scratch.pool, capture_error_mode="thread_local")
                     try:
                         output = run(*given)
                     finally:
                         graph.capture_end()
             except RuntimeError:
-                chance = torch.cuda.default_generators[torch.cuda.current_device()]
-                chance.graphsafe_set_state(chance.clone_state())  # which would go on as if still recorded (torch 2.11)
+                _abandon(device, self._scratch.pop(device))
                 raise
             finally:
                 current.wait_stream(aside)
@@ -111,6 +111,29 @@ class Graphs:
             return output.clone()  # the next replay writes there
 
         return replay
+
+
+def _abandon(device: torch.device, scratch: _Scratch) -> None:
+    """After a recording that failed torch would still give of its memory, and take no other there (2.11)."""
+    with suppress(RuntimeError):  # where it failed to begin
+        torch._C._cuda_endAllocateToPool(device.index, scratch.pool)
+        torch._C._cuda_releasePool(device.index, scratch.pool)
+
+
+@contextmanager
+def _chance_aside() -> Iterator[None]:
+    """What begins here takes another state of chance for this GPU's: none is drawn from while a step is recorded.
+
+    torch hands the numbers of its generator to a recording, so that another thread that drew one would fail, and so
+    would everyone after a recording that failed (torch 2.11).
+    """
+    chance = torch.cuda.default_generators[torch.cuda.current_device()]
+    own = chance.graphsafe_get_state()
+    chance.graphsafe_set_state(chance.clone_state())
+    try:
+        yield
+    finally:
+        chance.graphsafe_set_state(own)
 
 
 class Recording:

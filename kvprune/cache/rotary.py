@@ -43,9 +43,8 @@ def rotations(model: Any, layers: tuple[int, ...]) -> dict[int, Rotation | None]
     if "mrope" in kinds:
         raise UnsupportedModelError(f"{name} has positions of several dimensions, not one of the cache: {_ADVICE}.")
     first, second = (_keys(model, place) for place in (0, _PLACE))
-    found: dict[int, Rotation | None] = {}
+    candidates, found = (None, *_candidates(model)), dict[int, Rotation | None]()
     for layer in layers:
-        candidates = (None, *_candidates(model))
         fitting = [each for each in candidates if _fits(each, first[layer], second[layer])]
         if not fitting:
             raise UnsupportedModelError(
@@ -73,7 +72,7 @@ def _kinds(parameters: Any) -> Iterator[str]:
 def _candidates(model: Any) -> Iterator[Rotation]:
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("inv_freq") and "original" not in buffer_name and buffer.ndim == 1:
-            frequencies = buffer.detach().float().clone()
+            frequencies = buffer.detach().float()  # the model's own, as a rule
             yield Rotation(frequencies)
             yield Rotation(frequencies, interleaved=True)
 

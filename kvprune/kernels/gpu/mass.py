@@ -9,6 +9,7 @@ Noise (`RowWeights.noise`) is made in registers in both kernels.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +19,60 @@ from torch import Tensor
 
 from kvprune.attention.mass import GROUPS, RowWeights, Scoring
 from kvprune.errors import PolicyError
-from kvprune.kernels.gpu.noise import column_words, layer_word, minus_gumbel, row_words
-from kvprune.kernels.gpu.tiles import ceil_div, key_order, load_rows, padded, scored, tile_rows, with_dense_rows
+from kvprune.kernels.gpu.noise import column_words, layer_word, log2_exponential, row_words, shifted
+from kvprune.kernels.gpu.tiles import (
+    ceil_div,
+    key_order,
+    load_rows,
+    matmul,
+    padded,
+    scored,
+    tile_rows,
+    with_dense_rows,
+)
 
-# Queries or keys of a tile: 64 rows of 128 bfloat16. With twice as many keys, logits and noise do not fit in registers.
-_TILE_BYTES = 16 << 10
+
+@dataclass(frozen=True)
+class _Tiles:
+    """rows and keys of a tile, where they have 128 numbers of 16 bits; fewer where they are wider.
+
+    warps: of a program whose tile is not cut down. stages: loads that are under way.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def of(self, count: int, dim: int, itemsize: int) -> dict[str, int]:
+        """Sizes and options of a launch over so many rows."""
+        rows, keys = (tile_rows(dim, itemsize, each * _ROW_BYTES, each) for each in (self.rows, self.keys))
+        rows = min(rows, padded(count))
+        warps = self.warps if rows * keys >= self.rows * self.keys else 4
+        return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": self.stages}
+
+
+_ROW_BYTES = 256
+# With noise and without. 99 KiB of shared memory, which is what small GPUs have, and registers are enough for these.
+_LSE_TILES = {False: _Tiles(128, 64, 8, 2), True: _Tiles(64, 32, 4, 3)}
+_MASS_TILES = {False: _Tiles(64, 128, 8, 2), True: _Tiles(64, 64, 4, 2)}
 # Few rows over many keys: the keys are split until there are about four programs for each multiprocessor of a large
 # GPU. A constant, not the number of multiprocessors, so that a sum is rounded alike on every GPU.
 _PROGRAMS = 512
 _LEAST_STRETCH = 512
+_LOG2_E = tl.constexpr(math.log2(math.e))
 _LOG2_ZERO = -1e4  # finite, so that 0 times it is 0, and a decay of 0 to the power of 0 is 1
 
 
 @triton.jit
 def _weighed(
     rows, batch, count, queries_length, keys_length, log2_decay,
-    chosen, weights, chosen_stride, positions, positions_batch_stride, positions_stride,
+    chosen, weights, chosen_stride, positions, positions_batch_stride, positions_stride, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Index in the step, position, and weight of weighed rows. Position -1: sees nothing and counts nothing."""
+    """Of weighed rows the index in the step, what they see, position and weight.
+
+    They see the keys whose order (`key_order`) is at most this number. -1: sees nothing and counts nothing.
+    """
     valid = rows < count
     if chosen is None:
         indices = queries_length - count + rows
@@ -44,24 +81,48 @@ def _weighed(
     else:
         indices = tl.load(chosen + batch * chosen_stride + rows, mask=valid, other=0).to(tl.int32)
         row_weights = tl.load(weights + batch * chosen_stride + rows, mask=valid, other=0.0)
+    seen = keys_length - queries_length + indices
     if positions is None:
-        own = keys_length - queries_length + indices
+        own = seen
     else:
         offsets = batch * positions_batch_stride + indices.to(tl.int64) * positions_stride
         own = tl.load(positions + offsets, mask=valid, other=-1).to(tl.int32)
-    row_weights = tl.where(valid & (own >= 0), row_weights, 0.0)
-    return indices, tl.where(row_weights != 0, own, -1), row_weights
+        if not IN_ORDER:
+            seen = own
+    row_weights = tl.where(valid & (seen >= 0), row_weights, 0.0)
+    return indices, tl.where(row_weights != 0, seen, -1), own, row_weights
 
 
 @triton.jit
-def _perturbed(logits, row_hashes, column_hashes, noise_scale, temperatures, temperature, indices, valid):
-    """`Gumbel.perturb` of a tile of logits."""
-    logits -= noise_scale * minus_gumbel(row_hashes[:, None], column_hashes[None, :])
-    if temperatures is None:
-        logits /= temperature
+def _logits(
+    states, tile, scale, rows, columns, noise_scale, cooling, SOFTCAP: tl.constexpr, NOISY: tl.constexpr,
+):  # fmt: skip
+    """Logits `[M, N]` in base 2: `Gumbel.perturb` of those of queries and keys, with hashes of rows and columns."""
+    if SOFTCAP is None:
+        logits = matmul(states, tile) * (scale * _LOG2_E)
     else:
-        logits /= tl.load(temperatures + indices, mask=valid, other=1.0)[:, None]
+        logits = scored(states, tile, scale, SOFTCAP) * _LOG2_E
+    if NOISY:
+        logits = (logits - noise_scale * log2_exponential(rows[:, None], columns[None, :])) * cooling
     return logits
+
+
+@triton.jit
+def _columns(slots, order, length, positions, stride, IN_ORDER: tl.constexpr):
+    """Hashes of keys, and so of their positions."""
+    if IN_ORDER and (positions is not None):
+        order = tl.load(positions + slots.to(tl.int64) * stride, mask=slots < length, other=-1).to(tl.int32)
+    return shifted(column_words(order))
+
+
+@triton.jit
+def _cooling(temperatures, temperature, indices, valid):
+    """One over the temperature of each row, or of all."""
+    if temperatures is None:
+        cooling = 1.0 / temperature
+    else:
+        cooling = 1.0 / tl.load(temperatures + indices, mask=valid, other=1.0)[:, None]
+    return cooling
 
 
 # These change from step to step: a kernel compiled for a multiple of 16 would be compiled again at the next.
@@ -79,7 +140,7 @@ def _lse_kernel(
     queries_batch_stride, queries_head_stride, queries_stride, keys_batch_stride, keys_head_stride, keys_stride,
     chosen_stride, query_positions_batch_stride, query_positions_stride,
     key_positions_batch_stride, key_positions_head_stride, key_positions_stride,
-    GROUP: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, NOISY: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, NOISY: tl.constexpr, IN_ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of a tile of rows over a stretch of keys, `[splits, B, Hq, R]`.
@@ -90,9 +151,9 @@ def _lse_kernel(
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     members = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, heads = members // GROUP, (pair % kv_heads) * GROUP + members % GROUP
-    indices, positions, _ = _weighed(
+    indices, seen, positions, _ = _weighed(
         rows, batch, count, queries_length, keys_length, log2_decay, chosen, weights, chosen_stride,
-        query_positions, query_positions_batch_stride, query_positions_stride,
+        query_positions, query_positions_batch_stride, query_positions_stride, IN_ORDER,
     )  # fmt: skip
     states = load_rows(
         queries + batch * queries_batch_stride + heads.to(tl.int64)[:, None] * queries_head_stride,
@@ -101,30 +162,30 @@ def _lse_kernel(
     keys += batch * keys_batch_stride + kv_head * keys_head_stride
     if key_positions is not None:
         key_positions += batch * key_positions_batch_stride + kv_head * key_positions_head_stride
+    row_hashes, cooling = None, None
+    if NOISY:
+        row_hashes = shifted(row_words(layer_word, heads, positions))
+        cooling = _cooling(temperatures, temperature, indices, rows < count)
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     end = tl.minimum(split * stretch + stretch, keys_length)
-    if key_positions is None:  # slots are in order: none after the newest row is seen
-        end = tl.minimum(end, tl.max(positions) + 1)
+    if IN_ORDER:  # none after the newest row is seen
+        end = tl.minimum(end, tl.max(seen) + 1)
     for first in range(split * stretch, end, BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
-        order = key_order(slots, keys_length, key_positions, key_positions_stride)
+        order = key_order(slots, keys_length, None if IN_ORDER else key_positions, key_positions_stride)
         tile = load_rows(keys, slots, slots < keys_length, keys_stride, DIM, BLOCK_D)
-        logits = scored(states, tl.trans(tile), scale, SOFTCAP)
-        if NOISY:
-            logits = _perturbed(
-                logits, row_words(layer_word, heads, positions), column_words(order),
-                noise_scale, temperatures, temperature, indices, rows < count,
-            )  # fmt: skip
-        logits = tl.where(order[None, :] <= positions[:, None], logits, float("-inf"))
+        columns = _columns(slots, order, keys_length, key_positions, key_positions_stride, IN_ORDER) if NOISY else None
+        logits = _logits(states, tl.trans(tile), scale, row_hashes, columns, noise_scale, cooling, SOFTCAP, NOISY)
+        logits = tl.where(order[None, :] <= seen[:, None], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 1))
         base = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         largest = larger
     target = partial + (split.to(tl.int64) * tl.num_programs(2) + pair) * GROUP * count
     # Of a row that sees anything, the total is at least 1: of one that does not, -inf stays.
-    lse = largest + tl.log(tl.maximum(total, 1e-30))
+    lse = (largest + tl.log2(tl.maximum(total, 1e-30))) / _LOG2_E
     tl.store(target + (members % GROUP) * count + rows, lse, mask=rows < count)
 
 
@@ -137,8 +198,8 @@ def _mass_kernel(
     chosen_stride, query_positions_batch_stride, query_positions_stride,
     key_positions_batch_stride, key_positions_head_stride, key_positions_stride,
     lse_batch_stride, lse_head_stride, lse_stride,
-    GROUP: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, NOISY: tl.constexpr, LARGEST_HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, NOISY: tl.constexpr, IN_ORDER: tl.constexpr,
+    LARGEST_HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Mass of a block of keys of one KV head."""
     pair = tl.program_id(1)
@@ -146,47 +207,52 @@ def _mass_kernel(
     slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if key_positions is not None:
         key_positions += batch * key_positions_batch_stride + kv_head * key_positions_head_stride
-    order = key_order(slots, keys_length, key_positions, key_positions_stride)
+    order = key_order(slots, keys_length, None if IN_ORDER else key_positions, key_positions_stride)
     oldest = tl.min(order)
+    columns = _columns(slots, order, keys_length, key_positions, key_positions_stride, IN_ORDER) if NOISY else None
     keys += batch * keys_batch_stride + kv_head * keys_head_stride
     tile = tl.trans(load_rows(keys, slots, slots < keys_length, keys_stride, DIM, BLOCK_D))
-    lse += batch * lse_batch_stride
+    queries += batch * queries_batch_stride + kv_head * GROUP * queries_head_stride
+    lse += batch * lse_batch_stride + kv_head * GROUP * lse_head_stride
 
+    ALL_ROWS: tl.constexpr = IN_ORDER and (chosen is None)
     first_row = 0
-    if (chosen is None) and (query_positions is None):  # in order: no row before the block sees it
+    if ALL_ROWS:  # no row before the block sees it
         first_row = tl.maximum(tl.program_id(0) * BLOCK_N - keys_length + count, 0) // BLOCK_M * BLOCK_M
-    own = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(first_row, count, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        indices, positions, row_weights = _weighed(
-            rows, batch, count, queries_length, keys_length, log2_decay, chosen, weights, chosen_stride,
-            query_positions, query_positions_batch_stride, query_positions_stride,
-        )  # fmt: skip
-        if tl.max(positions) >= oldest:
-            seen = order[None, :] <= positions[:, None]
-            together = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for member in range(GROUP):
-                head = kv_head * GROUP + member
-                states = load_rows(
-                    queries + batch * queries_batch_stride + head * queries_head_stride,
-                    indices, rows < count, queries_stride, DIM, BLOCK_D,
-                )  # fmt: skip
-                logits = scored(states, tile, scale, SOFTCAP)
-                if NOISY:
-                    logits = _perturbed(
-                        logits, row_words(layer_word, head, positions), column_words(order),
-                        noise_scale, temperatures, temperature, indices, rows < count,
-                    )  # fmt: skip
-                of_rows = tl.load(lse + head * lse_head_stride + rows * lse_stride, mask=rows < count, other=0.0)
-                probabilities = tl.exp(tl.where(seen, logits - of_rows[:, None], float("-inf")))
-                if LARGEST_HEAD:
-                    together = tl.maximum(together, probabilities)
-                else:
-                    together += probabilities
-            own += tl.sum(together * row_weights[:, None], 0)
+    # The heads are what the outer loop goes over, so that loads of the inner one are under way early; but a maximum
+    # over heads needs them side by side.
+    OUTER: tl.constexpr = 1 if LARGEST_HEAD else GROUP
+    INNER: tl.constexpr = GROUP if LARGEST_HEAD else 1
+    own = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for outer in range(OUTER):
+        for first in range(first_row, count, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            indices, seen, positions, row_weights = _weighed(
+                rows, batch, count, queries_length, keys_length, log2_decay, chosen, weights, chosen_stride,
+                query_positions, query_positions_batch_stride, query_positions_stride, IN_ORDER,
+            )  # fmt: skip
+            if ALL_ROWS or (tl.max(seen) >= oldest):
+                visible = order[None, :] <= seen[:, None]
+                cooling = _cooling(temperatures, temperature, indices, rows < count) if NOISY else None
+                together = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for inner in range(INNER):
+                    member = outer + inner
+                    states = load_rows(
+                        queries + member * queries_head_stride, indices, rows < count, queries_stride, DIM, BLOCK_D
+                    )
+                    row_hashes = None
+                    if NOISY:
+                        row_hashes = shifted(row_words(layer_word, kv_head.to(tl.int32) * GROUP + member, positions))
+                    logits = _logits(states, tile, scale, row_hashes, columns, noise_scale, cooling, SOFTCAP, NOISY)
+                    of_rows = tl.load(lse + member * lse_head_stride + rows * lse_stride, mask=rows < count, other=0.0)
+                    logits -= of_rows[:, None] * _LOG2_E
+                    probabilities = tl.exp2(tl.where(visible, logits, float("-inf")))
+                    together = tl.maximum(together, probabilities) if LARGEST_HEAD else probabilities
+                own += together * row_weights[:, None]
+    total = tl.sum(own, 0)
     if not LARGEST_HEAD:
-        own /= GROUP
-    tl.store(mass + pair.to(tl.int64) * keys_length + slots, own, mask=slots < keys_length)
+        total /= GROUP
+    tl.store(mass + pair.to(tl.int64) * keys_length + slots, total, mask=slots < keys_length)
 
 
 def attention_mass(
@@ -229,43 +295,42 @@ def attention_mass(
         **_noise(row_weights, queries.device),
         **_positions(query_positions, key_positions, batch, kv_heads),
         "count": count, "queries_length": length, "keys_length": keys_length, "kv_heads": kv_heads,
-        "scale": scoring.scale, "SOFTCAP": scoring.softcap,
+        "scale": scoring.scale, "SOFTCAP": scoring.softcap, "IN_ORDER": in_order or key_positions is None,
         "GROUP": query_heads // kv_heads, "DIM": dim, "BLOCK_D": padded(dim),
         **{f"queries_{name}": stride for name, stride in zip(_STRIDES, queries.stride(), strict=False)},
         **{f"keys_{name}": stride for name, stride in zip(_STRIDES, keys.stride(), strict=False)},
     }  # fmt: skip
-    block = tile_rows(dim, keys.itemsize, _TILE_BYTES, 64)
     if lse is None:
-        lse = _lse(queries, keys, scoring, common, block)
-    _mass_kernel[ceil_div(keys_length, block), batch * kv_heads](
-        queries, keys, lse, mass,
+        lse = _lse(queries, keys, scoring, common)
+    tiles = _MASS_TILES[common["NOISY"]].of(count, dim, keys.itemsize)
+    _mass_kernel[ceil_div(keys_length, tiles["BLOCK_N"]), batch * kv_heads](
+        queries,
+        keys,
+        lse,
+        mass,
         **common,
         **{f"lse_{name}": stride for name, stride in zip(_STRIDES, lse.stride(), strict=True)},
         LARGEST_HEAD=group == "max",
-        BLOCK_M=min(block, padded(count)), BLOCK_N=block,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+        **tiles,
+    )
     return mass
 
 
 _STRIDES = ("batch_stride", "head_stride", "stride")
 
 
-def _lse(queries: Tensor, keys: Tensor, scoring: Scoring, common: dict[str, Any], block: int) -> Tensor:
+def _lse(queries: Tensor, keys: Tensor, scoring: Scoring, common: dict[str, Any]) -> Tensor:
     """Log-sum-exp of the weighed rows, attention sinks included, `[B, Hq, R]` float32; -inf where nothing is seen."""
     batch, query_heads = queries.shape[:2]
     kv_heads, length, count = keys.shape[1], keys.shape[2], common["count"]
     members = count * query_heads // kv_heads
-    block_members = min(block, padded(members))
-    tiles = ceil_div(members, block_members)
-    splits = max(1, min(_PROGRAMS // (tiles * batch * kv_heads), ceil_div(length, _LEAST_STRETCH)))
-    stretch = ceil_div(ceil_div(length, splits), block) * block
+    tiles = _LSE_TILES[common["NOISY"]].of(members, queries.shape[3], keys.itemsize)
+    programs = ceil_div(members, tiles["BLOCK_M"])
+    splits = max(1, min(_PROGRAMS // (programs * batch * kv_heads), ceil_div(length, _LEAST_STRETCH)))
+    stretch = ceil_div(ceil_div(length, splits), tiles["BLOCK_N"]) * tiles["BLOCK_N"]
     splits = ceil_div(length, stretch)
     partial = torch.empty(splits, batch, query_heads, count, device=keys.device)
-    _lse_kernel[tiles, splits, batch * kv_heads](
-        queries, keys, partial, **common, stretch=stretch,
-        BLOCK_M=block_members, BLOCK_N=block, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    _lse_kernel[programs, splits, batch * kv_heads](queries, keys, partial, **common, stretch=stretch, **tiles)
     lse = partial[0] if splits == 1 else partial.logsumexp(0)
     return lse if scoring.sinks is None else torch.logaddexp(lse, scoring.sinks.float()[:, None])
 
