@@ -8,14 +8,15 @@ from families import build, generate, kept_everywhere, left_padded
 from kvprune import Adaptive, PolicyError, PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.kernels import choose, gpu
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, ZipCache
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, KVzip, SnapKV, ZipCache
 
 pytest.importorskip("triton", reason="needs Triton")
 
 POLICIES = (
     Full(), A2SF(20, recent=4), A2SF(20, recent=4, group="max"), H2O(20, recent=4), TOVA(20), SnapKV(20, window=4),
     Keyformer(20, seed=5), KIVI(residual=8, group_size=8), ZipCache(buffer=4),
-    A2SF(20, recent=4) | ZipCache(buffer=4), A2SF(20, recent=4, share=Adaptive(0)),
+    A2SF(20, recent=4) | ZipCache(buffer=4), A2SF(20, recent=4, share=Adaptive(0)), KVzip(0.5, chunk=16),
+    KVzip(0.5, softmax="chunk", chunk=16),
 )  # fmt: skip
 
 

@@ -57,6 +57,8 @@ def launch(dim: int, dtype: torch.dtype) -> None:
     noisy = RowWeights.uniform(64).noisy(Gumbel(1, 2))
     kernels.attention_mass(queries, keys, noisy, plain, in_order=True, **by_position)
 
+    kernels.attention_maxima(queries, keys, torch.ones(1, 64), full, by_position["query_positions"], positions)
+
     query = queries[:, :, :1]
     lengths = torch.tensor([[3, 200]], dtype=torch.int32)
     kernels.decode_attention(query, keys, keys, plain)
@@ -100,7 +102,8 @@ def test_every_kernel_compiles(capability, dim, dtype):
     for line in done.stdout.splitlines():
         name, bytes_ = line.split()
         shared[name] = max(shared.get(name, 0), int(bytes_))
-    assert set(shared) == {"_lse_kernel", "_mass_kernel", "_decode_kernel", "_packed_kernel", "_combine_kernel"}
+    kernels = {"_lse_kernel", "_mass_kernel", "_maxima_kernel", "_decode_kernel", "_packed_kernel", "_combine_kernel"}
+    assert set(shared) == kernels
     assert max(shared.values()) <= SHARED_BYTES, shared
 
 

@@ -13,6 +13,7 @@ from test_mass import Case, cases, chosen_rows, groups, positioned, seeds
 from torch import Tensor
 
 from kvprune import PolicyError, RowWeights, Scoring, attention_mass
+from kvprune.attention.mass import row_probabilities
 from kvprune.attention.noise import Gumbel, hashed, mix
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -204,6 +205,45 @@ def test_unknown_group():
     for weigh in (kernels.attention_mass, attention_mass):
         with pytest.raises(PolicyError, match='must be "mean" or "max"'):
             weigh(case.queries, case.keys, RowWeights.uniform(1), case.scoring, group="sum")
+
+
+# -- maxima ------------------------------------------------------------------------------------------------------------
+
+
+@on_devices
+@given(drawn=positioned(), seed=seeds, known=st.booleans())
+def test_maxima(device, drawn, seed, known):
+    """The most that any query of a head gives to a key is that of all probabilities, whatever is empty or padding."""
+    case, queries, keys = drawn
+    case, queries, keys = on(device, case), queries.to(device), keys.to(device)
+    weights = torch.rand(1, case.rows, generator=torch.Generator().manual_seed(seed)).to(device)
+    weights[:, seed % case.rows] = 0.0
+    hidden = (keys[:, :, None, None] > queries[:, None, None, :, None]) | (keys[:, :, None, None] < 0)
+    wanted = row_probabilities(case.queries, case.keys, case.scoring, hidden).nan_to_num(0.0)
+    wanted = (wanted * weights[:, None, None, :, None]).amax(3)
+    lse = None
+    if known:
+        wide = case.keys.repeat_interleave(case.queries.shape[1] // keys.shape[1], dim=1)
+        logits = case.scoring.capped(case.queries @ wide.transpose(2, 3) * case.scoring.scale)
+        logits = logits.unflatten(1, (keys.shape[1], -1)).masked_fill(hidden, -math.inf)
+        lse = case.scoring.log_sum_exp(logits).flatten(1, 2)
+    found = kernels.attention_maxima(case.queries, case.keys, weights, case.scoring, queries, keys, lse=lse)
+    torch.testing.assert_close(found, wanted.float(), **EXACT)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maxima_over_tiles(device, dtype):
+    """Several tiles of keys and of queries, in order, behind keys that all of them see; any strides."""
+    case = case_of((2, 2, 3, 150, 300, 80), device, dtype=dtype, plain=False)
+    queries = case.queries.transpose(1, 2).contiguous().transpose(1, 2)
+    keys = torch.cat([case.keys, case.keys], dim=2)[:, :, :300]
+    places = torch.arange(300, dtype=torch.int32, device=device)[None, None]
+    asked = torch.arange(150, 300, device=device)[None]
+    weights = torch.linspace(0.1, 1, 150, device=device)[None]
+    found = kernels.attention_maxima(queries, keys, weights, case.scoring, asked, places)
+    wanted = row_probabilities(queries, keys, case.scoring, places[:, :, None, None] > asked[:, None, None, :, None])
+    torch.testing.assert_close(found, (wanted * weights[:, None, None, :, None]).amax(3).float(), **EXACT)
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------

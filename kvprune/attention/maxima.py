@@ -214,14 +214,18 @@ def maxima_in_one_pass(
     *,
     columns: int,
     key_weights: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor] | None:
-    """Output and maxima, of groups reduced by "max", where kernels find both at once; None where they do not."""
+    """Output and maxima, of groups reduced by "max", where kernels find these; None where they do not.
+
+    lse: of every query over all keys, `[B, Hq, L]`, if it is known.
+    """
     rows, given = row_weights.chosen(len(asked), keys.device)
     batch = keys.shape[0]
     weights = torch.zeros(batch, len(asked), dtype=torch.float32, device=keys.device)
     weights.scatter_(1, rows.expand(batch, -1), given.expand(batch, -1))
     states = asked.states.to(keys.dtype)
-    found = kernels.attention_maxima(states, keys, values, weights, scoring, asked.positions, key_positions)
+    found = kernels.attention_maxima(states, keys, values, weights, scoring, asked.positions, key_positions, lse=lse)
     if found is None:
         return None
     output, by_head = found
@@ -249,6 +253,13 @@ def maxima_of(
             asked.states, asked.positions, table, row_weights, scoring, group=group, key_weights=key_weights
         )[:, :, :columns]
     keys = table.all_keys() if apart else table.keys
+    if group == "max":
+        found = maxima_in_one_pass(
+            operations.of(table), asked, keys, None, row_weights, scoring, table.positions, columns=columns,
+            key_weights=key_weights, lse=lse,
+        )  # fmt: skip
+        if found is not None:
+            return found[1]
     return attention_maxima(
         asked.states, keys, row_weights, scoring, group=group, columns=columns, lse=lse, key_weights=key_weights,
         query_positions=None if table.dense else asked.positions,

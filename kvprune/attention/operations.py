@@ -75,6 +75,8 @@ class AttentionOperations(MassOperations):
         scoring: Scoring,
         query_positions: Tensor,
         key_positions: Tensor,
+        *,
+        lse: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor] | None:
         """Attention, and the most that any query of each head gives to a key, in one pass over their products.
 
@@ -84,7 +86,8 @@ class AttentionOperations(MassOperations):
 
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`. values: `[B, Hkv, S, Dv]`; None where no output is wanted.
         weights: w, `[B or 1, L]`, at least 0. query_positions: `[B or 1, L]`, -1 for padding. key_positions:
-        `[B or 1, Hkv or 1, S]`, -1 for empty.
+        `[B or 1, Hkv or 1, S]`, -1 for empty. lse: log-sum-exp of every query over all keys, sinks included,
+        `[B, Hq, L]`, if it is known.
         """
         return None
 

@@ -75,6 +75,22 @@ class TritonKernels(Kernels):
         of_weighed = lse_of_weighed(lse, row_weights) if known and lse is not None else None
         return gpu.attention_mass(queries, keys, row_weights, scoring, lse=of_weighed, **settings)
 
+    def attention_maxima(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        weights: Tensor,
+        scoring: Scoring,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        *,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor] | None:
+        if values is not None or not _fits(queries, keys, keys):  # torch's attention is faster, and may tell the lse
+            return None
+        return None, gpu.attention_maxima(queries, keys, weights, scoring, query_positions, key_positions, lse=lse)
+
 
 TRITON = TritonKernels()
 

@@ -262,6 +262,8 @@ class CPUKernels(Kernels):
         scoring: Scoring,
         query_positions: Tensor,
         key_positions: Tensor,
+        *,
+        lse: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor] | None:
         return maxima.in_one_pass(self._c, queries, keys, values, weights, scoring, query_positions, key_positions)
 

@@ -1,6 +1,7 @@
 """Triton kernels, each the twin of a function in PyTorch that says what it computes.
 
     attention_mass             kvprune.attention_mass
+    attention_maxima           attention.maxima.attention_maxima, head by head
     decode_attention           attention.softmax.single_query_attention, and what a policy makes of the probabilities
     varlen_decode_attention    the same over heads of different lengths, without padding
     packed_decode_attention    attention.packed.single_query
@@ -23,10 +24,12 @@ from kvprune.errors import KVPruneError
 if TYPE_CHECKING:
     from kvprune.kernels.gpu.decode import decode_attention, varlen_decode_attention
     from kvprune.kernels.gpu.mass import attention_mass
+    from kvprune.kernels.gpu.maxima import attention_maxima
     from kvprune.kernels.gpu.packed_decode import packed_decode_attention
 
 __all__ = [
     "attention_mass",
+    "attention_maxima",
     "available",
     "decode_attention",
     "packed_decode_attention",
@@ -36,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "attention_mass": "mass",
+    "attention_maxima": "maxima",
     "decode_attention": "decode",
     "varlen_decode_attention": "decode",
     "packed_decode_attention": "packed_decode",

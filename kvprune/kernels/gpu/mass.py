@@ -55,7 +55,7 @@ class _Tiles:
 _ROW_BYTES = 256
 # With noise and without. 99 KiB of shared memory, which is what small GPUs have, and registers are enough for these.
 _LSE_TILES = {False: _Tiles(128, 64, 8, 2), True: _Tiles(64, 32, 4, 3)}
-_MASS_TILES = {False: _Tiles(64, 128, 8, 2), True: _Tiles(64, 64, 4, 2)}
+MASS_TILES = {False: _Tiles(64, 128, 8, 2), True: _Tiles(64, 64, 4, 2)}
 # Few rows over many keys: the keys are split until there are about four programs for each multiprocessor of a large
 # GPU. A constant, not the number of multiprocessors, so that a sum is rounded alike on every GPU.
 _PROGRAMS = 512
@@ -94,7 +94,7 @@ def _weighed(
 
 
 @triton.jit
-def _logits(
+def log2_logits(
     states, tile, scale, rows, columns, noise_scale, cooling, SOFTCAP: tl.constexpr, NOISY: tl.constexpr,
 ):  # fmt: skip
     """Logits `[M, N]` in base 2: `Gumbel.perturb` of those of queries and keys, with hashes of rows and columns."""
@@ -177,7 +177,7 @@ def _lse_kernel(
         order = key_order(slots, keys_length, None if IN_ORDER else key_positions, key_positions_stride)
         tile = load_rows(keys, slots, slots < keys_length, keys_stride, DIM, BLOCK_D)
         columns = _columns(slots, order, keys_length, key_positions, key_positions_stride, IN_ORDER) if NOISY else None
-        logits = _logits(states, tl.trans(tile), scale, row_hashes, columns, noise_scale, cooling, SOFTCAP, NOISY)
+        logits = log2_logits(states, tl.trans(tile), scale, row_hashes, columns, noise_scale, cooling, SOFTCAP, NOISY)
         logits = tl.where(order[None, :] <= seen[:, None], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 1))
         base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -243,7 +243,7 @@ def _mass_kernel(
                     row_hashes = None
                     if NOISY:
                         row_hashes = shifted(row_words(layer_word, kv_head.to(tl.int32) * GROUP + member, positions))
-                    logits = _logits(states, tile, scale, row_hashes, columns, noise_scale, cooling, SOFTCAP, NOISY)
+                    logits = log2_logits(states, tile, scale, row_hashes, columns, noise_scale, cooling, SOFTCAP, NOISY)
                     of_rows = tl.load(lse + member * lse_head_stride + rows * lse_stride, mask=rows < count, other=0.0)
                     logits -= of_rows[:, None] * _LOG2_E
                     probabilities = tl.exp2(tl.where(visible, logits, float("-inf")))
@@ -280,7 +280,7 @@ def attention_mass(
     """
     if group not in GROUPS:
         raise PolicyError(f'group must be "mean" or "max", not {group!r}.')
-    batch, query_heads, length, dim = queries.shape
+    batch, _, length, dim = queries.shape
     kv_heads, keys_length = keys.shape[1:3]
     queries, keys = with_dense_rows(queries), with_dense_rows(keys)
     count = min(row_weights.last, length) if row_weights.rows is None else row_weights.rows.shape[-1]
@@ -290,33 +290,60 @@ def attention_mass(
     if in_order and row_weights.noise is None:  # then positions would only repeat what the slots say
         query_positions = key_positions = None
 
-    common = {
-        **_weights(row_weights, batch, queries.device),
-        **_noise(row_weights, queries.device),
-        **_positions(query_positions, key_positions, batch, kv_heads),
-        "count": count, "queries_length": length, "keys_length": keys_length, "kv_heads": kv_heads,
-        "scale": scoring.scale, "SOFTCAP": scoring.softcap, "IN_ORDER": in_order or key_positions is None,
-        "GROUP": query_heads // kv_heads, "DIM": dim, "BLOCK_D": padded(dim),
-        **{f"queries_{name}": stride for name, stride in zip(_STRIDES, queries.stride(), strict=False)},
-        **{f"keys_{name}": stride for name, stride in zip(_STRIDES, keys.stride(), strict=False)},
-    }  # fmt: skip
+    common = _common(queries, keys, row_weights, scoring, query_positions, key_positions, in_order)
     if lse is None:
         lse = _lse(queries, keys, scoring, common)
-    tiles = _MASS_TILES[common["NOISY"]].of(count, dim, keys.itemsize)
+    tiles = MASS_TILES[common["NOISY"]].of(count, dim, keys.itemsize)
     _mass_kernel[ceil_div(keys_length, tiles["BLOCK_N"]), batch * kv_heads](
         queries,
         keys,
         lse,
         mass,
         **common,
-        **{f"lse_{name}": stride for name, stride in zip(_STRIDES, lse.stride(), strict=True)},
+        **{f"lse_{name}": stride for name, stride in zip(STRIDES, lse.stride(), strict=True)},
         LARGEST_HEAD=group == "max",
         **tiles,
     )
     return mass
 
 
-_STRIDES = ("batch_stride", "head_stride", "stride")
+STRIDES = ("batch_stride", "head_stride", "stride")
+
+
+def log_sum_exp(
+    queries: Tensor, keys: Tensor, scoring: Scoring, query_positions: Tensor, key_positions: Tensor
+) -> Tensor:
+    """Log-sum-exp of every query over the keys that it sees, sinks included, `[B, Hq, L]` float32; see above.
+
+    queries, keys: numbers of a row lie side by side.
+    """
+    every = RowWeights.uniform(queries.shape[2])
+    return _lse(queries, keys, scoring, _common(queries, keys, every, scoring, query_positions, key_positions, False))
+
+
+def _common(
+    queries: Tensor,
+    keys: Tensor,
+    row_weights: RowWeights,
+    scoring: Scoring,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    in_order: bool,
+) -> dict[str, Any]:
+    """Arguments that both kernels take."""
+    batch, query_heads, length, dim = queries.shape
+    kv_heads = keys.shape[1]
+    count = min(row_weights.last, length) if row_weights.rows is None else row_weights.rows.shape[-1]
+    return {
+        **_weights(row_weights, batch, queries.device),
+        **_noise(row_weights, queries.device),
+        **_positions(query_positions, key_positions, batch, kv_heads),
+        "count": count, "queries_length": length, "keys_length": keys.shape[2], "kv_heads": kv_heads,
+        "scale": scoring.scale, "SOFTCAP": scoring.softcap, "IN_ORDER": in_order or key_positions is None,
+        "GROUP": query_heads // kv_heads, "DIM": dim, "BLOCK_D": padded(dim),
+        **{f"queries_{name}": stride for name, stride in zip(STRIDES, queries.stride(), strict=False)},
+        **{f"keys_{name}": stride for name, stride in zip(STRIDES, keys.stride(), strict=False)},
+    }  # fmt: skip
 
 
 def _lse(queries: Tensor, keys: Tensor, scoring: Scoring, common: dict[str, Any]) -> Tensor:
@@ -362,10 +389,19 @@ def _noise(row_weights: RowWeights, device: torch.device) -> dict[str, Any]:
 
 
 def _positions(queries: Tensor | None, keys: Tensor | None, batch: int, kv_heads: int) -> dict[str, Any]:
-    names = [f"query_positions_{name}" for name in ("batch_stride", "stride")]
-    names += [f"key_positions_{name}" for name in _STRIDES]
     if queries is None or keys is None:
-        return {"query_positions": None, "key_positions": None, **dict.fromkeys(names, 0)}
-    queries, keys = queries.expand(batch, -1), keys.expand(batch, kv_heads, -1)
-    strides = dict(zip(names, queries.stride() + keys.stride(), strict=True))
-    return {"query_positions": queries, "key_positions": keys, **strides}
+        return {"query_positions": None, "key_positions": None, **dict.fromkeys(_POSITION_STRIDES, 0)}
+    return {"query_positions": queries, "key_positions": keys, **position_strides(queries, keys, batch, kv_heads)}
+
+
+_POSITION_STRIDES = (
+    "query_positions_batch_stride",
+    "query_positions_stride",
+    *(f"key_positions_{name}" for name in STRIDES),
+)
+
+
+def position_strides(queries: Tensor, keys: Tensor, batch: int, kv_heads: int) -> dict[str, int]:
+    """Those of positions `[B or 1, L]` and `[B or 1, Hkv or 1, S]`; 0 for what all have in common."""
+    strides = queries.expand(batch, -1).stride() + keys.expand(batch, kv_heads, -1).stride()
+    return dict(zip(_POSITION_STRIDES, strides, strict=True))
