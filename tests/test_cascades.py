@@ -33,7 +33,7 @@ from kvprune import CacheError, PolicyError, UnsupportedModelError
 from kvprune.cache import step as layer_step
 from kvprune.cache.models import cache_argument
 from kvprune.passes.schedule import share_after
-from kvprune.policies import A2SF, FTP, KIVI, GemFilter, KVzip, LazyLLM, PyramidDrop, SpAtten
+from kvprune.policies import A2SF, FTP, KIVI, GemFilter, KVzip, LazyLLM, PyramidDrop, SpAtten, Spectral, ZipCache
 from kvprune.table.ragged import RaggedTable
 
 LAYERS = 6
@@ -564,6 +564,46 @@ def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds(policy
                 assert head[-1] == cache.seen_tokens - 1
     assert (ragged > 0) == isinstance(policy, SpAtten)
     assert cache.nbytes == storage_nbytes(cache)
+
+
+@pytest.mark.parametrize("policy", [GONE, SpAtten(SCHEDULE, recent=4), PYRAMID, ROUTED], ids=str)
+@pytest.mark.parametrize(
+    "packing",
+    [
+        pytest.param(KIVI(bits=8, residual=8, group_size=8), id="kivi"),
+        pytest.param(ZipCache(high_bits=8, low_bits=8, buffer=8, group_size=8), id="zipcache"),
+        pytest.param(Spectral(bits=8, residual=8), id="spectral"),
+    ],
+)
+def test_what_no_layer_has_dropped_is_packed(policy, packing, tmp_path):
+    """Every layer packs its own rows: at 8 bits those that it holds without; in a batch, a fork and a file too."""
+    model, chain = deep(), policy | packing
+    packed, plain = (PrunedCache(model, each) for each in (chain, policy))
+    logits, expected = (step(model, token_ids(1, 100), each) for each in (packed, plain))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # which are of the prompt, and not packed yet
+    assert kept_everywhere(packed) == kept_everywhere(plain)
+    assert packed.layers[0].table.packed
+    assert {tier.codec.bits for layer in packed.layers for tier in layer.table.packed} == {8}
+    fork = packed.fork()
+    for seed in range(5):
+        ids = token_ids(1, 1, seed=seed)
+        logits = step(model, ids, packed)
+        torch.testing.assert_close(logits, step(model, ids, plain), atol=0.1, rtol=0.1)
+        torch.testing.assert_close(logits, step(model, ids, fork), atol=0, rtol=0)
+    assert kept_everywhere(packed) == kept_everywhere(fork)
+    assert packed.nbytes == storage_nbytes(packed) < plain.nbytes
+    packed.save(tmp_path / "cache.safetensors")
+    loaded = PrunedCache.load(tmp_path / "cache.safetensors", model)
+    ids = token_ids(1, 3, seed=9)
+    torch.testing.assert_close(step(model, ids, loaded), step(model, ids, packed), atol=0, rtol=0)
+
+    batch, together = left_padded((100, 77)), PrunedCache(model, chain)
+    tokens = generate(model, batch, 12, **cache_argument(together))
+    for row, length in enumerate((100, 77)):
+        alone = PrunedCache(model, chain)
+        own = {"input_ids": batch["input_ids"][row : row + 1, -length:]}
+        assert generate(model, own, 12, **cache_argument(alone))[0, -12:].tolist() == tokens[row, -12:].tolist()
+        assert kept_everywhere(together, row) == kept_everywhere(alone)
 
 
 @pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4), PYRAMID, ROUTED])

@@ -372,7 +372,8 @@ def _check_with_stopping(stopping: Policy, links: tuple[Policy, ...]) -> None:
     for link in links[1:]:
         share = getattr(link, "share", None)
         reason = (
-            "packs rows in the order they come in, and tokens that go on later come out of order" if link.codecs
+            "packs rows in the order they come in, and tokens that go on later come out of order"
+            if link.codecs and getattr(stopping, "revives", False)
             else "shows rows at their places in the cache, which tokens that stopped have none in" if link.renumbers
             else "reads the prompt again, through layers that lack some of it" if link.replay is not None
             else "shares rows out over heads or layers that hold different tokens" if link.decides_together
