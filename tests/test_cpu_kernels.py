@@ -18,7 +18,20 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, choose, cpu
 from kvprune.kernels.cpu import CPU, arguments, loading
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, KVzip, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    KIVI,
+    TOVA,
+    ExpectedAttention,
+    Full,
+    Keyformer,
+    KVzip,
+    SnapKV,
+    SpAtten,
+    StreamingLLM,
+    ZipCache,
+)
 from kvprune.policy.base import Policy
 from kvprune.table.operations import Columns
 from kvprune.table.quantize import Codec
@@ -264,7 +277,7 @@ def test_torch_s_default_dtype_is_no_matter(default):
     """What the loops write is float32 whatever a user has made the default: half of the memory would be theirs."""
     model, batch = shared(), left_padded([90, 70])
     policies = (SnapKV(20, window=8), A2SF(20, recent=4, kernel_size=5), Keyformer(20, recent=4), ZipCache(buffer=8),
-                KIVI(residual=8, rotate=True), KVzip(0.3))  # fmt: skip
+                KIVI(residual=8, rotate=True), KVzip(0.3), ExpectedAttention(0.4), SpAtten(recent=4))  # fmt: skip
     for policy in policies:
         found = []
         for dtype in (torch.float32, default):

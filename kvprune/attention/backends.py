@@ -193,7 +193,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, causal: 
 @cache
 def _takes_groups(group: int) -> bool:
     """Whether the flash kernel for a CPU takes fewer KV heads than query heads, which no interface promises."""
-    keys = torch.zeros(1, 1, 1, 16)
+    keys = torch.zeros(1, 1, 1, 16, dtype=torch.float32)
     try:
         _flash(keys.expand(1, group, 1, 16), keys, keys, 1.0, causal=True)
     except (AttributeError, RuntimeError):

@@ -211,14 +211,13 @@ class CacheReport:
         """Share of KV heads that keep the tokens of each stretch of positions, `[pruned layers, bins]` float32."""
         pruned = [layer.positions for layer in self.layers if layer.positions is not None]
         bins = max(1, min(bins, self.seen_tokens))
-        share = torch.zeros(len(pruned), bins)
-        width = torch.zeros(bins).index_add_(
-            0, torch.arange(self.seen_tokens) * bins // max(self.seen_tokens, 1), torch.ones(self.seen_tokens)
-        )
+        share = torch.zeros(len(pruned), bins, dtype=torch.float32)
+        places = torch.arange(self.seen_tokens) * bins // max(self.seen_tokens, 1)
+        width = share.new_zeros(bins).index_add_(0, places, share.new_ones(len(places)))
         for row, positions in enumerate(pruned):
             kept = positions[sequence]
             where = kept[kept >= 0].cpu() * bins // max(self.seen_tokens, 1)
-            share[row].index_add_(0, where, torch.ones(len(where)))
+            share[row].index_add_(0, where, share.new_ones(len(where)))
             share[row] /= width * kept.shape[0]
         return share
 

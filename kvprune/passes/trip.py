@@ -62,7 +62,7 @@ class Trip:
         self.ledger = ledger if past is None else ledger.moved(past)
         self.score = self.ledger.scores(max(self.tokens))
         if scored and self.score is None:
-            self.score = torch.zeros(batch, max(self.tokens), device=hidden.device)
+            self.score = torch.zeros(batch, max(self.tokens), dtype=torch.float32, device=hidden.device)
 
         self.positions = positions if valid is None else positions.masked_fill(~valid, EMPTY)
         self.frontier = torch.zeros_like(self.positions)

@@ -49,7 +49,7 @@ def lanes_of(dim: int) -> int:
 def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
     """Orthogonal `[dim, dim]` float32: blocks of the largest power of two that divides `dim`. Not to be written to."""
     with torch.inference_mode(False):  # or steps that want gradients could not use what another has made
-        block = torch.ones(1, 1, device="cpu")
+        block = torch.ones(1, 1, dtype=torch.float32, device="cpu")
         while dim % (2 * len(block)) == 0:
             block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
         return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block))).half().float().to(device)

@@ -19,7 +19,9 @@ class Tallies(dict[str, Tensor]):
     @classmethod
     def zeros(cls, shapes: Mapping[str, tuple[int, ...]], batch: int, device: torch.device) -> Tallies:
         """shapes: of one sequence."""
-        return cls({name: torch.zeros(batch, *shape, device=device) for name, shape in shapes.items()})
+        return cls(
+            {name: torch.zeros(batch, *shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
+        )
 
     def scoped(self, scope: str) -> Tallies:
         """Those whose names begin with this prefix, under names without it: what one link of a chain works on."""

@@ -356,7 +356,7 @@ def _lse(queries: Tensor, keys: Tensor, scoring: Scoring, common: dict[str, Any]
     splits = max(1, min(_PROGRAMS // (programs * batch * kv_heads), ceil_div(length, _LEAST_STRETCH)))
     stretch = ceil_div(ceil_div(length, splits), tiles["BLOCK_N"]) * tiles["BLOCK_N"]
     splits = ceil_div(length, stretch)
-    partial = torch.empty(splits, batch, query_heads, count, device=keys.device)
+    partial = torch.empty(splits, batch, query_heads, count, dtype=torch.float32, device=keys.device)
     _lse_kernel[programs, splits, batch * kv_heads](queries, keys, partial, **common, stretch=stretch, **tiles)
     lse = partial[0] if splits == 1 else partial.logsumexp(0)
     return lse if scoring.sinks is None else torch.logaddexp(lse, scoring.sinks.float()[:, None])
