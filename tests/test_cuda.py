@@ -7,6 +7,7 @@ import torch
 from families import build, feed, generate, kept_everywhere, left_padded, storage_nbytes, token_ids
 
 from kvprune import PrunedCache, Scoring
+from kvprune.cache import recording
 from kvprune.cache.models import cache_argument
 from kvprune.cache.recording import Graphs
 from kvprune.errors import KVPruneError
@@ -199,9 +200,14 @@ def test_chance_goes_on_beside_a_recording():
     def waits(tensor):
         return tensor * tensor.sum().item()
 
+    def fails(tensor):
+        raise KeyboardInterrupt
+
     replay = graphs.capture(doubled, [given])
-    with pytest.raises(RuntimeError):
-        graphs.capture(waits, [given])
+    for failing, error in ((waits, RuntimeError), (fails, KeyboardInterrupt)):
+        with pytest.raises(error):
+            graphs.capture(failing, [given])
+        assert not graphs.allowed
     drawn += [torch.rand(1, device="cuda")]
     again = graphs.capture(lambda tensor: tensor + 1, [given])
     drawn += [torch.rand(1, device="cuda")]
@@ -209,6 +215,40 @@ def test_chance_goes_on_beside_a_recording():
     assert again([given + 1]).tolist() == [2, 3, 4, 5]
     drawn += [torch.rand(1, device="cuda")]
     assert torch.cat(drawn).tolist() == expected
+
+
+def test_recordings_of_several_threads():
+    """One after another, from streams of their own."""
+    given = torch.arange(4.0, device="cuda")
+
+    def record(number):
+        graphs = Graphs()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            mine = given + number
+            replays = [graphs.capture(lambda tensor: tensor * 2 + number, [mine]) for _ in range(20)]
+            return [replay([mine]).tolist() for replay in replays]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(record, range(4)))
+    for number, rows in enumerate(found):
+        assert rows == [[2.0 * (place + number) + number for place in range(4)]] * 20
+
+
+def test_threads_that_sample(models, monkeypatch):
+    """Nothing is recorded while others may draw; alone again, it is."""
+    model, ids = models[1], token_ids(1, PROMPT).cuda()
+
+    def talk(new_tokens=24):
+        cache = PrunedCache(model, parse("tova", budget=20))
+        model.generate(
+            ids, do_sample=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **cache_argument(cache)
+        )
+        return [layer.steady.recording is not None and layer.steady.recording._replay for layer in cache.layers]
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: talk(), range(6)))
+    monkeypatch.setattr(recording, "_ALONE_AFTER", 0.0)
+    assert all(talk())
 
 
 @pytest.mark.parametrize("family", ["qwen3-hybrid", "gemma3", "gpt-oss", "gpt2", "gpt-neox"])

@@ -169,7 +169,7 @@ def test_integrations_are_found_by_entry_point(tmp_path, monkeypatch):
 
 
 @needs_data
-@pytest.mark.parametrize("model", ["demo", str(DATA / "stories260K")])
+@pytest.mark.parametrize("model", ["demo", pytest.param(str(DATA / "stories260K"), marks=pytest.mark.long)])
 def test_every_file_of_longbench_runs(tmp_path, model):
     """Scores say nothing here; contexts are far longer than a window, which both models have different ones of."""
     out = tmp_path / "results.jsonl"

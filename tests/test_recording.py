@@ -5,6 +5,7 @@ the same memory, which shows as well what a graph would not notice: an int that 
 """
 
 import copy
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from kvprune import PrunedCache
+from kvprune.cache import recording
 from kvprune.cache.models import cache_argument
 from kvprune.cache.recording import Graphs
 from kvprune.policies import A2SF, SnapKV
@@ -204,6 +206,26 @@ def test_masks_at_every_step(lengths, tapes, monkeypatch):
     assert found[0][0] == found[1][0]
     assert_same_state(found[0][1], found[1][1])
     assert bool(Tapes.replayed) == (len({*lengths}) == 1)
+
+
+def test_not_while_another_thread_attends(tapes, monkeypatch):
+    """It might draw a token just as a recording begins; what is recorded is replayed all the same."""
+    monkeypatch.setitem(recording._lately, -1, time.monotonic())
+    cache, token = on_tape(A2SF(20, recent=4))
+    tokens = decode(shared(), cache, token, 6)
+    assert (Tapes.recorded, Tapes.replayed) == (0, 0)
+    recording._lately[-1] -= 10
+    later = decode(shared(), cache, tokens[:, -1:], 3)
+    assert Tapes.recorded == len(cache.layers)
+    monkeypatch.setitem(recording._lately, -1, time.monotonic())
+    replayed = Tapes.replayed
+    last = decode(shared(), cache, later[:, -1:], 3)
+    assert Tapes.replayed > replayed
+    with monkeypatch.context() as plain:
+        plain.setattr(Graphs, "wanted", lambda *_: False)
+        other, token = on_tape(A2SF(20, recent=4))
+        expected = decode(shared(), other, token, 12)
+    assert torch.equal(torch.cat([tokens, later, last], dim=1), expected)
 
 
 def test_nothing_is_recorded_on_a_cpu():

@@ -46,18 +46,18 @@ def launch(dim: int, dtype: torch.dtype) -> None:
     from kvprune.table.packed_rows import PackedRows
     from kvprune.table.quantize import Codec
 
-    queries, keys = torch.randn(1, 8, 64, dim, dtype=dtype), torch.randn(1, 2, 256, dim, dtype=dtype)
+    queries, keys = torch.randn(1, 8, 160, dim, dtype=dtype), torch.randn(1, 2, 256, dim, dtype=dtype)
     positions = torch.arange(256, dtype=torch.int32).expand(1, 2, -1)
     plain, full = Scoring(0.1), Scoring(0.1, 50.0, torch.zeros(8))
-    by_position = {"query_positions": positions[:, 0, -64:], "key_positions": positions}
-    noise = Gumbel(1, 2, torch.ones(64))
+    by_position = {"query_positions": positions[:, 0, -160:], "key_positions": positions}
+    noise = Gumbel(1, 2, torch.ones(160))
     chosen = RowWeights.explicit(torch.arange(20), torch.rand(20)).noisy(noise)
-    kernels.attention_mass(queries, keys, RowWeights.geometric(64, 0.9), plain)
+    kernels.attention_mass(queries, keys, RowWeights.geometric(160, 0.9), plain)
     kernels.attention_mass(queries, keys, chosen, full, group="max", **by_position)
-    noisy = RowWeights.uniform(64).noisy(Gumbel(1, 2))
+    noisy = RowWeights.uniform(160).noisy(Gumbel(1, 2))
     kernels.attention_mass(queries, keys, noisy, plain, in_order=True, **by_position)
 
-    kernels.attention_maxima(queries, keys, torch.ones(1, 64), full, by_position["query_positions"], positions)
+    kernels.attention_maxima(queries, keys, torch.ones(1, 160), full, by_position["query_positions"], positions)
 
     query = queries[:, :, :1]
     lengths = torch.tensor([[3, 200]], dtype=torch.int32)

@@ -304,12 +304,16 @@ def test_what_is_supported():
 
 
 def test_availability(monkeypatch):
-    """Interpreted kernels run on the CPU, compiled ones on a GPU, and none without Triton."""
+    """Interpreted kernels run on the CPU, compiled ones on a GPU that Triton knows, and none without Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert (kernels.available(cpu), kernels.available(cuda)) == (True, False)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert (kernels.available(cpu), kernels.available(cuda)) == (False, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not kernels.available(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert not kernels.available(cuda)
     monkeypatch.delitem(vars(kernels), "attention_mass", raising=False)  # which may have been looked up

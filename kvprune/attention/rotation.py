@@ -9,7 +9,7 @@ them is not given twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Rotation:
 
     frequencies: Tensor
     interleaved: bool = False
+
+    def on(self, device: torch.device) -> Rotation:
+        """The same for keys there, which need not be where the frequencies are."""
+        return replace(self, frequencies=self.frequencies.to(device))
 
     def turned(self, keys: Tensor, by: Tensor) -> Tensor:
         """Keys `[..., D]` turned by so many positions, `[...]`, in their dtype."""

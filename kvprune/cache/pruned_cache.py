@@ -74,7 +74,8 @@ class PrunedCache(Contents, RollingBack):
             is.
         attention: what attention over a prompt runs on: "sdpa", "flash" (torch's own kernels), "flash-attn" (the
             package), or "auto" for the fastest that serves the model. All compute the same.
-        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed.
+        cuda_graphs: whether decode steps that are all alike are recorded on a GPU, and replayed. That takes some
+            memory beside the cache's. While several threads attend to caches, nothing new is recorded.
 
     Raises:
         UnsupportedModelError: encoder-decoder models, and models whose attention cannot be reached or whose cache is

@@ -11,6 +11,8 @@ Recordings end with the steady state they are of: whatever else changes a table,
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,12 +49,20 @@ class Recordable(Protocol):
     def tensors(self) -> list[Tensor]: ...
 
 
+# A stream of its own is what is recorded; and one at a time is, as torch's generator of random numbers takes part.
+_streams: dict[torch.device, Any] = {}
+_recording = threading.Lock()
+# Threads that attend to caches on a GPU, and when they last did. While there are several, nothing new is recorded: one
+# that draws a token just as a recording begins would fail.
+_lately: dict[int, float] = {}
+_ALONE_AFTER = 5.0  # seconds
+
+
 @dataclass
 class _Scratch:
-    """Memory and a stream to record in, on one GPU, and the first recording: a pool that has lost all takes no more."""
+    """Memory to record in, on one GPU, and the first recording: a pool that has lost all takes no more."""
 
     pool: Any
-    stream: Any
     first: Any = None
 
 
@@ -69,6 +79,18 @@ class Graphs:
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs(self.allowed)
 
+    def attending(self, states: Tensor) -> None:
+        """Take note of this thread."""
+        if states.is_cuda:
+            _lately[threading.get_ident()] = time.monotonic()
+
+    def alone(self) -> bool:
+        """Whether no other thread has been attending lately."""
+        for thread, then in list(_lately.items()):
+            if time.monotonic() - then > _ALONE_AFTER:
+                _lately.pop(thread, None)
+        return not _lately.keys() - {threading.get_ident()}
+
     def wanted(self, layer: Recordable, states: Tensor) -> bool:
         """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
         if not self.allowed or not states.is_cuda or layer.table is None:
@@ -83,11 +105,13 @@ class Graphs:
         what cannot be recorded.
         """
         device, given = inputs[0].device, [torch.empty_like(each) for each in inputs]
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _recording:
             if device not in self._scratch:
-                self._scratch[device] = _Scratch(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
-            scratch, graph, current = self._scratch[device], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            aside = scratch.stream
+                self._scratch[device] = _Scratch(torch.cuda.graph_pool_handle())
+            if device not in _streams:  # of high priority: torch hands out others to several who ask
+                _streams[device] = torch.cuda.Stream(priority=-1)
+            scratch, aside = self._scratch[device], _streams[device]
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             aside.wait_stream(current)
             try:
                 with torch.cuda.stream(aside):
@@ -96,9 +120,13 @@ class Graphs:
                         graph.capture_begin(pool=scratch.pool, capture_error_mode="thread_local")
                     try:
                         output = run(*given)
-                    finally:
-                        graph.capture_end()
-            except RuntimeError:
+                    except BaseException:
+                        with suppress(RuntimeError):  # which is not what there is to tell
+                            graph.capture_end()
+                        raise
+                    graph.capture_end()
+            except BaseException:
+                self.allowed = False  # what failed once would again, in every layer
                 _abandon(device, self._scratch.pop(device))
                 raise
             finally:
@@ -114,8 +142,8 @@ class Graphs:
 
 
 def _abandon(device: torch.device, scratch: _Scratch) -> None:
-    """After a recording that failed torch would still give of its memory, and take no other there (2.11)."""
-    with suppress(RuntimeError):  # where it failed to begin
+    """After a recording that could not be ended, torch 2.11 would go on to take memory for it."""
+    with suppress(RuntimeError):  # where it has not begun, or has been ended
         torch._C._cuda_endAllocateToPool(device.index, scratch.pool)
         torch._C._cuda_releasePool(device.index, scratch.pool)
 
@@ -124,8 +152,9 @@ def _abandon(device: torch.device, scratch: _Scratch) -> None:
 def _chance_aside() -> Iterator[None]:
     """What begins here takes another state of chance for this GPU's: none is drawn from while a step is recorded.
 
-    torch hands the numbers of its generator to a recording, so that another thread that drew one would fail, and so
-    would everyone after a recording that failed (torch 2.11).
+    torch hands the state of its generator to a recording that begins, so that another thread that drew meanwhile would
+    fail, and so would everyone after a recording that failed (torch 2.11). Here it is handed a copy: only who draws
+    just then is in its way.
     """
     chance = torch.cuda.default_generators[torch.cuda.current_device()]
     own = chance.graphsafe_get_state()
@@ -162,6 +191,8 @@ class Recording:
         if known != self._known:  # kernels are compiled, and handles made, before anything is recorded
             self._known, self._replay, self._scoring = known, None, scoring
             output = _run(layer, scoring, *inputs)
+        elif self._replay is None and not self._graphs.alone():
+            return None
         else:
             self._replay = self._replay or self._recorded(layer, inputs, scoring)
             if self._replay is None:
@@ -177,10 +208,12 @@ class Recording:
         incoming, length = layer.incoming, table.length
         try:
             return self._graphs.capture(lambda *given: _run(layer, scoring, *given), inputs)
-        except RuntimeError as error:  # with counts of what has not run
-            logger.info("a decode step goes on unrecorded: %s", error)
+        except BaseException as error:  # with counts of what has not run
             table.drop_newest(table.length - length)
             layer.incoming = incoming
+            if not isinstance(error, RuntimeError):
+                raise
+            logger.info("decode steps go on unrecorded: %s", error)
             return None
 
 

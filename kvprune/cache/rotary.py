@@ -51,7 +51,9 @@ def rotations(model: Any, layers: tuple[int, ...]) -> dict[int, Rotation | None]
                 f"the keys of layer {layer} of {name} are not turned by their position in a way that is known (rotary "
                 f"embedding of the first channels, in halves or in pairs), or the model is training: {_ADVICE}."
             )
-        found[layer] = fitting[0]
+        rotation = fitting[0]
+        device = first[layer].device  # of a model on several, not where its frequencies are
+        found[layer] = None if rotation is None else rotation.on(device)
     if found and all(rotation is None for rotation in found.values()):
         raise UnsupportedModelError(f"no key of {name} depends on the position ids that it is given: {_ADVICE}.")
     return found

@@ -125,6 +125,7 @@ class LayerStep(SteadyState):
         if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
             return self.steady_step(self.table, self.steady, states, scoring)
         self.settle_mode()
+        self.graphs.attending(states)
         first = self.table is None
         one = states.shape[2] == 1 and valid is None and past is None and filtered is None
         if self.steady is not None and one and self.graphs.wanted(self, states):

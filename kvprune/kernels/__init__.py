@@ -39,8 +39,8 @@ def choose(name: str, device: torch.device) -> Kernels:
             return cuda.TRITON
         if name == "triton":
             raise PolicyError(
-                f'kernels="triton" need Triton and a CUDA device, and the cache is on {device}: pip install '
-                "'kvprune[triton]' where there is one, or write kernels=\"auto\"."
+                'kernels="triton" need Triton and a CUDA device of compute capability 8.0 or newer, and the cache is '
+                f"on {device}: pip install 'kvprune[triton]' where there is one, or write kernels=\"auto\"."
             )
     if name == "auto" and device.type != "cpu":
         return TORCH

@@ -265,6 +265,8 @@ class CPUKernels(Kernels):
         *,
         lse: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor] | None:
+        if lse is not None and values is None:  # then a product and a running maximum are all that is left
+            return None
         return maxima.in_one_pass(self._c, queries, keys, values, weights, scoring, query_positions, key_positions)
 
     # -- scores ------------------------------------------------------------------------------------------------------

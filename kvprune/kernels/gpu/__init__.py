@@ -46,12 +46,15 @@ _HOMES = {
 }
 # Tiles are whole heads; of larger ones, such as the 576 of multi-head latent attention, too little fits on chip.
 _MOST_DIM = 256
+_LEAST_CAPABILITY = (8, 0)  # that Triton supports; ours for packed rows do not compile for older ones
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels can run there: Triton is installed, and it is a CUDA device or Triton interprets."""
+    """Whether kernels can run there: Triton is installed, and knows the GPU (Ampere or newer), or interprets."""
     interpreted = environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-    return find_spec("triton") is not None and (device.type == "cuda") != interpreted
+    if find_spec("triton") is None or (device.type == "cuda") == interpreted:
+        return False
+    return interpreted or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 def supported(queries: Tensor, keys: Tensor, values: Tensor) -> bool:

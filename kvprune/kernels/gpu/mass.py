@@ -89,7 +89,7 @@ def _weighed(
         own = tl.load(positions + offsets, mask=valid, other=-1).to(tl.int32)
         if not IN_ORDER:
             seen = own
-    row_weights = tl.where(valid & (seen >= 0), row_weights, 0.0)
+    row_weights = tl.where(valid & (seen >= 0) & (own >= 0), row_weights, 0.0)
     return indices, tl.where(row_weights != 0, seen, -1), own, row_weights
 
 
