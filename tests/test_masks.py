@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import assert_same_rows, build, generate, kept, left_padded, shared, token_ids
+from families import assert_same_rows, build, generate, kept, kept_everywhere, left_padded, shared, token_ids
 from torch import Tensor
-from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import BioGptConfig, BioGptForCausalLM, DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from kvprune import CacheError, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, Full, GemFilter, ZipCache
+from kvprune.policies import A2SF, TOVA, Full, GemFilter, ZipCache
 
 ROOM = 10_000
 POLICIES = {"full": Full(), "a2sf": A2SF(ROOM)}
@@ -104,6 +104,32 @@ def test_two_chats_of_which_one_ends_early():
     both = {"input_ids": turn, "attention_mask": mask}
     assert torch.equal(generate(model, both, 6, **cache_argument(cache)), generate(model, both, 6))
     assert kept(cache, 0, 0) == [list(range(9 + 2 + 5 + 5))] * 2
+
+
+@pytest.mark.parametrize("policy", [A2SF(20, recent=4), TOVA(20)], ids=str)
+def test_a_model_that_makes_a_mask_where_it_is_given_none(policy):
+    """generate() gives none where the cache is at its budget, and that mask shows the padding of the prompt."""
+    torch.manual_seed(0)
+    config = BioGptConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=256, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    model, batch = BioGptForCausalLM(config).eval(), left_padded([40, 31], seed=3)
+    cache = PrunedCache(model, policy)
+    ids = generate(model, batch, 10, **cache_argument(cache))
+    for row, length in enumerate((40, 31)):
+        own = {"input_ids": batch["input_ids"][row : row + 1, -length:]}
+        alone = PrunedCache(model, policy)
+        assert generate(model, own, 10, **cache_argument(alone))[0, -10:].tolist() == ids[row, -10:].tolist()
+        assert kept_everywhere(cache, row) == kept_everywhere(alone)
+    assert not cache.is_compileable
+    assert alone.is_compileable
+    # In another turn generate() gives it masks.
+    more = torch.nn.functional.pad(ids, (0, 3), value=5)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 13), value=1)
+    again = generate(model, {"input_ids": more, "attention_mask": mask}, 5, **cache_argument(cache))
+    own = {"input_ids": more[1:, -44:]}  # behind nine of padding
+    assert generate(model, own, 5, **cache_argument(alone))[0, -5:].tolist() == again[1, -5:].tolist()
 
 
 @pytest.mark.parametrize("steps", [1, 3])

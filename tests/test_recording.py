@@ -172,6 +172,7 @@ def test_recorded_where_it_is_asked_for(allowed, tapes):
     assert all(layer.graphs.allowed is allowed for layer in cache.fork().layers)
 
 
+@pytest.mark.long  # a minute of compiling
 def test_compiled_and_replayed_steps_take_turns(tapes):
     """A mask breaks the graph of a compiled model: that step comes to the layers eagerly, behind compiled ones."""
     model, tokens = shared(), []

@@ -23,10 +23,21 @@ class Masks(Cache):
     prompt_filter: Policy | None
     _open: int | None
     _mask: tuple[Tensor, Reading] | None
+    _read_at: int | None
+    _makes_masks: bool
 
     def misused(self, reason: str, error: type[KVPruneError] = CacheError) -> KVPruneError:
         """The error to raise for a forward pass that this cache cannot serve."""
         raise NotImplementedError  # by the cache, of which this is a part
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step changes no shape and never waits for the device: one graph serves all steps.
+
+        Where it is, generate() gives a model no mask. One that makes a mask of ones then (BioGPT, and OPT of
+        transformers 5.17), showing what is hidden, is to be given masks from then on.
+        """
+        return not self._makes_masks and bool(super().is_compileable)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a layer's mask; the length of a pruned layer says that it is of this cache."""
@@ -48,6 +59,10 @@ class Masks(Cache):
         if steady is not None:
             covered = steady.ahead or mask.padding.shape[1] > layer.seen
             if covered and mask.reading.is_ordinary(layer.columns, 1):
+                self._read_at = None if steady.ahead else layer.seen
+                return None
+            if self._read_at == layer.seen and bool(mask.padding.all()):
+                self._makes_masks = True
                 return None
             for index in self.pruned_layers:
                 self.layers[index].leave_steady()

@@ -146,6 +146,8 @@ class PrunedCache(Contents, RollingBack):
         self._modules = weakref.WeakSet(model.modules())  # those that may attend to this cache
         self._open = None  # a layer whose keys came but whose attention has not run
         self._mask = None  # that the model gave its attention, and no mask function made
+        self._read_at = None  # how many columns had been seen when a mask was read that a steady step needs none of
+        self._makes_masks = False  # whether the model makes one where it is given none
         self._columns = None  # of a prompt filter's input, after it
         self._stock_states = {}
         decoder = _decoder(model)
