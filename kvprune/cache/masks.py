@@ -37,7 +37,7 @@ class Masks(Cache):
         Where it is, generate() gives a model no mask. One that makes a mask of ones then (BioGPT, and OPT of
         transformers 5.17), showing what is hidden, is to be given masks from then on.
         """
-        return not self._makes_masks and bool(super().is_compileable)
+        return not self._makes_masks and all(layer.is_compileable for layer in self.layers)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a layer's mask; the length of a pruned layer says that it is of this cache."""

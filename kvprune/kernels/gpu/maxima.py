@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvprune.attention.mass import Scoring
-from kvprune.kernels.gpu.mass import MASS_TILES, STRIDES, log2_logits, log_sum_exp, position_strides
+from kvprune.kernels.gpu.arguments import STRIDES, position_strides
+from kvprune.kernels.gpu.mass import MASS_TILES, log2_logits, log_sum_exp
 from kvprune.kernels.gpu.tiles import ceil_div, key_order, load_rows, padded, with_dense_rows
 
 # These change from chunk to chunk: see mass.py.
