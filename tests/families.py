@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -316,6 +317,12 @@ def assert_same_rows(
         assert kept(cache, layer, row) == kept(other, layer, other_row)
         mine, theirs = rows(cache, layer, row), rows(other, layer, other_row)
         torch.testing.assert_close(mine, theirs, atol=atol, rtol=rtol)
+
+
+def windows_are_recorded(family: str) -> None:
+    """Skip where masks of layers with a sliding window do not fit their keys while these record the past."""
+    if family == "qwen3-hybrid" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("transformers 5.17 wants a crop after every step there")
 
 
 def storage_nbytes(cache: PrunedCache) -> int:

@@ -23,6 +23,7 @@ from families import (
     stock,
     storage_nbytes,
     token_ids,
+    windows_are_recorded,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -396,6 +397,7 @@ def test_crop_goes_by_columns_whatever_the_padding(kernels, turns, left, recordi
 
 def test_recording_that_began_too_late_for_a_window_takes_nothing_back():
     """Where a sliding window had moved on before the past was recorded, crop raises, and changes nothing."""
+    windows_are_recorded("qwen3-hybrid")
     model, batch = shared("qwen3-hybrid"), left_padded([33])
     cache, untouched = PrunedCache(model, Full()), PrunedCache(model, Full())
     for one in (cache, untouched):
@@ -604,6 +606,8 @@ def test_returning_a_sequence_twice_equals_returning_it_once(policy, lengths):
 @crossed(policy=ALL | PACKING, family=["llama", "qwen3-hybrid"], recording={"": False, "recording": True})
 def test_forks_are_independent(policy, family, recording):
     """What happens to a fork leaves the original alone, and each goes on as a cache that was never forked."""
+    if recording:
+        windows_are_recorded(family)
     model, question, other = shared(family), left_padded([40, 25]), left_padded([40, 40], seed=1)
     document = 30
     caches = [PrunedCache(model, policy) for _ in range(3)]
@@ -742,6 +746,8 @@ def test_report_is_a_picture(reported, tmp_path):
 @given(lengths=lengths, decoded=st.integers(0, 5))
 def test_nbytes_is_the_sum_of_the_storages(policy, family, recording, lengths, decoded):
     """nbytes counts the storage of every tensor the cache holds: rows, spare slots, remembered queries, windows."""
+    if recording:
+        windows_are_recorded(family)
     cache = PrunedCache(shared(family), policy)
     if recording:
         cache.activate_past_recording()

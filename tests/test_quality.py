@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_a_press_predicts_what_the_policy_of_its_rule_writes(stand_in, tmp_path,
 def test_a_press_tells_its_settings(stand_in):
     found = stand_in.ask("versions", Presses(["StreamingLLMPress"]))
     assert found["defaults"] == {"StreamingLLMPress": {"n_sink": 4}}
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
 
 
 def test_a_press_that_fails_is_named_and_leaves_the_others_alone(stand_in, model, asked):

@@ -88,10 +88,17 @@ def check_supported(model: Any) -> None:
             f"{name} uses multi-head latent attention, which transforms its keys after caching them: kvprune does not "
             "support it."
         )
-    if any(mode not in (None, "store") for mode in getattr(text, "kv_sharing_modes", None) or ()):  # those who read
+    if _reads_others(text):
         raise UnsupportedModelError(
             f"layers of {name} read the cache of other layers, whose rows may be gone: kvprune does not support it."
         )
+
+
+def _reads_others(config: Any) -> bool:
+    """Whether layers read what others have cached."""
+    if not hasattr(config, "kv_sharing_modes"):  # transformers 5.17
+        return bool(getattr(config, "num_kv_shared_layers", 0))
+    return any(mode not in (None, "store") for mode in config.kv_sharing_modes or ())
 
 
 def switch_attention(model: Any) -> None:
