@@ -31,7 +31,8 @@ SHAPE = {
 def one_layer(name: str):
     """A model of one layer, whose keys and values depend on the token and its position alone."""
     if name in ("llama", "phi3", "qwen3", "mixtral", "gpt-neox"):
-        return build(name, num_hidden_layers=1)
+        kinds = {"layer_types": ["full_attention"]} if name == "qwen3" else {}  # transformers 5.17 goes by these
+        return build(name, num_hidden_layers=1, **kinds)
     config = {
         "yarn": lambda: LlamaConfig(**SHAPE, num_hidden_layers=1, rope_parameters=YARN, max_position_embeddings=512),
         "llama3": lambda: LlamaConfig(**SHAPE, num_hidden_layers=1, rope_parameters=LLAMA3),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from chains import a2sf, chains, h2o, streaming_llm, tova
-from families import PAD, build, kept, storage_nbytes, token_ids
+from families import PAD, build, kept, storage_nbytes, token_ids, windows_are_recorded
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -418,6 +418,7 @@ class Stopping(CacheMachine):
 )
 def test_any_sequence_of_operations(machine, monkeypatch):
     """Rows, logits, counts and bytes are those of the slow model, whatever came before."""
+    windows_are_recorded(machine.family)
     monkeypatch.setattr(layer_step, "_UNDECIDED", MOST_UNDECIDED)  # so that small models and short prompts get there
     monkeypatch.setattr(table, "MOST_HOLES", MOST_HOLES)
     few = 2 if machine is Stopping else 4
