@@ -4,10 +4,9 @@
     python bench/gpu_steps.py --device cpu --layers 1 --contexts 256       # whether it runs, anywhere
 
 Some layers of Llama-3.1-8B with random weights, bfloat16, batch 1. A policy that evicts at every token has steps of one
-shape: "eager" replays its part of a layer, and `torch.compile(mode="reduce-overhead")` the whole
-model. Of transformers' own caches only StaticCache has such steps, with all of its rows, empty ones too. SDPA of a
-stock cache may be that of cuDNN, which plans anew for every length: "stock" is measured with it, as PyTorch chooses,
-and without.
+shape: "eager" replays its part of a layer, and `torch.compile(mode="reduce-overhead")` the whole model. Of
+transformers' own caches only StaticCache has such steps, with all of its rows, empty ones too. SDPA of a stock cache
+may be that of cuDNN, which plans anew for every length: "stock" is measured with it, as PyTorch chooses, and without.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ from subjects.worker import PEERS, Worker
 QUESTIONS = ("known", "unknown")
 BUDGETS = ("0.25", "0.1", "0.5")
 FULL = "full"
+TOGETHER = 1000  # caches that share a prompt, at most: all that there are
 # Settings that are tried beside the defaults of every registered policy. Those that keep every token take no budget.
 VARIANTS = (
     *(f"{name}:{real_tables.AHEAD}" for name in ("snapkv", "a2sf", "adakv", "critical_adakv", "pyramidkv", "dropkv")),
@@ -155,7 +156,7 @@ class Presses:
 class Quality:
     """Answers of all contenders to prompts, as rows of results."""
 
-    def __init__(self, model: LanguageModel, results: Results, log: Log, together: int = 1000) -> None:
+    def __init__(self, model: LanguageModel, results: Results, log: Log, together: int = TOGETHER) -> None:
         self.model, self.results, self.log, self.together = model, results, log, together
         self._refused: set[str] = set()
 
@@ -283,7 +284,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop before the next prompt once they have gone by")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument(
-        "--together", type=int, metavar="N", default=1000,
+        "--together", type=int, metavar="N", default=TOGETHER,
         help="so many caches share a prompt at most: rows are written, and memory is free, when these are done",
     )  # fmt: skip
     parser.add_argument(

@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Place:
-    """A prompt of the grid, made when it is its turn. budgets: those that are measured there, None for all."""
+    """A prompt of the grid, made when it is its turn. known_only: whether there is no question to come later."""
 
     task: str
     index: int

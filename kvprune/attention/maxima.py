@@ -190,7 +190,7 @@ def attention_with_maxima(
     Returns the output `[B, Hq, L, Dv]`, None unless `outputs` are wanted, and maxima `[B, Hkv, columns]`.
     """
     if group == "max" and not table.packed:
-        found = maxima_in_one_pass(
+        found = maxima_by_kernels(
             operations.of(table), asked, table.keys, table.values if outputs else None, row_weights, scoring,
             table.positions, columns=columns, key_weights=key_weights,
         )  # fmt: skip
@@ -203,7 +203,7 @@ def attention_with_maxima(
     return attended.output if outputs else None, best
 
 
-def maxima_in_one_pass(
+def maxima_by_kernels(
     kernels: operations.AttentionOperations,
     asked: Queries,
     keys: Tensor,
@@ -254,7 +254,7 @@ def maxima_of(
         )[:, :, :columns]
     keys = table.all_keys() if apart else table.keys
     if group == "max":
-        found = maxima_in_one_pass(
+        found = maxima_by_kernels(
             operations.of(table), asked, keys, None, row_weights, scoring, table.positions, columns=columns,
             key_weights=key_weights, lse=lse,
         )  # fmt: skip

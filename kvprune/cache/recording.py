@@ -58,6 +58,20 @@ _lately: dict[int, float] = {}
 _ALONE_AFTER = 5.0  # seconds
 
 
+def note_thread(states: Tensor) -> None:
+    """This thread attends to a cache, by these queries."""
+    if states.is_cuda:
+        _lately[threading.get_ident()] = time.monotonic()
+
+
+def _is_alone() -> bool:
+    """Whether no other thread has attended lately."""
+    for thread, then in list(_lately.items()):
+        if time.monotonic() - then > _ALONE_AFTER:
+            _lately.pop(thread, None)
+    return not _lately.keys() - {threading.get_ident()}
+
+
 @dataclass
 class _Scratch:
     """Memory to record in, on one GPU, and the first recording: a pool that has lost all takes no more."""
@@ -78,18 +92,6 @@ class Graphs:
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs(self.allowed)
-
-    def attending(self, states: Tensor) -> None:
-        """Take note of this thread."""
-        if states.is_cuda:
-            _lately[threading.get_ident()] = time.monotonic()
-
-    def alone(self) -> bool:
-        """Whether no other thread has been attending lately."""
-        for thread, then in list(_lately.items()):
-            if time.monotonic() - then > _ALONE_AFTER:
-                _lately.pop(thread, None)
-        return not _lately.keys() - {threading.get_ident()}
 
     def wanted(self, layer: Recordable, states: Tensor) -> bool:
         """Whether a layer's step should be recorded: it is on a GPU, and alone there."""
@@ -191,7 +193,7 @@ class Recording:
         if known != self._known:  # kernels are compiled, and handles made, before anything is recorded
             self._known, self._replay, self._scoring = known, None, scoring
             output = _run(layer, scoring, *inputs)
-        elif self._replay is None and not self._graphs.alone():
+        elif self._replay is None and not _is_alone():
             return None
         else:
             self._replay = self._replay or self._recorded(layer, inputs, scoring)

@@ -22,7 +22,7 @@ from kvprune.attention.rotation import Rotation
 from kvprune.cache.columns import ALL_REAL, Past
 from kvprune.cache.ledger import Ledger
 from kvprune.cache.plans import Plan, Planner
-from kvprune.cache.recording import Graphs
+from kvprune.cache.recording import Graphs, note_thread
 from kvprune.cache.selection import FilteredStep, Selection
 from kvprune.cache.steady import Steady
 from kvprune.cache.steady_state import SteadyState
@@ -125,7 +125,7 @@ class LayerStep(SteadyState):
         if self.table is not None and self.steady is not None and torch.compiler.is_dynamo_compiling():
             return self.steady_step(self.table, self.steady, states, scoring)
         self.settle_mode()
-        self.graphs.attending(states)
+        note_thread(states)
         first = self.table is None
         one = states.shape[2] == 1 and valid is None and past is None and filtered is None
         if self.steady is not None and one and self.graphs.wanted(self, states):

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from kvprune.attention.backends import Sdpa
 from kvprune.attention.mass import RowWeights, Scoring
-from kvprune.attention.maxima import attention_maxima, attention_with_maxima, maxima_in_one_pass
+from kvprune.attention.maxima import attention_maxima, attention_with_maxima, maxima_by_kernels
 from kvprune.attention.operations import of as of_table
 from kvprune.attention.outputs import output_norms, output_projection
 from kvprune.attention.queries import Queries
@@ -317,7 +317,7 @@ class ReplayPass(ScratchPass):
     ) -> Tensor:
         """Of the first `count` of these keys at `places`. whole: they are in order, and nothing of them is padding."""
         if self._replay.group == "max":
-            found = maxima_in_one_pass(
+            found = maxima_by_kernels(
                 of_table(table), queries, keys, None, rows, scoring, places, columns=count, key_weights=sizes
             )
             if found is not None:
