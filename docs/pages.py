@@ -55,6 +55,7 @@ def _expanded(page: str, text: str) -> str:
         source, title = found.groups()
         return _moved(section((ROOT / source).read_text("utf-8"), title), source, page)
 
+    text = _moved(text, f"docs/{page}", page)
     text = text.replace("<!-- every policy -->", _described(_policies(), "{ inherited_members: false, members: [] }"))
     if "<!-- every other name -->" in text:
         others = [f"kvprune.{name}" for name in _public_names() if f"::: kvprune.{name}\n" not in text]
