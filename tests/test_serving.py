@@ -22,7 +22,7 @@ from kvprune.cache.models import cache_argument
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policy.registry import parse
 from kvprune.serving.app import Options, Server, application
-from kvprune.serving.batch import Batches, fits
+from kvprune.serving.batch import Batches, _Writing, fits
 from kvprune.serving.command import amount
 from kvprune.serving.jobs import Job, Settings
 from kvprune.serving.metrics import Metrics
@@ -201,7 +201,7 @@ def test_the_least_recently_used_leave_memory_and_disk(embedded, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     assert metrics.value("evictions_total", "disk") == 1
     taken = [second.take(KEYDIFF, ids) for ids in reversed(documents(3))]
-    assert [known for _, known in taken] == [True, True, False]  # the first was written first
+    assert [source for _, source in taken] == ["disk", "disk", "read"]  # the first was written first
     second.close()
     assert metrics.value("kept_bytes", "disk") <= 2 * file
 
@@ -228,35 +228,34 @@ def test_what_is_taken_is_a_fork(embedded):
     first, _ = prefixes.take(KEYDIFF, documents(1)[0])
     with torch.no_grad():
         embedded[0](torch.tensor([[5, 6, 7]]), **cache_argument(first))
-    again, known = prefixes.take(KEYDIFF, documents(1)[0])
-    assert known
+    again, source = prefixes.take(KEYDIFF, documents(1)[0])
+    assert source == "memory"
     assert again.seen_tokens == 80
-    assert not prefixes.take(parse("keydiff", budget=0.4), documents(1)[0])[1]
-    assert not prefixes.take(KEYDIFF, documents(1)[0][:-1])[1]
+    assert prefixes.take(parse("keydiff", budget=0.4), documents(1)[0])[1] == "read"
+    assert prefixes.take(KEYDIFF, documents(1)[0][:-1])[1] == "read"
 
 
 def test_one_reads_while_others_wait(embedded):
-    metrics = Metrics()
-    prefixes = Prefixes(embedded[0], metrics, memory=2**30)
+    prefixes = Prefixes(embedded[0], Metrics(), memory=2**30)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: prefixes.take(KEYDIFF, documents(1)[0]), range(4)))
-    assert metrics.value("prefills_total", "read") == 1
+        taken = pool.map(lambda _: prefixes.take(KEYDIFF, documents(1)[0]), range(4))
+    assert sorted(source for _, source in taken) == ["memory"] * 3 + ["read"]
 
 
 def test_a_damaged_file_is_read_anew(embedded, tmp_path):
     def take():
         prefixes = Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30)
-        cache, known = prefixes.take(KEYDIFF, documents(1)[0])
+        cache, source = prefixes.take(KEYDIFF, documents(1)[0])
         prefixes.close()
-        return cache.kept_positions(0).tolist(), known
+        return cache.kept_positions(0).tolist(), source
 
     kept, _ = take()
     (file,) = tmp_path.iterdir()
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    assert take() == (kept, False)
-    assert take() == (kept, True)
+    assert take() == (kept, "read")
+    assert take() == (kept, "disk")
 
 
 def test_a_file_that_cannot_be_read_now_is_not_removed(embedded, tmp_path, monkeypatch):
@@ -269,10 +268,10 @@ def test_a_file_that_cannot_be_read_now_is_not_removed(embedded, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(PrunedCache, "load", no_more_files)
         patched.setattr(PrunedCache, "save", no_more_files)
-        assert not prefixes.take(KEYDIFF, documents(1)[0])[1]
+        assert prefixes.take(KEYDIFF, documents(1)[0])[1] == "read"
         prefixes.close()
     again = Prefixes(embedded[0], Metrics(), memory=0, folder=tmp_path, disk=2**30)
-    assert again.take(KEYDIFF, documents(1)[0])[1]
+    assert again.take(KEYDIFF, documents(1)[0])[1] == "disk"
 
 
 def test_a_slow_disk_holds_the_model_up(embedded, tmp_path, monkeypatch, caplog):
@@ -457,6 +456,60 @@ def test_what_one_brings_about_costs_the_others_nothing(one_by_one, monkeypatch)
     assert [asked[at].result().usage.completion_tokens for at in (0, 2)] == [2, 4]
     with pytest.raises(openai.BadRequestError, match="three is none of ours"):
         asked[1].result()
+    settled(one_by_one)
+
+
+def test_a_batch_that_is_tried_again_is_counted_once(embedded, monkeypatch):
+    """Whatever is counted of requests whose batch failed is what is counted when each comes alone."""
+
+    def counted(*, together):
+        with running(embedded, parallel=1, queue=64) as server:
+            batches, extra = server.engine._batches, {"prefix": 1, "policy": "kivi:bits=4"}
+            write = type(batches)._write
+
+            def fails(rows, *args):
+                if len(rows) > 1:
+                    raise RuntimeError("a batch is too much")
+                write(batches, rows, *args)
+
+            monkeypatch.setattr(batches, "_write", fails)
+            if together:
+                with held_up(server, 3) as ask:
+                    asked = [ask(chat, server, question, extra=extra) for question in QUESTIONS[:3]]
+                assert [each.result().usage.completion_tokens for each in asked] == [4] * 3
+            else:
+                for question in QUESTIONS[:3]:
+                    chat(server, question, extra=extra)
+            settled(server)
+            lines = str(server.metrics).splitlines()
+        return [line for line in lines if not line.startswith("kvprune_first_token_seconds_sum")]
+
+    alone = counted(together=False)
+    assert 'kvprune_batches_total{requests="1"} 3' in alone
+    assert 'kvprune_prefills_total{source="read"} 1' in alone
+    assert counted(together=True) == alone
+
+
+def test_what_failed_after_its_first_token_is_not_tried_again(one_by_one, endless, embedded, monkeypatch):
+    """Though nobody was told of a text: it may be the beginning of a string that ends the answer."""
+    call, tried = _Writing.__call__, []
+
+    def fails(writing, input_ids, scores, **more):
+        call(writing, input_ids, scores, **more)
+        tried.append(len(writing.rows))
+        raise RuntimeError("no second token")
+
+    monkeypatch.setattr(_Writing, "__call__", fails)
+    first = generated(embedded, [f"{DOCUMENT} {QUESTIONS[0]} "], tokens=1)[0]
+    before = one_by_one.metrics.value("first_token_seconds_count"), batched(one_by_one)
+    with held_up(one_by_one, 2) as ask:
+        asked = [ask(chat, one_by_one, stop=f"{first} and no more") for _ in range(2)]
+    for each in asked:
+        with pytest.raises(openai.InternalServerError):
+            each.result()
+    assert tried == [2]
+    assert one_by_one.metrics.value("first_token_seconds_count") == before[0] + 2
+    assert newly_batched(one_by_one, before[1]) == {2: 1}
     settled(one_by_one)
 
 

@@ -22,7 +22,7 @@ from kvprune.policy.base import Policy
 from kvprune.policy.budget import Budget
 from kvprune.serving.jobs import Done, Job
 from kvprune.serving.metrics import Metrics
-from kvprune.serving.prefixes import Prefixes
+from kvprune.serving.prefixes import Prefixes, Source
 from kvprune.serving.writing import Text, processors
 
 _BY_PLACE = (
@@ -48,9 +48,11 @@ def fits(jobs: Sequence[Job], another: Job, most_tokens: int) -> bool:
 class _Row:
     """One answer of a batch, while it is written."""
 
-    def __init__(self, job: Job, tokenizer: Any, ends: set[int], cached_tokens: int) -> None:
+    def __init__(self, job: Job, tokenizer: Any, ends: set[int], source: Source) -> None:
         settings = job.settings
-        self.job, self._ends, self._cached_tokens = job, ends, cached_tokens
+        self.job, self._ends = job, ends
+        self._source: Source = "read" if job.read else source
+        self._cached_tokens = 0 if self._source == "read" else len(job.prompt.prefix)
         self.text = Text(tokenizer, settings.stop)
         self.processors = processors(settings.temperature, settings.top_p, settings.seed)
         self.tokens = 0
@@ -66,12 +68,20 @@ class _Row:
 
     def hear(self, token: int, metrics: Metrics) -> None:
         if self.tokens == 0:
-            metrics.add("first_token_seconds_sum", time.perf_counter() - self.job.came)
-            metrics.add("first_token_seconds_count")
+            self._begin(metrics)
         self.tokens += 1
         if piece := self.text.add(token):
             self.job.tell(piece)
         self._ended = token in self._ends
+
+    def _begin(self, metrics: Metrics) -> None:
+        """Count what is counted once for every answer: one that has begun is not tried again."""
+        self.job.begun = True
+        metrics.add("first_token_seconds_sum", time.perf_counter() - self.job.came)
+        metrics.add("first_token_seconds_count")
+        if self.job.prompt.prefix:
+            metrics.add("prefills_total", 1, self._source)
+            metrics.add("prefill_tokens_saved_total", self._cached_tokens)
 
     def done(self, kept_tokens: float, nbytes: int, token_bytes: float) -> Done:
         seen = len(self.job.prompt) + self.tokens - 1  # the newest was not read
@@ -94,6 +104,8 @@ class _Writing(StoppingCriteria):
         self._steps = self.nbytes = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self._steps == 0:
+            self._metrics.add("batches_total", 1, str(len(self.rows)))
         if self._steps % 32 == 0:
             self.weigh()
         self._steps += 1
@@ -148,7 +160,7 @@ class Batches:
         Raises what goes wrong, which is of the jobs that `end` was not told of.
         """
         policy, prefix = jobs[0].policy, jobs[0].prompt.prefix
-        cache, known = self._prefixes.take(policy, prefix, len(jobs)) if prefix else (None, False)
+        cache, source = self._prefixes.take(policy, prefix) if prefix else (None, "read")
         wanted = [job for job in jobs if not job.called_off.is_set()]
         for job in jobs:
             if job not in wanted:
@@ -159,8 +171,9 @@ class Batches:
         if len(wanted) > 1:
             cache.batch_repeat_interleave(len(wanted))
         ends = _ends(self._model)
-        rows = [_Row(job, self._tokenizer, ends, len(prefix) if known or job is not jobs[0] else 0) for job in wanted]
-        self._metrics.add("batches_total", 1, str(len(rows)))
+        if source == "read":
+            wanted[0].read = True  # and the others find it there
+        rows = [_Row(job, self._tokenizer, ends, "memory" if at else source) for at, job in enumerate(wanted)]
         self._write(rows, cache, *self._inputs(wanted), end)
 
     def _inputs(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ class Engine:
             self._batches.answer(jobs, self._ended)
         except Exception as error:
             left = [job for job in jobs if job.number in self._open]
-            if len(jobs) == 1 or any(job.told for job in left):
+            if len(jobs) == 1 or any(job.begun for job in jobs):
                 for job in left:
                     self._tell(job, error)
                 return

@@ -61,10 +61,12 @@ class Job:
     events: asyncio.Queue[str | Done | Exception] = field(default_factory=asyncio.Queue)
     called_off: threading.Event = field(default_factory=threading.Event)
     came: float = field(default_factory=time.perf_counter)
-    told: bool = False
+    read: bool = False
+    """Whether its prefix was read for it, maybe in a batch that then failed."""
+    begun: bool = False
+    """Whether its first token was chosen: from then on it is counted, and never answered anew."""
 
     def tell(self, event: str | Done | Exception) -> None:
         """From the thread that writes the answer."""
-        self.told = True
         with suppress(RuntimeError):  # nobody listens any more: the server has stopped
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)

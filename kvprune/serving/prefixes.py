@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,7 @@ from kvprune.saving.fingerprint import fingerprint, unknown
 from kvprune.serving.metrics import Metrics
 
 logger = logging.getLogger("kvprune.serving")
+Source = Literal["read", "memory", "disk"]
 _ENDING = ".safetensors"
 _OURS = re.compile(rf"[0-9a-f]{{64}}\{_ENDING}")  # others may keep files in the same folder
 _WRITING = 2  # prefixes that wait for their file or are being written, each a copy beside what memory may hold
@@ -79,14 +80,12 @@ class Prefixes:
             except OSError as error:
                 raise KVPruneError(f"cannot keep caches in {folder}: {error}") from error
 
-    def take(self, policy: Policy, ids: Sequence[int], requests: int = 1) -> tuple[PrunedCache, bool]:
-        """A cache of one's own that has read these tokens, and whether it was there already.
-
-        requests: how many ask for it at once, of which all but the first find it there.
-        """
+    def take(self, policy: Policy, ids: Sequence[int]) -> tuple[PrunedCache, Source]:
+        """A cache of one's own that has read these tokens, and where it was found."""
         key = self._key(policy, ids)
         with self._turn(key):  # one reads a document, and others who want it wait
-            source, kept = "memory", self._recent(key)
+            source: Source = "memory"
+            kept = self._recent(key)
             if kept is None:
                 source, kept = "disk", self._load(key, policy)
             if kept is None:
@@ -95,13 +94,7 @@ class Prefixes:
                     self._write(key, kept)
             if source != "memory":
                 self._hold(key, kept)
-            taken = kept.fork()
-        self._metrics.add("prefills_total", 1, source)
-        if requests > 1:
-            self._metrics.add("prefills_total", requests - 1, "memory")
-        if found := requests - (source == "read"):
-            self._metrics.add("prefill_tokens_saved_total", found * len(ids))
-        return taken, source != "read"
+            return kept.fork(), source
 
     def close(self) -> None:
         """Wait until everything is written."""
