@@ -30,6 +30,7 @@ _BY_PLACE = (
     "exponential_decay_length_penalty",
 )  # fmt: skip
 """Settings of `generate()` that go by how long a text is, padding included, or by what stands side by side in it."""
+_NO_PREFIX: tuple[None, Source] = (None, "read")
 
 
 def fits(jobs: Sequence[Job], another: Job, most_tokens: int) -> bool:
@@ -160,7 +161,7 @@ class Batches:
         Raises what goes wrong, which is of the jobs that `end` was not told of.
         """
         policy, prefix = jobs[0].policy, jobs[0].prompt.prefix
-        cache, source = self._prefixes.take(policy, prefix) if prefix else (None, "read")
+        cache, source = self._prefixes.take(policy, prefix) if prefix else _NO_PREFIX
         wanted = [job for job in jobs if not job.called_off.is_set()]
         for job in jobs:
             if job not in wanted:
