@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
+from kvprune.errors import UnsupportedModelError
 from kvprune.passes.cascades import Cascade
 from kvprune.passes.schedule import Schedule, checked, share_after
 from kvprune.policy.base import Decision, Step
+from kvprune.policy.passage import best_heads
 from kvprune.policy.settings import check_count
 from kvprune.table.rows import true_rows
 from kvprune.table.token_table import TokenTable
@@ -25,14 +27,24 @@ class SpAtten(Cascade):
 
     After some layers, only the tokens of largest s go on to deeper ones. Those neither compute nor cache the others,
     and drop the rows that they have of them: what has gone comes back in no later step. Every attention row of a prompt
-    is weighed. Pruning of heads, local pruning of values and progressive quantization, the rest of the paper, are not
-    here.
+    is weighed.
+
+    Where `heads` says so, heads stop too, in whole KV heads with their query heads, by the size of what they put out:
+
+        e_g += sum over query heads h of g, tokens i, dims d of |O^l[h, i, d]|,   after every layer l
+
+    In the layers above, one that stopped has no rows, is not attended to, and adds zeros to the output. Which go on is
+    decided where a sequence begins, by its first tokens, and holds for all of it. Heads are matched from layer to layer
+    by their numbers, which mean nothing in a model that was not trained for it, and the model's projections run for all
+    of them. Local pruning of values and progressive quantization, the rest of the paper, are not here.
     While the past is recorded (assisted and prompt-lookup decoding) nothing stops.
 
     Settings:
         schedule: pairs (depth, share): after so much of the layers' number, rounded, such a share of all tokens so far
             goes on. Depths ascend, shares do not. As text: "0.5:0.7/0.9:0.3". The default is what the published code
             does with GPT-2 medium, which prunes no prompt there.
+        heads: pairs (depth, share) as of the schedule, of all KV heads, rounded up; none by default. The published code
+            has "0.67:0.81/0.92:0.62".
         recent: newest tokens that always go on. The paper has none; without any, its shares lose the end of the text.
 
     Raises PolicyError for settings without meaning.
@@ -40,11 +52,13 @@ class SpAtten(Cascade):
 
     schedule: Schedule | str = ((0.08, 0.9), (0.13, 0.8), (0.21, 0.6), (0.46, 0.3))
     _: KW_ONLY
+    heads: Schedule | str = ()
     recent: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "schedule", checked(self.schedule))
+        for name in ("schedule", "heads"):
+            object.__setattr__(self, name, checked(getattr(self, name), name=name))
         check_count("recent", self.recent, least=1)
 
     @property
@@ -56,11 +70,33 @@ class SpAtten(Cascade):
         return True
 
     @property
+    def drops_heads(self) -> bool:
+        return bool(self.heads)
+
+    @property
     def evicts(self) -> bool:
         return True
 
     def row_weights(self, step: Step) -> RowWeights | None:
         return None if step.passage is None else RowWeights.uniform(step.queries)
+
+    def heads_onward(self, table: TokenTable, step: Step) -> Tensor | None:
+        passage = step.passage
+        if passage is None or step.output is None or step.source is None:
+            return None
+        if step.scoring is not None and step.scoring.sinks is not None:
+            raise UnsupportedModelError(
+                "every head of this model has an attention sink of its own, and heads that stop would leave theirs "
+                "behind: leave out the setting heads."
+            )
+        output = step.output.unflatten(1, (table.kv_heads, -1))
+        if step.source.valid is not None:
+            output = output.masked_fill(~step.source.valid[:, None, None, :, None], 0.0)
+        sizes = torch.linalg.vector_norm(output, ord=1, dim=(2, 3, 4), dtype=torch.float32)
+        passage.head_score = sizes if passage.head_score is None else sizes + passage.head_score.to(sizes.device)
+        total = table.kv_heads if passage.heads is None else passage.heads.total
+        share = share_after(self.heads, step.depth, step.layers)  # type: ignore[arg-type]
+        return None if share is None else best_heads(passage.head_score, share, total)
 
     def onward(self, table: TokenTable, step: Step) -> Tensor | None:
         passage = step.passage

@@ -35,12 +35,14 @@ from kvprune.cache import step as layer_step
 from kvprune.cache.models import cache_argument
 from kvprune.passes.schedule import share_after
 from kvprune.policies import A2SF, FTP, KIVI, GemFilter, KVzip, LazyLLM, PyramidDrop, SpAtten, Spectral, ZipCache
+from kvprune.policy.heads import Heads
 from kvprune.table.ragged import RaggedTable
 
 LAYERS = 6
 SCHEDULE = ((0.34, 0.7), (0.5, 0.5), (0.84, 0.3))
 LAZY, GONE = LazyLLM(SCHEDULE), LazyLLM(SCHEDULE, revive=False)
 EVERYTHING = LazyLLM(((0.5, 1.0),))
+HEADS = SpAtten(SCHEDULE, heads=((0.34, 0.7), (0.67, 0.5)), recent=6)
 PYRAMID = PyramidDrop(0.6, stages=3, keep_first=2, keep_last=4)
 ROUTED = FTP(((0.3, 0.4), (0.5, 0.7), (0.7, 0.2)))
 FAMILIES = (
@@ -54,12 +56,19 @@ def deep(seed: int = 0) -> PreTrainedModel:
     return build("llama", seed=seed, num_hidden_layers=LAYERS)
 
 
+@cache
+def wide() -> PreTrainedModel:
+    """With 4 KV heads of 2 query heads each."""
+    return build("llama", num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=4)
+
+
 @dataclass
 class Brute:
     """LazyLLM in the notation of its paper: every pair of a layer and a token is computed by `compute`, which counts.
 
     frontier: of token i, how many layers have computed it. states: what the last of them made of it. placed: the
-    position that it is turned by.
+    position that it is turned by. left: of every layer the KV heads that are left, all at first. put: by KV head, the
+    size of what it has put out in this step.
     """
 
     model: PreTrainedModel
@@ -70,6 +79,8 @@ class Brute:
     placed: dict[int, int] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     given: dict[int, float] = field(default_factory=dict)
+    left: list[set[int]] = field(default_factory=list)
+    put: dict[int, float] = field(default_factory=dict)
 
     def hide(self, tokens: set[int]) -> None:
         """They are gone, and those behind them move up, turned as they are."""
@@ -86,7 +97,10 @@ class Brute:
         """Run a layer on some tokens; probabilities of the newest of them by token, `[Hq]`."""
         layer, config = self.model.model.layers[index], self.model.config
         heads, group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
-        dim = config.hidden_size // heads
+        dim = config.head_dim
+        there = torch.ones(heads, dtype=torch.bool)
+        if self.left:
+            there = torch.tensor([head // group in self.left[index] for head in range(heads)])
         queries = {}
         for i in todo:
             assert self.frontier[i] == index
@@ -101,10 +115,14 @@ class Brute:
             keys, values = (torch.stack([self.rows[index][j][part] for j in seen]) for part in (0, 1))
             keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
             probabilities = (torch.einsum("hd,khd->hk", queries[i], keys) / math.sqrt(dim)).softmax(-1)
+            probabilities = probabilities * there[:, None]
             found = {j: probabilities[:, number] for number, j in enumerate(seen)}
             for j, each in found.items():
                 self.given[j] = self.given.get(j, 0.0) + each.sum().item()
-            mixed = self.states[i] + layer.self_attn.o_proj(torch.einsum("hk,khd->hd", probabilities, values).flatten())
+            output = torch.einsum("hk,khd->hd", probabilities, values)
+            for head, size in enumerate(output.abs().sum(-1).tolist()):
+                self.put[head // group] = self.put.get(head // group, 0.0) + size
+            mixed = self.states[i] + layer.self_attn.o_proj(output.flatten())
             self.states[i] = mixed + layer.mlp(layer.post_attention_layernorm(mixed))
             self.frontier[i] = index + 1
         return found
@@ -151,6 +169,7 @@ class BruteSpAtten(Brute):
         for index in range(LAYERS):
             self.rows[index] = {j: row for j, row in self.rows[index].items() if j in looked_at}
             self.compute(index, [i for i in range(before, total) if i in looked_at], looked_at)
+            self.keep_heads(index, begins=before == 0)
             share = share_after(self.policy.schedule, index, LAYERS)
             if share is not None:
                 able = [j for j in self.rows[index] if j >= before or j in self.rows[index + 1]]
@@ -158,6 +177,15 @@ class BruteSpAtten(Brute):
                 ranked = sorted(able, key=lambda j: (j in kept, self.given[j], j), reverse=True)
                 looked_at = set(ranked[: math.ceil(total * share - 1e-9)]) | kept
         return self.model.lm_head(self.model.model.norm(self.states[total - 1]))
+
+    def keep_heads(self, index: int, *, begins: bool) -> None:
+        total = self.model.config.num_key_value_heads
+        if begins and not index:
+            self.left = [set(range(total)) for _ in range(LAYERS)]
+        share = share_after(self.policy.heads, index, LAYERS)
+        if begins and share is not None:
+            ranked = sorted(self.left[index], key=lambda head: (-self.put[head], head))
+            self.left[index + 1 :] = [{*ranked[: math.ceil(total * share - 1e-9)]} for _ in range(index + 1, LAYERS)]
 
 
 class BrutePyramidDrop(Brute):
@@ -248,6 +276,116 @@ def test_spatten_is_that_of_a_model_run_token_by_token(recent):
         )
         ids = token_ids(1, 7, seed=number) if number == 4 else expected.argmax().view(1, 1)
     assert len(brute.rows[-1]) < len(brute.states) * 0.6
+
+
+@pytest.mark.parametrize("policy", [HEADS, SpAtten((), heads=((0.2, 0.5), (0.5, 0.2)))], ids=["both", "heads"])
+def test_heads_that_stop_are_those_of_a_model_run_token_by_token(policy):
+    model = wide()
+    brute, cache = BruteSpAtten(model, policy), PrunedCache(model, policy)
+    ids = token_ids(1, 29)
+    for number in range(7):
+        expected = brute.step(ids[0].tolist())
+        torch.testing.assert_close(step(model, ids, cache), expected, atol=2e-4, rtol=1e-4)
+        for layer in range(LAYERS):
+            there = sorted(brute.rows[layer])
+            assert kept(cache, layer) == [there if head in brute.left[layer] else [] for head in range(4)]
+        ids = token_ids(1, 7, seed=number) if number == 3 else expected.argmax().view(1, 1)
+    assert [len(left) for left in brute.left] == ([4, 4, 3, 3, 2, 2] if policy is HEADS else [4, 2, 2, 1, 1, 1])
+    assert cache.nbytes == storage_nbytes(cache)
+    assert cache.dense_nbytes == LAYERS * cache.seen_tokens * 2 * 4 * 8 * 4
+
+
+def test_heads_that_stop_leave_no_bytes():
+    model, ids = wide(), token_ids(1, 200)
+    whole, half = (PrunedCache(model, SpAtten((), heads=heads)) for heads in ((), ((0.5, 0.5),)))
+    for each in (whole, half):
+        step(model, ids, each)
+    assert whole.nbytes * 0.75 < half.nbytes < whole.nbytes * 0.76
+    assert half.dense_nbytes == whole.dense_nbytes
+    assert half.report().layers[-1].fewest_rows == 0
+    assert torch.equal(
+        step(model, ids, PrunedCache(model, SpAtten((), heads=((0.5, 1.0),)))),
+        step(model, ids, PrunedCache(model, SpAtten(()))),
+    )
+
+
+@pytest.mark.parametrize("family", ["wide", "gpt2"])
+def test_every_sequence_of_a_batch_keeps_heads_of_its_own(family, tmp_path):
+    """One of them begins with padding alone, and its heads are chosen where its tokens come."""
+    model = wide() if family == "wide" else shared(family)
+    policy = SpAtten(((0.5, 0.6),), heads=((0.5, 0.5),), recent=3)
+    batch = left_padded((23, 14, 5, 19), width=32)
+    together, sizes = PrunedCache(model, policy), [23, 1, 1, 5, 1, 1]
+    logits = list(stepwise(model, batch, together, sizes))
+    chosen = set()
+    for row in range(4):
+        alone, real = PrunedCache(model, policy), batch["attention_mask"][row].bool()
+        parts = [int(part.sum()) for part in real.split(sizes) if part.any()]
+        expected = list(stepwise(model, sequence(batch, row), alone, parts))
+        found = [each[row, -1] for each, part in zip(logits, real.split(sizes), strict=True) if part.any()]
+        torch.testing.assert_close(
+            torch.stack(found), torch.stack([each[0, -1] for each in expected]), atol=1e-4, rtol=1e-4
+        )
+        assert kept_everywhere(together, row) == kept_everywhere(alone)
+        chosen.add(tuple(alone.layers[-1].kept_heads.numbers[0].tolist()))
+    assert family == "gpt2" or len(chosen) > 1
+    fork, other = together.fork(), together.fork()
+    together.save(tmp_path / "cache.safetensors")
+    loaded, ids = PrunedCache.load(tmp_path / "cache.safetensors", model), token_ids(4, 1, seed=8)
+    assert storage_nbytes(loaded) == loaded.nbytes == together.nbytes
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
+
+    def goes_on_with(cache: PrunedCache, rows: list[int]) -> Tensor:
+        with torch.no_grad():
+            return model(ids[rows], attention_mask=mask[rows], **cache_argument(cache)).logits[:, -1]
+
+    expected = goes_on_with(together, [0, 1, 2, 3])
+    for each in (fork, loaded):
+        torch.testing.assert_close(goes_on_with(each, [0, 1, 2, 3]), expected, atol=0, rtol=0)
+    other.reorder_cache(torch.tensor([2, 0, 2]))
+    torch.testing.assert_close(goes_on_with(other, [2, 0, 2]), expected[[2, 0, 2]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "follower", [A2SF(9, sinks=2, recent=4), KIVI(bits=8, residual=8, group_size=8), Spectral(bits=8, residual=8)]
+)
+def test_what_follows_evicts_and_packs_the_rows_of_the_heads_that_are_left(follower, tmp_path):
+    model = wide()
+    cache, plain = PrunedCache(model, HEADS | follower), PrunedCache(model, HEADS)
+    ids = token_ids(1, 60)
+    torch.testing.assert_close(step(model, ids, cache), step(model, ids, plain), atol=1e-4, rtol=1e-4)
+    fork = cache.fork()
+    for seed in range(4):
+        ids = token_ids(1, 1, seed=seed)
+        logits = step(model, ids, cache)
+        if follower.codecs:
+            torch.testing.assert_close(logits, step(model, ids, plain), atol=0.1, rtol=0.1)
+        torch.testing.assert_close(logits, step(model, ids, fork), atol=0, rtol=0)
+    for layer in range(LAYERS):
+        left = cache.layers[layer].kept_heads
+        there = range(4) if left is None else left.numbers[0].tolist()
+        held = [head for head, rows in enumerate(kept(cache, layer)) if rows]
+        assert held == list(there)
+    assert len(held) == 2
+    assert cache.nbytes == storage_nbytes(cache) < plain.nbytes
+    cache.save(tmp_path / "cache.safetensors")
+    ids = token_ids(1, 2, seed=9)
+    loaded = PrunedCache.load(tmp_path / "cache.safetensors", model)
+    torch.testing.assert_close(step(model, ids, loaded), step(model, ids, cache), atol=0, rtol=0)
+
+
+def test_heads_that_a_process_may_have_alone_do_not_stop(monkeypatch):
+    split = Heads(0, 2, 8, 4)
+    monkeypatch.setattr("kvprune.cache.pruned_cache.heads_of", lambda model, index: split)
+    PrunedCache(wide(), SpAtten())
+    with pytest.raises(UnsupportedModelError, match="several processes"):
+        PrunedCache(wide(), HEADS)
+    monkeypatch.undo()
+    model = build("gpt-oss", layer_types=["full_attention"] * 2)
+    cache = PrunedCache(model, SpAtten(heads=((0.5, 0.5),)))
+    with pytest.raises(UnsupportedModelError, match="attention sink"):
+        step(model, token_ids(1, 9), cache)
+    assert cache.seen_tokens == 0
 
 
 def unfinished(cache: PrunedCache, row: int = 0) -> dict[int, tuple[int, Tensor]]:
@@ -527,8 +665,8 @@ def test_what_was_closed_up_cannot_be_taken_back_by_columns():
 @pytest.mark.parametrize("first", [1, 5])
 @pytest.mark.parametrize(
     "policy",
-    [LAZY, GONE, SpAtten(SCHEDULE, recent=4), PYRAMID, ROUTED],
-    ids=["revived", "gone", "spatten", "pyramid", "ftp"],
+    [LAZY, GONE, SpAtten(SCHEDULE, recent=4), HEADS, PYRAMID, ROUTED],
+    ids=["revived", "gone", "spatten", "heads", "pyramid", "ftp"],
 )
 def test_a_mask_may_hide_tokens_later(policy, first):
     """In a step of a generated token, and in one of a turn."""
@@ -545,7 +683,7 @@ def test_a_mask_may_hide_tokens_later(policy, first):
         logits = feed(model, {"input_ids": ids, "attention_mask": mask}, cache, [size], begin=begin)
         expected = brute.step(ids[0, begin : begin + size].tolist())
         torch.testing.assert_close(logits[0, -1], expected, atol=2e-4, rtol=1e-4)
-        assert [kept(cache, layer)[0] for layer in range(LAYERS)] == [sorted(rows) for rows in brute.rows]
+        assert [max(kept(cache, layer), key=len) for layer in range(LAYERS)] == [sorted(rows) for rows in brute.rows]
         begin += size
 
 
@@ -610,7 +748,7 @@ def test_what_no_layer_has_dropped_is_packed(policy, packing, tmp_path):
         assert kept_everywhere(together, row) == kept_everywhere(alone)
 
 
-@pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4), PYRAMID, ROUTED])
+@pytest.mark.parametrize("policy", [LAZY, GONE, SpAtten(SCHEDULE, recent=4), HEADS, PYRAMID, ROUTED])
 def test_in_a_step_of_padding_alone_nothing_stops(policy):
     """Not in the first one either."""
     model, ids, mask = deep(), token_ids(1, 24), torch.ones(1, 24, dtype=torch.long)
@@ -637,6 +775,9 @@ def test_in_a_step_of_padding_alone_nothing_stops(policy):
         (lambda: LazyLLM(((0.5, 1.5),)), PolicyError, "from 0 to 1"),
         (lambda: LazyLLM((0.5, 0.5)), PolicyError, "pairs"),
         (lambda: SpAtten(recent=0), PolicyError, "at least 1"),
+        (lambda: SpAtten(heads=((0.5, 0.5), (0.7, 0.6))), PolicyError, "no more heads"),
+        (lambda: SpAtten(heads=0.5), PolicyError, "heads cannot be 0.5"),
+        (lambda: HEADS | A2SF(9, sinks=2, recent=4, value_aware=True), PolicyError, "some heads stop"),
         (lambda: PyramidDrop(0.0), PolicyError, "above 0"),
         (lambda: PyramidDrop(stages=0), PolicyError, "at least 1"),
         (lambda: FTP(window=0), PolicyError, "at least 1"),

@@ -47,7 +47,7 @@ class Contents(ForwardPass):
         Those of the tensors alone: transformers keeps the keys of a sliding window as a view of the whole prompt.
         """
         return sum(
-            layer.seen * layer.table.kv_token_bytes
+            layer.dense_nbytes
             if isinstance(layer, PrunedLayer) and layer.table is not None
             else stock.dense_nbytes(layer)
             for layer in self.layers
@@ -85,7 +85,7 @@ class Contents(ForwardPass):
         layers, pruned = [], kind_of(self.policy)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer) and layer.table is not None:
-                table, dense = layer.table, layer.seen * layer.table.kv_token_bytes
+                table, dense = layer.table, layer.dense_nbytes
                 code_nbytes, half_nbytes = None, None
                 if table.packed:
                     code_nbytes, half_nbytes = table.code_nbytes, dense * 2 // table.keys.itemsize

@@ -20,6 +20,7 @@ from kvprune.cache.step import LayerStep
 from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError
 from kvprune.state import Saved, State
+from kvprune.table.kept_heads import KeptHeads
 from kvprune.table.ragged import RaggedTable
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
@@ -65,7 +66,7 @@ class PrunedLayer(LayerStep):
     ) -> tuple[Tensor, Tensor]:
         """Take this step's keys `[B, Hkv, L, D]` and values; they become rows when the attention runs."""
         if self.table is not None:
-            self.table.check_step(key_states, value_states)
+            self.table.check_step(key_states, value_states, self.kv_heads)
         self.incoming = (key_states, value_states)
         return key_states, value_states
 
@@ -178,6 +179,7 @@ class PrunedLayer(LayerStep):
         self.selection = self.selection and self.selection.select_batch(indices)
         self.unread = self.unread and self.unread.select_batch(indices)
         self.ledger = self.ledger and self.ledger.select_batch(indices)
+        self.kept_heads = self.kept_heads and self.kept_heads.select_batch(indices)
         self.columns = self.columns.select_batch(indices)
 
     def fork(self) -> PrunedLayer:
@@ -191,6 +193,7 @@ class PrunedLayer(LayerStep):
         other.selection = self.selection and self.selection.clone()
         other.unread = self.unread and self.unread.clone()
         other.ledger = self.ledger and self.ledger.clone()
+        other.kept_heads = self.kept_heads and self.kept_heads.clone()
         if self.undecided is not None:
             queries = self.undecided.queries
             other.undecided = replace(self.undecided, queries=queries.part(0, len(queries)))
@@ -222,6 +225,8 @@ class PrunedLayer(LayerStep):
         state.add("unread", None if self.unread is None else self.unread.state())
         if self.ledger is not None:
             state.add("ledger", self.ledger.state())
+        if self.kept_heads is not None:
+            state.add("kept_heads", self.kept_heads.state())
         return state
 
     def restore(self, saved: Saved) -> None:
@@ -255,6 +260,8 @@ class PrunedLayer(LayerStep):
             self.unread = Unread.restored(unread, len(self.tokens), self.seen)
         if "ledger" in saved.facts and (ledger := saved.part("ledger")) is not None:
             self.ledger = Ledger.restored(ledger, self.tokens, self.planner.pruned_layers)
+        if "kept_heads" in saved.facts and (left := saved.part("kept_heads", self.home)) is not None:
+            self.kept_heads = KeptHeads.restored(left, len(self.tokens), self.table.kv_heads)
         if steady:
             if not self.planner.static_decode or self.record_past:
                 raise saved.refused("is said to be steady, which the policy never is")
@@ -287,7 +294,22 @@ class PrunedLayer(LayerStep):
         if self.table is None:
             return torch.empty(0, 0, 0, dtype=torch.int64)
         positions = self.table.positions.long().sort(dim=-1).values
-        return positions[:, :, int((positions < 0).sum(-1).min()) :]
+        positions = positions[:, :, int((positions < 0).sum(-1).min()) :]
+        return positions if self.kept_heads is None else self.kept_heads.positions(positions)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that the model gives it, of which some may have stopped before this layer; 0 if it is empty."""
+        if self.kept_heads is not None:
+            return self.kept_heads.total
+        return 0 if self.table is None else self.table.kv_heads
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the keys and values that a dense layer would hold for the same tokens."""
+        if self.table is None:
+            return 0
+        return self.seen * self.table.kv_token_bytes // self.table.kv_heads * self.kv_heads
 
     @property
     def nbytes(self) -> int:
@@ -309,4 +331,6 @@ class PrunedLayer(LayerStep):
             held.append(self.selection.columns)
         for part in (self.unread, self.ledger):
             held += [] if part is None else part.tensors()
+        if self.kept_heads is not None:
+            held.append(self.kept_heads.numbers)
         return held

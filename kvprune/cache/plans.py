@@ -236,6 +236,7 @@ class Planner:
         for number, plan in enumerate(plans):
             before = earlier if plan.policy.query_window > 1 else None
             plan.step.scoring = scoring
+            plan.step.output = None if attended is None else attended.output
             plan.step.asked = Asked(queries, table, scoring, before)
             if plan.weights is not None:
                 alike = next((other for other in plans[:number] if plan.weighs_like(other)), None)

@@ -32,6 +32,7 @@ from kvprune.errors import KVPruneError
 from kvprune.kernels import choose
 from kvprune.policy.base import Decision, Policy, per_sequence
 from kvprune.policy.passage import Passage
+from kvprune.table.kept_heads import KeptHeads
 from kvprune.table.ragged import keep_rows, pack_rows
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import TokenTable
@@ -100,6 +101,7 @@ class LayerStep(SteadyState):
         self.columns = ALL_REAL  # of the model's input so far, which are tokens
         self.selection: Selection | None = None  # what a prompt filter chose; the first pruned layer holds it for all
         self.unread: Unread | None = None  # what no replay has seen; the first pruned layer holds it for all
+        self.kept_heads: KeptHeads | None = None  # where heads have stopped before this layer
         self.ledger: Ledger | None = None  # of tokens that stopped between layers; the first one holds it for all
         self.is_initialized = False
         self._of_inference_mode = False  # whether tensors may have been made there
@@ -153,8 +155,9 @@ class LayerStep(SteadyState):
         if states.shape[2] > 1 or valid is not None:
             self.leave_steady()
         prefill = self.takes_prompt(states.shape[2], filtered)
-        table, queries = self._append(states, valid, filtered)
         passage = None if filtered is None else filtered.passage
+        states = self._of_kept_heads(states, passage)
+        table, queries = self._append(states, valid, filtered)
         if prefill:
             self.prompt_tokens, self.generated = self.tokens, 0
         else:
@@ -174,7 +177,25 @@ class LayerStep(SteadyState):
             padded = passage is not None and valid is not None
             if padded and self.table.close_up(self.planner.room(self.table), self.seen):  # type: ignore[union-attr, arg-type]
                 self.last_eviction = self.seen  # the newest slots are not those of the newest columns any more
+        output = output if self.kept_heads is None else self.kept_heads.among_all(output)
         return output.transpose(1, 2).contiguous().to(device)
+
+    def _of_kept_heads(self, states: Tensor, passage: Passage | None) -> Tensor:
+        """Of queries, and of the keys and values that came in, those of the heads that have not stopped before.
+
+        A sequence that begins here takes over which those are, and they are the same in all that follows.
+        """
+        if passage is not None and passage.begins and passage.heads is not None:
+            begun = tuple(not tokens for tokens in self.tokens)
+            if self.kept_heads is None and all(begun):  # a table, if there is one, has padding alone
+                self.kept_heads, self.table, self.remembered = passage.heads.clone(), None, None
+            elif self.kept_heads is not None:
+                self.kept_heads = self.kept_heads.where(begun, passage.heads)
+        if self.kept_heads is None:
+            return states
+        keys, values = self.incoming  # type: ignore[misc]
+        self.incoming = self.kept_heads.of(keys), self.kept_heads.of(values)
+        return self.kept_heads.of(states)
 
     def _hide(self, past: Past, table: TokenTable) -> None:
         raise NotImplementedError  # by the layer, of which this is a part

@@ -60,6 +60,18 @@ class Cascade(Policy, ABC):
         """Whether `step.passage.score` holds a number of every token over all layers and steps."""
         return False
 
+    @property
+    def drops_heads(self) -> bool:
+        """Whether KV heads stop too, each with its query heads: they put out zeros in the layers above."""
+        return False
+
+    def heads_onward(self, table: TokenTable, step: Step) -> Tensor | None:
+        """Which of its heads the layers above compute, as `Passage.heads_onward`; asked while a sequence begins.
+
+        `step.passage` is there; its `head_score` is to be set.
+        """
+        return None
+
     @abstractmethod
     def onward(self, table: TokenTable, step: Step) -> Tensor | None:
         """Which tokens the next layers look at, bool `[B, N]` by position; None for all that this one looked at.
@@ -71,6 +83,8 @@ class Cascade(Policy, ABC):
     def observe(self, table: TokenTable, step: Step) -> None:
         if step.passage is not None:
             step.passage.onward = self.onward(table, step)
+            if self.drops_heads and step.passage.begins:
+                step.passage.heads_onward = self.heads_onward(table, step)
 
     def trip(self, cache: Any, hidden: Tensor, mask: Any) -> Trip | None:
         """What a forward pass on such a cache becomes, before its first layer; None if nothing is to stop in it."""
@@ -91,6 +105,12 @@ class Cascade(Policy, ABC):
                 f"{type(model).__name__} has layers that are not pruned (sliding windows, or states), which count on "
                 f"every token: {type(self).__name__} could stop none before them. Use a policy that evicts after the "
                 "prompt, such as SnapKV."
+            )
+        if self.drops_heads and cache.layers[0].planner.heads.size > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is split over several processes (tp_plan), each with some of the heads, and "
+                f"{self} lets heads stop, which might be all of one process. Leave out its setting heads, or load the "
+                "model without tp_plan."
             )
         install(model, len(cache.layers))
         cache.cascade = self

@@ -13,8 +13,9 @@ from kvprune.policy.settings import check_number
 Schedule = tuple[tuple[float, float], ...]
 
 
-def checked(schedule: Schedule | str, *, falls: bool = True) -> Schedule:
+def checked(schedule: Schedule | str, *, falls: bool = True, name: str = "schedule") -> Schedule:
     """A schedule, also of text such as "0.5:0.7/0.9:0.3". falls: whether its shares may not rise, nor be 0.
+    name: of the setting, for errors.
 
     Raises PolicyError for one without meaning.
     """
@@ -24,16 +25,17 @@ def checked(schedule: Schedule | str, *, falls: bool = True) -> Schedule:
             schedule = tuple(tuple(map(float, pair.split(":"))) for pair in schedule.split("/"))  # type: ignore[misc]
         pairs = tuple((depth, share) for depth, share in schedule)
     except (TypeError, ValueError):
-        raise PolicyError(f"schedule cannot be {schedule!r}: {example}.") from None
+        raise PolicyError(f"{name} cannot be {schedule!r}: {example}.") from None
     for depth, share in pairs:
         check_number("a depth of the schedule", depth, low=0, high=1)
         check_number("a share of the schedule", share, low=0, high=1)
+    what = "heads" if name == "heads" else "tokens"
     for (depth, share), (deeper, less) in pairwise(pairs):
         if not depth < deeper:
             raise PolicyError(f"depths of a schedule ascend, and {deeper} comes after {depth}: {example}.")
         if falls and less > share:
             raise PolicyError(
-                f"no more tokens can go on than came, and a share of {less} after {deeper:g} of the layers is more "
+                f"no more {what} can go on than came, and a share of {less} after {deeper:g} of the layers is more "
                 f"than the {share} before: let shares fall, as in ((0.5, 0.7), (0.9, 0.3))."
             )
     if falls and any(share == 0 for _, share in pairs):

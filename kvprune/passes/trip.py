@@ -26,6 +26,7 @@ from kvprune.cache.registration import PendingMask
 from kvprune.cache.selection import FilteredStep
 from kvprune.errors import UnsupportedModelError
 from kvprune.policy.passage import Passage
+from kvprune.table.kept_heads import KeptHeads
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
 
@@ -58,6 +59,10 @@ class Trip:
         self.tokens = tuple(a + b for a, b in zip(before, self.added, strict=True))
         self.prefill = layer.takes_prompt(self.length, None)
         self.begins = layer.table is None
+        # Those that sequences began with stay; where some do, and have all, so have those that begin beside them.
+        self.chooses_heads = 0 in before and (not any(before) or cache.layers[-1].kept_heads is not None)
+        self.heads: KeptHeads | None = None  # that layers compute from here on; None for all
+        self.head_score: Tensor | None = None
         ledger: Ledger = layer.ledger or Ledger()
         self.ledger = ledger if past is None else ledger.moved(past)
         self.score = self.ledger.scores(max(self.tokens))
@@ -103,6 +108,9 @@ class Trip:
             above=None if self.begins or self.revives or self.skips or last else self._above(index),
             out_of_order=self._out_of_order,
             score=self.score,
+            begins=self.chooses_heads,
+            heads=self.heads,
+            head_score=self.head_score,
         )
         placed = None if self.at is None else self._placed()
         self.cache.expect(FilteredStep(placed, self.added, self.length, self.prefill, self.passage), None)
@@ -209,7 +217,17 @@ class Trip:
         onward = self.passage.onward
         if onward is not None:
             self._go_on(index, onward.to(self.positions.device))
+        if self.passage.head_score is not None:
+            self._keep_heads(self.passage.head_score, self.passage.heads_onward)
         return output
+
+    def _keep_heads(self, score: Tensor, left: Tensor | None) -> None:
+        self.head_score = score
+        if left is not None:
+            heads = self.heads or KeptHeads(
+                torch.arange(score.shape[1], device=score.device).expand_as(score), score.shape[1]
+            )
+            self.heads, self.head_score = heads.without(left), score.gather(1, left)
 
     def _go_on(self, index: int, onward: Tensor) -> None:
         ends = torch.tensor(self.tokens, device=onward.device)[:, None]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvprune.table.kept_heads import KeptHeads
 from kvprune.table.rows import EMPTY, ranked, top_rows
 from kvprune.table.token_table import TokenTable
 
@@ -24,7 +25,9 @@ class Passage:
     looks at, bool `[B, N]`; None if all that have a row. above: the table of the next layer, where earlier tokens that
     have no row in it cannot go on; None where all can. out_of_order: whether rows come that are older than others in
     the table. score: what is held of every token over all layers and steps, float32 `[B, N]`, to be updated in place;
-    None where the policy wants none.
+    None where the policy wants none. begins: whether this is where the heads of a sequence are chosen, for good. heads:
+    that the layer computes; None for all of the model's. head_score: float32 `[B, r]`, what the policy holds of those
+    heads in this pass; it puts there what it has.
     """
 
     tokens: tuple[int, ...]
@@ -33,8 +36,14 @@ class Passage:
     above: TokenTable | None = None
     out_of_order: bool = False
     score: Tensor | None = None
+    begins: bool = False
+    heads: KeptHeads | None = None
+    head_score: Tensor | None = None
     onward: Tensor | None = None
     """What the policy has said: which tokens the next layers look at, bool `[B, N]`; None if as many as this one."""
+
+    heads_onward: Tensor | None = None
+    """Which of its heads the next layers compute, LongTensor `[B, r']`, ascending, in its counting; None for all."""
 
     def seen(self, table: TokenTable) -> TokenTable:
         """The table as the queries of this layer see it: without the rows of tokens that have stopped before it."""
@@ -99,3 +108,15 @@ class Passage:
 def share_of(tokens: int, share: float) -> int:
     """So many of so many tokens, rounded up, at least one."""
     return max(1, math.ceil(tokens * share - 1e-9))  # 0.7 * 10 is 7.000000000000001
+
+
+def best_heads(importance: Tensor, share: float, total: int) -> Tensor | None:
+    """The most important of some heads: a share of all `total` heads, rounded up, LongTensor `[B, r']`, ascending.
+
+    importance: `[B, r]`; ties go to the first. None where all of them stay.
+    """
+    count = share_of(total, share)
+    if count >= importance.shape[1]:
+        return None
+    order = importance.nan_to_num(nan=-math.inf).argsort(dim=1, descending=True, stable=True)
+    return order[:, :count].sort(dim=1).values

@@ -76,6 +76,8 @@ class Step:
     """What values become in the output of the layer, for a policy that `weighs_outputs`."""
     heads: Heads = field(default_factory=lambda: ALL_HEADS)
     """Whose heads the table and `mass` have; to look across heads, ask for `heads.sum` or `heads.mean`."""
+    output: Tensor | None = None
+    """What attention made of the queries of this step, `[B, Hq, L, Dv]`; there when policies observe."""
     passage: Passage | None = None
     """There where tokens may stop after this layer, for a policy that `stops_tokens`."""
 
@@ -95,7 +97,7 @@ class Step:
 
     def without_queries(self) -> Step:
         """The same for a decision that waits, while what the queries were made of is freed."""
-        return replace(self, source=None, asked=None)
+        return replace(self, source=None, asked=None, output=None)
 
     def attention_rows(self, count: int) -> Iterator[Tensor]:
         """Attention probabilities of the `count` newest queries, some at a time, `[B, Hkv, G, l, rows]` float64.

@@ -223,8 +223,8 @@ def _restore(cache: PrunedCache, header: Saved, model: Any) -> None:
 
 def _check_layer(cache: PrunedCache, layer: PrunedLayer, state: Saved, model: Any) -> None:
     query_heads = getattr(layer_config(text_config(model), layer.index), "num_attention_heads", None)
-    if layer.table is not None and isinstance(query_heads, int) and query_heads % layer.table.kv_heads:
-        raise state.refused(f"has {layer.table.kv_heads} KV heads, and the model {query_heads} query heads")
+    if layer.table is not None and isinstance(query_heads, int) and query_heads % layer.kv_heads:
+        raise state.refused(f"has {layer.kv_heads} KV heads, and the model {query_heads} query heads")
     if layer.selection is not None and (
         layer.index != cache.pruned_layers[0] or layer.selection.layer != cache.filter_layer
     ):

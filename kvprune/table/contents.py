@@ -119,18 +119,22 @@ class Contents:
             held.update({f"basis.{name}": tensor for name, tensor in self.basis.tensors().items()})
         return held
 
-    def check_step(self, keys: Tensor, values: Tensor) -> None:
-        """Raise CacheError where new keys and values do not fit this table."""
+    def check_step(self, keys: Tensor, values: Tensor, kv_heads: int | None = None) -> None:
+        """Raise CacheError where new keys and values do not fit this table.
+
+        kv_heads: that are to come, some of which may have no rows here.
+        """
         if keys.shape[0] != self.batch_size:
             raise CacheError(
                 f"this cache holds a batch of {self.batch_size}, and the model was called with a batch of "
                 f"{keys.shape[0]}. Make a new PrunedCache, or call reset() to start over."
             )
         key_dim, value_dim, dtype = self.dims
+        kv_heads = kv_heads or self.kv_heads
         for name, new, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
-            if new.shape[1] != self.kv_heads or new.shape[3] != dim or new.dtype != dtype:
+            if new.shape[1] != kv_heads or new.shape[3] != dim or new.dtype != dtype:
                 raise CacheError(
-                    f"this cache holds {name} of {self.kv_heads} heads of {dim} in {dtype}, and was given "
+                    f"this cache holds {name} of {kv_heads} heads of {dim} in {dtype}, and was given "
                     f"{new.shape[1]} heads of {new.shape[3]} in {new.dtype}: it belongs to another model. "
                     "Make a PrunedCache for each model."
                 )
