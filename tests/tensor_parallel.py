@@ -21,9 +21,23 @@ from families import generate, left_padded, token_ids
 from transformers import AutoModelForCausalLM
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
-from kvprune import KVPruneError, Policy, PrunedCache
+from kvprune import Adaptive, Everywhere, KVPruneError, Policy, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    KIVI,
+    TOVA,
+    Full,
+    GemFilter,
+    Keyformer,
+    Knorm,
+    KVzip,
+    KVzipPlus,
+    SnapKV,
+    StreamingLLM,
+    ZipCache,
+)
 
 PROCESSES = 2
 LIMIT = 200
@@ -61,6 +75,14 @@ POLICIES: dict[str, Policy] = {
     "snapkv, bytes": SnapKV(f"{BYTES}B", window=8, interval=1),
     "h2o | kivi, bytes": H2O(f"{BYTES}B", recent=4) | KIVI(group_size=8, residual=8),
     "gemfilter, bytes": GemFilter(f"{BYTES}B"),
+    # heads compete with those of the other process
+    "adaptive": A2SF(0.4, recent=4, share=Adaptive(0.2)),
+    "adaptive, z": Knorm(16, recent=4, share=Adaptive(0, normalize="z")),
+    "everywhere": SnapKV(0.4, window=8, share=Everywhere()),
+    "everywhere, share of bytes": H2O("0.6b", recent=4, share=Everywhere(0.3)),
+    "everywhere | kivi": H2O(24, recent=4, share=Everywhere()) | KIVI(group_size=8, residual=8),
+    "kvzip": KVzip(0.4, recent=4, chunk=32),
+    "kvzip+": KVzipPlus(0.4, recent=4),
 }
 CASES = [*(("llama", name) for name in POLICIES), *((model, "tova") for model in MODELS if model != "llama")]
 CASES += [(model, "keyformer") for model in WHOLE]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import build
 from tensor_parallel import BYTES, CASES, LIMIT, MODELS, PROCESSES, TURNS, WHOLE, run
 
@@ -72,7 +73,17 @@ def test_every_process_keeps_the_rows_of_its_heads(case, one, several):
         if is_whole(case):
             assert all(torch.equal(each, expected) for each in kept)
         else:
+            width = max(each.shape[2] for each in kept)  # of the longest head there; others have -1 in front
+            kept = [F.pad(each, (width - each.shape[2], 0), value=-1) for each in kept]
             assert torch.equal(torch.cat(kept, dim=1), expected)
+
+
+@needs_gloo
+def test_heads_of_different_processes_get_different_numbers_of_rows(several):
+    """What is compared above, where heads compete: rows that went from heads of one process to those of another."""
+    for name in ("adaptive", "adaptive, z", "everywhere", "kvzip", "kvzip+"):
+        rows = [sum(int((layer >= 0).sum()) for layer in each["llama", name]["kept"]) for each in several]
+        assert len({*rows}) == PROCESSES
 
 
 @needs_gloo
