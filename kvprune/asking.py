@@ -73,7 +73,7 @@ def ask(
         max_new_tokens: of each answer; it ends before where the model ends it.
         chat: put document, an empty line and question into the tokenizer's chat template, as one message of the user.
         batch_size: questions to answer at a time, each of which has a copy of the compressed document meanwhile. Of a
-            hybrid model, and where the budget is in bytes of the whole cache, they are answered one by one anyway.
+            hybrid model, and where the budget is a number of bytes ("512MiB"), they are answered one by one anyway.
         write: gets the number of a question and a piece of its answer, as it comes.
         settings: more of `PrunedCache`: device, kernels, attention.
 
@@ -127,8 +127,8 @@ def _answers(
     ends = ends_of(model)
     pad = next((each for each in (tokenizer.pad_token_id, *sorted(ends)) if each is not None), 0)
     budgets = (Budget.parse(part.budget) for part in cache.policy.parts() if hasattr(part, "budget"))
-    if cache.is_hybrid or any(budget.in_bytes for budget in budgets):
-        batch_size = 1  # windows count columns, and bytes are of a whole batch
+    if cache.is_hybrid or any(budget.of_whole_batch for budget in budgets):
+        batch_size = 1  # windows count columns
     texts: list[str] = []
     for start in range(0, len(rests), batch_size):
         some = rests[start : start + batch_size]

@@ -84,8 +84,8 @@ class GemFilter(PromptFilter):
     def _least(self) -> int:
         return max(1, self.keep_first + self.keep_last)
 
-    def note(self, prompt_tokens: tuple[int, ...]) -> str | None:
-        return self._budget.raised(prompt_tokens, self._least, "keep_first and keep_last")
+    def note(self, prompt_tokens: tuple[int, ...], **costs: int) -> str | None:
+        return self._budget.raised(prompt_tokens, self._least, "keep_first and keep_last", **costs)
 
     def filter_layer(self, config: Any, pruned: tuple[int, ...]) -> int:
         if self.layer is not None:

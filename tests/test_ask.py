@@ -9,11 +9,34 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvprune import CacheError, Chain, KVPruneError, PolicyError, PrunedCache, QuestionWarning, ask
+from kvprune import (
+    Adaptive,
+    CacheError,
+    Chain,
+    Everywhere,
+    KVPruneError,
+    PolicyError,
+    PrunedCache,
+    QuestionWarning,
+    ask,
+)
 from kvprune.cache.models import cache_argument
 from kvprune.demo import load
 from kvprune.demo.task import RecallGenerator, decode
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, KVzip, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import (
+    A2SF,
+    H2O,
+    KIVI,
+    TOVA,
+    Bits,
+    Full,
+    GemFilter,
+    Keyformer,
+    KVzip,
+    SnapKV,
+    StreamingLLM,
+    ZipCache,
+)
 
 NEEDING = [A2SF(0.5), SnapKV(0.5), TOVA(0.5), GemFilter(256), H2O(0.5) | TOVA(0.5), GemFilter(256) | KIVI()]
 BLIND = [Full(), H2O(0.5), Keyformer(0.5), StreamingLLM(0.5), KIVI(), ZipCache(), A2SF(0.5, forgetting_factor=1.0)]
@@ -129,10 +152,19 @@ def test_a_cache_knows_what_it_has_read_until_more_comes():
 
 
 @pytest.mark.parametrize(
-    "policy", [Full(), KIVI(), KVzip(0.5), A2SF(0.5), GemFilter(256), H2O(0.5) | TOVA(0.5), H2O("64KiB")], ids=str
-)
-def test_questions_of_a_batch_are_answered_as_each_alone(policy):
+    "policy",
+    [
+        Full(), KIVI(), KVzip(0.5), A2SF(0.5), GemFilter(256), H2O(0.5) | TOVA(0.5), H2O("64KiB"), KVzip("0.5b"),
+        A2SF("0.7b", share=Adaptive()), H2O(0.5, share=Everywhere()) | KIVI(), Bits("0.2b", score=KVzip()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_questions_of_a_batch_are_answered_as_each_alone(policy, monkeypatch):
     """Padding stands between the document and what is shorter; where that could not be, they go one by one."""
+    sizes, generate = [], embedded().model.generate
+    monkeypatch.setattr(
+        embedded().model, "generate", lambda ids, **given: (sizes.append(len(ids)), generate(ids, **given))[1]
+    )
     longer = [f"{'the old baker slept ' * number}{text}" for number, text in enumerate(embedded().questions)]
     pieces = {}
     alone = asked(policy, questions=longer)
@@ -140,6 +172,7 @@ def test_questions_of_a_batch_are_answered_as_each_alone(policy):
         policy, questions=longer, batch_size=3, write=lambda number, piece: pieces.setdefault(number, []).append(piece)
     )
     assert together.texts == alone.texts
+    assert sizes == [1] * 4 + ([1] * 4 if policy == H2O("64KiB") else [3, 1])
     assert tuple("".join(pieces[number]).strip() for number in range(4)) == alone.texts
     assert len(pieces[0]) > 1
     assert together.cache.seen_tokens == 400

@@ -306,13 +306,15 @@ def test_what_has_no_meaning_is_refused():
             Bits(0.1, **settings)
     with pytest.raises(BudgetError):
         Bits("nothing")
-    cache = PrunedCache(shared(), Bits(0.01, score=A2SF(), share=Uniform(), sinks=2, recent=4))
-    feed(shared(), left_padded([100]), cache, [100])  # a fraction never is too little
-    assert {tuple(head) for head in cache.kept_positions(0)[0].tolist()} == {(0, 1, 96, 97, 98, 99)}
-    cache = PrunedCache(shared(), Bits("0.01b", score=A2SF()))
-    with pytest.raises(BudgetError, match="sinks and recent"):
-        feed(shared(), left_padded([100]), cache, [100])
-    assert cache.seen_tokens == 0
+    for little in (0.01, "0.01b"):
+        cache = PrunedCache(shared(), Bits(little, score=A2SF(), share=Uniform(), sinks=2, recent=4))
+        feed(shared(), left_padded([100]), cache, [100])  # a fraction never is too little
+        assert {tuple(head) for head in cache.kept_positions(0)[0].tolist()} == {(0, 1, 96, 97, 98, 99)}
+    for tokens in (1, 100):  # at the first piece of a prompt, whatever comes
+        cache = PrunedCache(shared(), Bits("2kB", score=A2SF()))
+        with pytest.raises(BudgetError, match="the 20 exact ones"):
+            feed(shared(), left_padded([tokens]), cache, [tokens])
+        assert cache.seen_tokens == 0
     assert parse("bits:score=kvzip,budget=0.05b") == Bits("0.05b", score=KVzip())
 
 

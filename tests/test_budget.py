@@ -169,23 +169,17 @@ def test_bytes_hold_as_many_tokens_as_fit(size, token_bytes, other_bytes, spare,
 def test_shares_are_of_the_full_cache_at_16_bits(
     hundredths, prompt, token_bytes, half_bytes, stock_bytes, other_bytes, floor
 ):
-    """What bytes would hold that are this share of all tokens at 16 bits, other layers left out; or told the least."""
+    """What bytes would hold that are this share of all tokens at 16 bits, other layers left out; at least the floor.
+
+    Of a batch as of each sequence.
+    """
     budget = Budget.parse(f"{hundredths / 100}b")
     shape = {"token_bytes": token_bytes, "floor": floor}
     costs = {"half_bytes": half_bytes, "stock_bytes": stock_bytes, "other_bytes": other_bytes + stock_bytes}
-    size = hundredths * prompt * half_bytes // 100
-    try:
-        allowed = Budget("bytes", size).tokens(prompt, **shape, other_bytes=other_bytes)
-    except BudgetError:
-        with pytest.raises(BudgetError) as error:
-            budget.tokens(prompt, **shape, **costs)
-        match = re.search(r'"([\d.]+b)", of this prompt', str(error.value))
-        if match is None:
-            assert floor * token_bytes + other_bytes > half_bytes * prompt
-        else:
-            assert Budget.parse(match[1]).tokens(prompt, **shape, **costs) >= floor
-        return
-    assert budget.tokens(prompt, **shape, **costs) == allowed
+    held = (hundredths * prompt * half_bytes // 100 - other_bytes) // token_bytes
+    assert budget.tokens(prompt, **shape, **costs) == max(floor, held)
+    seven = {name: 7 * each for name, each in {**costs, "token_bytes": token_bytes}.items()}
+    assert budget.tokens(prompt, floor=floor, **seven) == max(floor, held)
 
 
 def least_bytes(error: pytest.ExceptionInfo[BudgetError]) -> int:

@@ -663,6 +663,8 @@ def test_report_says_where_a_fraction_was_raised():
         (A2SF(0.25), 10, ("A2SF: 0.25 of 10 prompt tokens is 3: raised to 36 (sinks and recent)",)),
         (A2SF(0.25), 144, ()),
         (A2SF(40), 10, ()),
+        (A2SF("0.25b"), 10,
+         ("A2SF: 0.25b of 10 prompt tokens, 320 bytes, is 1: raised to 36 (sinks and recent)",)),
         (GemFilter(0.1, keep_last=5) | A2SF(0.5, recent=2), 30,
          ("GemFilter: 0.1 of 30 prompt tokens is 3: raised to 5 (keep_first and keep_last)",)),
     ):  # fmt: skip

@@ -95,6 +95,7 @@ def generated(embedded, parts, policy=POLICY, tokens=4):
         read = torch.cat([read, ids], 1)
         with torch.no_grad():
             model(ids, **cache_argument(cache))
+        cache = cache.fork()  # which ends a prompt
     last = tokenizer(parts[-1], add_special_tokens=False, return_tensors="pt")["input_ids"]
     ids = torch.cat([read, last], 1)
     output = model.generate(
@@ -375,6 +376,33 @@ def test_what_waits_with_the_same_policy_is_answered_together_as_alone(one_by_on
     assert one_by_one.metrics.value("kept_bytes", "running") == one_by_one.metrics.value("running") == 0
 
 
+@pytest.mark.parametrize("policy", ["kvzip:budget=0.4", "a2sf:budget=0.6b,share=adaptive,sinks=2,recent=4"])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_caches_whose_heads_differ_are_answered_together_as_alone(one_by_one, embedded, policy, prefix):
+    """Copies of one document with a question each, or other documents, of other lengths."""
+    asked = [QUESTIONS[at] + " of" * at for at in range(3)]
+    documents = [DOCUMENT if prefix else DOCUMENT[40 * at :].partition(" ")[2] for at in range(3)]
+    before = batched(one_by_one)
+    with held_up(one_by_one, 3) as ask:
+        answers = [
+            ask(
+                one_by_one.client.chat.completions.create, model=NAME, max_tokens=6,
+                messages=[{"role": "system", "content": text}, {"role": "user", "content": question}],
+                extra_body={"policy": policy, **({"prefix": prefix} if prefix else {})},
+            )
+            for text, question in zip(documents, asked, strict=True)
+        ]  # fmt: skip
+    assert newly_batched(one_by_one, before) == {3: 1}
+    for text, question, answer in zip(documents, asked, answers, strict=True):
+        parts = [f"{text} ", f"{question} "] if prefix else [f"{text} {question} "]
+        expected, cache = generated(embedded, parts, policy, 6)
+        assert answer.result().choices[0].message.content == expected
+        assert any(cache.layers[layer].table.is_ragged for layer in cache.pruned_layers)
+        rows = [(cache.kept_positions(layer) >= 0).sum(-1).float().mean() for layer in cache.pruned_layers]
+        kept = answer.result().usage.kvprune["kept_tokens"]
+        assert kept == pytest.approx(float(torch.stack(rows).mean()), abs=0.06)
+
+
 def test_questions_on_one_prefix_are_answered_together_and_stream(one_by_one, embedded):
     def ask_all(stream):
         before = batched(one_by_one)
@@ -526,7 +554,7 @@ def test_what_fits_in_a_batch(embedded, one_by_one):
     can_be = one_by_one.engine._batches.can_be
     assert can_be(KEYDIFF)
     assert not can_be(parse("full | keydiff:budget=1MiB"))
-    assert not can_be(parse("keydiff:budget=0.05b"))
+    assert can_be(parse("keydiff:budget=0.05b"))  # of each sequence's own prompt
     hybrid, moving = build("mistral-sliding"), build("llama")
     assert not Batches(hybrid, None, None, Metrics()).can_be(KEYDIFF)
     moving.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4}  # by the longest text of a batch

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from kvprune import Adaptive, Everywhere, PolicyError, PrunedCache, Pyramid, Share, Uniform
-from kvprune.policies import A2SF, H2O, AdaKV, Keyformer, PyramidKV, Random, SnapKV, parse
+from kvprune.policies import A2SF, H2O, AdaKV, Keyformer, Knorm, KVzip, PyramidKV, Random, SnapKV, parse
 from kvprune.policy.registry import described, from_description
 from kvprune.policy.shares import ALWAYS_KEPT, NEVER_KEPT
 from kvprune.table.rows import ranked
@@ -208,17 +208,44 @@ def test_heads_that_compete_retain_at_least_the_mass_of_equal_ones(length, budge
     assert retained[2][1] >= retained[1][1] - 1e-5 >= retained[0][1] - 2e-5
 
 
-@given(chunks=st.lists(st.integers(2, 15), min_size=1, max_size=4), seed=st.integers(0, 2**16))
-def test_a_prompt_in_chunks_is_decided_after_the_last(chunks, seed):
+TOGETHER = {
+    "snapkv": lambda budget: SnapKV(budget, sinks=1, window=4, share=Everywhere(0.2)),
+    "a2sf": lambda budget: A2SF(budget, sinks=1, recent=3, epsilon=0, share=Everywhere()),
+    "knorm": lambda budget: Knorm(budget, sinks=1, recent=3, share=Everywhere(normalize="z")),
+    "kvzip": lambda budget: KVzip(budget, sinks=1, recent=3, chunk=7),
+    "kvzip, by heads of a layer": lambda budget: KVzip(budget, sinks=1, recent=3, share=Adaptive()),
+    "h2o | snapkv": lambda budget: H2O(1.0, share=Everywhere()) | SnapKV(budget, sinks=1, window=4, interval=1),
+}
+in_chunks = {
+    "chunks": st.lists(st.integers(2, 15), min_size=1, max_size=4),
+    "budget": st.sampled_from([8, 0.5, "0.5b", "0.9b", "12kB"]),
+    "seed": st.integers(0, 2**16),
+}
+
+
+@pytest.mark.parametrize("make", TOGETHER.values(), ids=TOGETHER)
+@given(**in_chunks)
+def test_a_prompt_in_chunks_is_decided_after_the_last(make, chunks, budget, seed):
     """All heads and layers compete once, for a prompt in chunks as for one in a piece; what is generated ends it."""
-    batch = left_padded([sum(chunks) + 3], seed=seed)
-    policy = SnapKV(8, sinks=1, window=4, share=Everywhere(0.2))
+    batch, policy = left_padded([sum(chunks) + 3], seed=seed), make(budget)
     whole, chunked = PrunedCache(model(), policy), PrunedCache(model(), policy)
     feed(model(), batch, whole, [sum(chunks), 1, 1, 1])
     feed(model(), batch, chunked, chunks)
     assert all(chunked.layers[layer].table.length == sum(chunks) for layer in chunked.pruned_layers)
     feed(model(), batch, chunked, [1, 1, 1], begin=sum(chunks))
     assert kept_everywhere(chunked) == kept_everywhere(whole)
+
+
+@given(share=shares, **in_chunks)
+def test_no_piece_of_a_prompt_is_too_short_for_its_budget(share, chunks, budget, seed):
+    """Of the first one, a fraction of tokens or bytes may be less than what is always kept; of the prompt it is not."""
+    pruned = PrunedCache(model(), H2O(budget, sinks=1, recent=3, share=share))
+    feed(model(), left_padded([sum(chunks) + 80], seed=seed), pruned, [*chunks, 79, 1])
+    tokens = sum(chunks) + 79
+    if isinstance(budget, str):
+        full = pruned.dense_nbytes * tokens / (tokens + 1) * 2 / 8  # the model computes in 64 bits
+        assert pruned.nbytes <= (12_000 if budget == "12kB" else float(budget[:-1]) * full)
+    assert pruned.report().notes == ()
 
 
 def test_to_ask_for_anything_ends_a_prompt():

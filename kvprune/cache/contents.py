@@ -107,9 +107,12 @@ class Contents(ForwardPass):
         )  # fmt: skip
 
     def _notes(self) -> Iterator[str]:
-        for index in self.pruned_layers[:1]:
+        for layer in (self.layers[index] for index in self.pruned_layers[:1]):
+            if layer.table is None:
+                continue
+            costs = layer.planner.costs(layer.table)
             for policy in self.policy.parts():
-                note = policy.note(self.layers[index].prompt_tokens)
+                note = policy.note(layer.prompt_tokens, **costs)
                 if note is not None:
                     yield f"{type(policy).__name__}: {note}"
 

@@ -175,10 +175,9 @@ class Planner:
         query_bytes = queries.states.nbytes // len(queries) + 8 * len(queries.states)  # a query and its position
         other_bytes += max(0, self.query_window(prefill) - 1) * query_bytes
         other_bytes += tallies.nbytes
-        other_bytes += Steady.bytes_for(len(queries.states)) if self.static_decode else 0
-        kv_bytes = table.kv_token_bytes
-        stock_bytes = kv_bytes * self.stock_tokens * heads.size
-        half_bytes = kv_bytes * 2 // table.dims[2].itemsize * self.pruned_layers * heads.size
+        other_bytes += len(queries.states) * Steady.bytes_for(1) if self.static_decode else 0  # in any batch alike
+        stock_bytes = table.kv_token_bytes * self.stock_tokens * heads.size
+        half_bytes = self._half_bytes(table, heads)
         plans = []
         for scope, part in zip(self._scopes, self.policies, strict=True):
             step = Step(
@@ -209,6 +208,16 @@ class Planner:
                 raise PolicyError(f"row_weights() of {part} returned {step.weights!r}: return RowWeights, or None.")
             plans.append(Plan(part, table.scoped(scope), step, scope))
         return plans
+
+    def costs(self, table: TokenTable) -> dict[str, int]:
+        """What a row of a sequence costs: token_bytes and half_bytes of `Step`, of one sequence."""
+        heads = self.heads.present(table.kv_heads)
+        token_bytes = self._costs(table)[0] * self.pruned_layers * heads.size
+        whole = {"token_bytes": token_bytes, "half_bytes": self._half_bytes(table, heads)}
+        return {name: nbytes // table.batch_size for name, nbytes in whole.items()}
+
+    def _half_bytes(self, table: TokenTable, heads: Heads) -> int:
+        return table.kv_token_bytes * 2 // table.dims[2].itemsize * self.pruned_layers * heads.size
 
     def _costs(self, table: TokenTable) -> tuple[int, int]:
         """Bytes of one row of this layer, and of what is no row that a budget rules."""

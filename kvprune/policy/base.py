@@ -96,8 +96,8 @@ class Policy(metaclass=SettingsType):
             if isinstance(value, Real) and type(value) not in (bool, int, float):
                 object.__setattr__(self, each.name, int(value) if isinstance(value, Integral) else float(value))
 
-    def note(self, prompt_tokens: tuple[int, ...]) -> str | None:
-        """What `cache.report()` says of prompts of so many tokens, one a sequence, beside bytes; None if nothing."""
+    def note(self, prompt_tokens: tuple[int, ...], *, token_bytes: int, half_bytes: int) -> str | None:
+        """What `cache.report()` says of prompts of so many tokens; costs are those of `Step`, of one sequence."""
         return None
 
     @property

@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -81,21 +82,37 @@ class Budget:
         """Whether it depends on what a token costs, which policies learn at the first step."""
         return self.kind in ("bytes", "share")
 
+    @property
+    def of_whole_batch(self) -> bool:
+        """Whether the sequences of a batch divide it among them; each has its own of any other."""
+        return self.kind == "bytes"
+
     def plain(self, written: float | int | str) -> float | int | str:
         """What a person wrote, as a number where it is one: `"25%"` -> 0.25, `"1024"` -> 1024, `"1GiB"` as it is."""
         if self.in_bytes:
             return written
         return self.amount if self.kind == "fraction" else int(self.amount)
 
-    def raised(self, prompt_tokens: tuple[int, ...], floor: int, always: str) -> str | None:
-        """Says that a fraction of the shortest prompt is fewer than the `floor` tokens that are `always` kept."""
-        if self.kind != "fraction" or not prompt_tokens:
+    def raised(
+        self, prompt_tokens: tuple[int, ...], floor: int, always: str, *, token_bytes: int, half_bytes: int
+    ) -> str | None:
+        """Says that the budget of the shortest prompt is fewer than the `floor` tokens that are `always` kept.
+
+        token_bytes, half_bytes: as of `tokens`.
+        """
+        if self.kind not in ("fraction", "share") or not prompt_tokens:
             return None
         shortest = min(prompt_tokens)
+        told = f"{self.amount:g} of {shortest:,} prompt tokens"
         tokens = share(self.amount, shortest)
-        if tokens >= floor:
-            return None
-        return f"{self.amount:g} of {shortest:,} prompt tokens is {tokens:,}: raised to {floor:,} ({always})"
+        if self.kind == "share":
+            size = self._bytes_of(shortest, half_bytes)
+            told, tokens = f"{self.amount:g}b of {shortest:,} prompt tokens, {size:,} bytes,", size // token_bytes
+        return None if tokens >= floor else f"{told} is {tokens:,}: raised to {floor:,} ({always})"
+
+    def _bytes_of(self, prompt_tokens: int, half_bytes: int) -> int:
+        """What a share of the bytes is of a prompt."""
+        return int(Fraction(str(self.amount)) * half_bytes * prompt_tokens)  # of a batch as of each, to the byte
 
     def tokens(
         self,
@@ -112,7 +129,8 @@ class Budget:
 
         Args:
             prompt_tokens: tokens of the prompt, padding not counted; fractions are of these, rounded up.
-            floor: tokens the policy always keeps (sinks + recent). A fraction is never taken below it.
+            floor: tokens the policy always keeps (sinks + recent). A fraction, of tokens or bytes, is never taken below
+                it: what comes may be the first piece of a longer prompt.
             token_bytes: bytes that one kept token costs in the whole cache (all layers, heads and sequences).
             other_bytes: bytes of the cache that no policy rules (layers with a sliding window).
             spare: slots the table holds beside the kept tokens; they are paid from a budget in bytes too.
@@ -126,27 +144,17 @@ class Budget:
             return max(floor, share(self.amount, prompt_tokens))
         if self.kind == "tokens":
             return int(self.amount)
-        if self.kind == "share" and not prompt_tokens:  # of a batch in chunks, one that has not begun
-            return floor
-        full = half_bytes * prompt_tokens
-        size = int(self.amount) if self.kind == "bytes" else math.floor(self.amount * full + 1e-9)
-        other_bytes -= stock_bytes if self.kind == "share" else 0
-        tokens = (size - other_bytes) // token_bytes - spare
+        if self.kind == "share":
+            size = self._bytes_of(prompt_tokens, half_bytes)
+            return max(floor, (size - (other_bytes - stock_bytes)) // token_bytes - spare)
+        tokens = (int(self.amount) - other_bytes) // token_bytes - spare
         if tokens < floor:
-            need = (floor + spare) * token_bytes + other_bytes
-            least = "" if self.kind == "bytes" else f", {_least_share(need, full)}, of this prompt"
             raise BudgetError(
-                f"{size:,} bytes hold {max(tokens, 0)} tokens of this model and batch, fewer than the "
-                f"{floor} (sinks and recent) that are always kept: give at least {need:,} bytes{least}."
+                f"{int(self.amount):,} bytes hold {max(tokens, 0)} tokens of this model and batch, fewer than the "
+                f"{floor} (sinks and recent) that are always kept: give at least "
+                f"{(floor + spare) * token_bytes + other_bytes:,} bytes."
             )
         return tokens
-
-
-def _least_share(need: int, full: int) -> str:
-    """The budget that holds so many bytes of a full cache of so many, as a person would write it."""
-    if need > full:
-        return "more than the full cache takes at 16 bits"
-    return f'"{math.ceil(need / full * 10**4 - 1e-9) / 10**4:g}b"'
 
 
 def share(fraction: float, count: Any, least: int = 0) -> Any:

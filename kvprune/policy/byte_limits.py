@@ -30,6 +30,11 @@ class ByteLimits:
     codecs: tuple[Codec, ...]
     always: int
 
+    @property
+    def _grows(self) -> bool:
+        """Whether a longer prompt has more of it."""
+        return self.budget.kind in ("fraction", "share")
+
     def prices(self, table: TokenTable) -> dict[int, int]:
         """Bytes of a row of a head, by bits; of one in full precision under 16."""
         heads = table.batch_size * table.kv_heads
@@ -51,7 +56,7 @@ class ByteLimits:
                 size = (self.budget.amount - step.stock_bytes) / (step.layers * table.batch_size)
             elif self.budget.kind != "tokens":
                 size *= tokens
-            if self.budget.kind == "fraction":  # a greeting is no mistake
+            if self._grows:  # a greeting is no mistake, nor is the first piece of a longer prompt
                 size = max(size, min(self.always, tokens) * exact * heads + overhead)
             size = max(0.0, size - overhead)
             rows = int(size / (exact * heads) + 1e-9)  # of those in full precision
@@ -78,15 +83,17 @@ class ByteLimits:
         return summed
 
     def check(self, table: TokenTable, step: Step, written: object) -> None:
-        """Raise BudgetError where the bytes do not hold what is always exact. written: the budget, as a person did."""
+        """Raise BudgetError where the bytes do not hold what is always exact. written: the budget, as a person did.
+
+        Those of a prompt that may hold what is exact of it and not of a longer one do not either: more may come.
+        """
+        if self._grows:
+            return
         price, heads = self.prices(table)[EXACT], table.kv_heads * step.heads.size
-        limits = self.of(table, step, "layer")[:, 0].tolist()
-        for limit, tokens in zip(limits, step.prompt_tokens, strict=True):
-            rows = min(self.always, tokens)
-            need = rows * price * heads
-            if need > limit:
-                raise BudgetError(
-                    f"budget={written!r} leaves {max(0, int(limit)):,} bytes for the rows of a layer, and the "
-                    f"{rows} exact ones (sinks and recent) of its {heads} heads take {need:,}: give more, or lower "
-                    "sinks or recent."
-                )
+        need, limit = self.always * price * heads, float(self.of(table, step, "layer").min())
+        if need > limit:
+            raise BudgetError(
+                f"budget={written!r} leaves {max(0, int(limit)):,} bytes for the rows of a layer, and the "
+                f"{self.always} exact ones (sinks and recent) of its {heads} heads take {need:,}: give more, or lower "
+                "sinks or recent."
+            )

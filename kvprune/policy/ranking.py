@@ -166,8 +166,8 @@ class Ranking(Policy):
         start = int(self.sinks / (1 - self.recent)) if self.sinks else 1
         return next(n for n in count(max(start, 1)) if self.sinks + self.recent_tokens(n) <= n)
 
-    def note(self, prompt_tokens: tuple[int, ...]) -> str | None:
-        return self._budget.raised(prompt_tokens, self._least, "sinks and recent")
+    def note(self, prompt_tokens: tuple[int, ...], **costs: int) -> str | None:
+        return self._budget.raised(prompt_tokens, self._least, "sinks and recent", **costs)
 
     def recent_tokens(self, capacity: int) -> int:
         """Size of the recent window, in tokens, under a budget of `capacity` tokens."""

@@ -150,10 +150,10 @@ class Batches:
     def can_be(self, policy: Policy) -> bool:
         """Whether requests of a policy are answered in a batch as they are alone.
 
-        Of hybrid models, windows count padding; a budget in bytes is of a whole batch.
+        Of hybrid models, windows count padding; a number of bytes is of a whole batch.
         """
         budgets = (Budget.parse(part.budget) for part in policy.parts() if hasattr(part, "budget"))
-        return not self._alone and not any(each.in_bytes for each in budgets)
+        return not self._alone and not any(each.of_whole_batch for each in budgets)
 
     def answer(self, jobs: Sequence[Job], end: Callable[[Job, str], None]) -> None:
         """Write every answer to its end, unless it is called off. end: is told of each what became of it.
