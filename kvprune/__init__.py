@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvprune.policy.budget import Budget
     from kvprune.policy.eviction import Eviction
     from kvprune.policy.shares import Adaptive, Everywhere, Pyramid, Share, Uniform
+    from kvprune.routing.router import Router
     from kvprune.saving import PrunedCache
     from kvprune.saving.heads import HeadScores
     from kvprune.table.quantize import Codec
@@ -46,6 +47,7 @@ _HOMES = {
     "kvprune.asking": ("Answers", "ask"),
     "kvprune.attention.mass": ("RowWeights", "Scoring", "attention_mass"),
     "kvprune.chat.conversation": ("Chat", "Turn"),
+    "kvprune.routing.router": ("Router",),
     "kvprune.saving": ("PrunedCache",),
     "kvprune.saving.heads": ("HeadScores",),
     "kvprune.cache.report": ("CacheReport",),
@@ -89,6 +91,7 @@ __all__ = [
     "PrunedCache",
     "Pyramid",
     "QuestionWarning",
+    "Router",
     "RowWeights",
     "Scoring",
     "Share",

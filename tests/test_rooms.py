@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "cache": (*GROUND, "table", "attention", "kernels", "policy"),
     "passes": (*GROUND, "table", "attention", "kernels", "policy", "cache"),
     "saving": (*GROUND, "table", "attention", "kernels", "policy", "cache"),
+    "routing": (*GROUND, "table", "attention", "policy", "cache", "passes", "saving"),
     "serving": (*GROUND, "kvprune", "policy", "cache", "saving", "evaluation"),
 }
 LONGEST = 400
