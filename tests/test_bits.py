@@ -118,7 +118,7 @@ def test_bytes_are_kept_to_and_used(share, score):
     cache = PrunedCache(shared(), Bits(0.4, score=score, share=share, sinks=2, recent=4))
     for step, _ in enumerate(stepwise(shared(), left_padded([323]), cache, [250, 1, 1, 70, 1])):
         if step in (0, 3):
-            cache._end_prompt()
+            cache.end_prompt()
             least = 0.93 if score != SCORES["keydiff"] else 0.8  # cosines are alike, and go together
             assert least * 0.4 * full_bytes(cache) < row_bytes(cache) <= 0.4 * full_bytes(cache)
 
@@ -128,7 +128,7 @@ def test_budgets_of_every_kind(budget):
     """Bytes are bytes, tokens are as many at 16 bits, and a share is one of the bytes; in a batch, of all sequences."""
     cache = PrunedCache(shared(), Bits(budget, score=A2SF(), sinks=2, recent=4))
     feed(shared(), left_padded([250, 250]), cache, [250])
-    cache._end_prompt()
+    cache.end_prompt()
     meant = {"60kB": 60_000, 120: 120 / 250 * full_bytes(cache), "0.5b": full_bytes(cache) / 2}[budget]
     assert 0.9 * meant < row_bytes(cache) <= meant
 
@@ -168,7 +168,7 @@ def test_what_a_prompt_was_given_exactly_stays_exact():
     cache = PrunedCache(shared(), Bits("1b", score=H2O(), widths=(2,), sinks=2, recent=4))
     packed = []
     for _ in stepwise(shared(), left_padded([330]), cache, [250, *[1] * 70]):
-        cache._end_prompt()
+        cache.end_prompt()
         codes = codes_of(cache)
         packed.append(sum(place < 246 for _, _, place in codes))
     assert 0 < packed[0] == packed[-1] < 246 * len(cache.layers) * cache.layers[0].table.kv_heads
@@ -180,7 +180,7 @@ def test_a_padded_batch_keeps_to_its_bytes(score):
     """Sequences of other lengths pack other numbers of rows, and take no padding for each other beyond the budget."""
     cache = PrunedCache(shared(), Bits("0.9b", score=score, share=Uniform(), sinks=2, recent=4))
     feed(shared(), left_padded([250, 160]), cache, [250])
-    cache._end_prompt()
+    cache.end_prompt()
     assert row_bytes(cache) <= 0.9 * full_bytes(cache)
 
 

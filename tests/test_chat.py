@@ -170,6 +170,7 @@ def test_a_document_is_compressed_before_the_question():
     """What is read is what ask() compresses, and its answers are the same; another document may follow."""
     chat = a_chat(policy=KVzip(0.5))
     count = chat.read(f" {embedded().document}\n")
+    assert not any(chat.cache.layers[layer].waiting for layer in chat.cache.pruned_layers)  # it is compressed now
     asked = ask(embedded().model, chat.tokenizer, embedded().document, embedded().questions[:1], KVzip(0.5),
                 chat=True, max_new_tokens=4)  # fmt: skip
     assert chat.cache.seen_tokens == count == asked.document_tokens

@@ -27,6 +27,7 @@ from kvprune.evaluation.prompts import PromptMaker
 from kvprune.evaluation.results import Results, read
 from kvprune.evaluation.run import run
 from kvprune.policies import A2SF, Full
+from kvprune.policy.registry import parse
 
 TEMPLATE = (
     "{% for m in messages %}question {{ m.content | trim }} {% endfor %}{% if add_generation_prompt %}note{% endif %}"
@@ -236,6 +237,23 @@ def test_an_unknown_question_comes_after_compression(demo):
     assert row["prediction"] == demo.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     known = run(work_of(demo), contenders(["snapkv"], ["40"]), Results(None), model="demo")
     assert sum(each["score"] for each in known) > row["score"]
+
+
+@pytest.mark.parametrize("policy", ["kvzip:recent=4", "snapkv:share=everywhere,window=4"])
+def test_who_waits_for_the_end_of_a_prompt_does_not_see_an_unknown_question(demo, policy, monkeypatch):
+    """What such a policy keeps of the document, it chose by the document alone."""
+    work, held = work_of(demo, Words(count=1), question_known=False), []
+    by = Held.by.__func__
+    monkeypatch.setattr(Held, "by", classmethod(lambda cls, cache, model: held.append(cache) or by(cls, cache, model)))
+    run(work, contenders([policy], ["40"]), Results(None), model="demo")
+    ids = demo.tokenizer(work.units()[0][0].prompt, return_tensors="pt").input_ids[:, :-3]
+    alone = PrunedCache(demo.model, parse(policy, budget=40))
+    with torch.no_grad():
+        demo.model(ids, **cache_argument(alone))
+    for layer in alone.pruned_layers:
+        chosen = [set(row.tolist()) for row in alone.kept_positions(layer)[0]]
+        for row, rows in zip(held[0].kept_positions(layer)[0], chosen, strict=True):
+            assert set(row[row < ids.shape[1]].tolist()) - {-1} <= rows
 
 
 def test_a_question_that_cannot_be_held_back_is_named(demo):

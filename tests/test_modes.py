@@ -10,13 +10,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from families import assert_same_rows, build, feed, generate, left_padded, shared, stock
+from families import assert_same_rows, build, feed, generate, kept_everywhere, left_padded, shared, stock
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvprune import CacheError, PrunedCache
 from kvprune.cache.models import cache_argument
-from kvprune.policies import A2SF, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, ZipCache
+from kvprune.policies import A2SF, KIVI, TOVA, Bits, Full, GemFilter, Keyformer, KVzip, SnapKV, ZipCache
 
 POLICIES = {
     "full": Full(),
@@ -123,6 +123,17 @@ def test_what_was_made_of_a_cache_in_inference_mode_goes_on_outside_of_it(policy
         expected = fed(shared(), cache, [1, 1, 4, 1], begin=30)
         for other in (fork, loaded):
             torch.testing.assert_close(fed(shared(), other, [1, 1, 4, 1], begin=30), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("policy", [KVzip(14, recent=3), Bits(14, score=KVzip(), recent=3, sinks=1)], ids=str)
+def test_a_prompt_that_came_in_inference_mode_ends_outside_of_it(policy):
+    """Replays write to columns, which were made there."""
+    cache, other = PrunedCache(shared(), policy), PrunedCache(shared(), policy)
+    for each, mode in ((cache, torch.inference_mode), (other, torch.no_grad)):
+        with mode():
+            fed(shared(), each, [30])
+        each.end_prompt()
+    assert kept_everywhere(cache) == kept_everywhere(other)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvprune
-from kvprune import BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies
+from kvprune import Adaptive, BudgetError, Chain, Eviction, KVPruneError, Policy, PolicyError, policies
 from kvprune.cli import app
 from kvprune.policies import (
     A2SF,
     FTP,
     H2O,
     KIVI,
-    OSCAR,
     TOVA,
     AdaKV,
     Bits,
@@ -46,7 +45,6 @@ from kvprune.policies import (
     Spectral,
     StreamingLLM,
     TriAttention,
-    TurboQuant,
     ZipCache,
     ZipVL,
 )
@@ -72,7 +70,6 @@ BUILT_IN = {
     "lazyllm": LazyLLM,
     "leverage": Leverage,
     "kvzip_plus": KVzipPlus,
-    "oscar": OSCAR,
     "pyramiddrop": PyramidDrop,
     "pyramidkv": PyramidKV,
     "random": Random,
@@ -83,7 +80,6 @@ BUILT_IN = {
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
     "tri_attention": TriAttention,
-    "turboquant": TurboQuant,
     "zipcache": ZipCache,
     "zipvl": ZipVL,
 }
@@ -91,6 +87,15 @@ each_policy = pytest.mark.parametrize("name", BUILT_IN)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def test_brackets_hold_settings_of_what_is_inside_them():
+    score = SnapKV(kernel_size=27, ahead=23, share=Adaptive(floor=0.3))
+    text = "bits:score=snapkv(kernel_size=27,share=adaptive(floor=0.3),ahead=23),widths=(2,4),budget=0.05b"
+    assert registry.parse(text) == Bits("0.05b", score=score, widths=(2, 4))
+    assert registry.parse("bits(score=kvzip, widths=())") == Bits(score=KVzip(), widths=())
+    assert registry.parse("kvzip()") == KVzip()
+    assert registry.parse("lazyllm(schedule=((0.3,0.7),(0.6,0.5)))") == LazyLLM(((0.3, 0.7), (0.6, 0.5)))
 
 
 def test_names_are_sorted_and_hold_what_is_built_in():

@@ -7,8 +7,10 @@ from transformers import DynamicCache
 
 from kvprune import CacheError, PrunedCache
 from kvprune.cache.models import cache_argument
+from kvprune.evaluation.contenders import Held
 from kvprune.evaluation.decoding import Reader, fed, greedy
 from kvprune.evaluation.together import Together, shareable
+from kvprune.passes import replay
 from kvprune.policy.registry import names, parse
 
 PROMPT, QUESTION, NEW = 60, 52, 12
@@ -22,6 +24,8 @@ def policies():
         "kivi:bits=2,residual=32",
         "a2sf:budget=0.8 | zipcache:buffer=8",
         "a2sf | kvcrush",
+        "a2sf:share=everywhere",
+        "bits:score=kvzip",
     ]
     found = {text: parse(text, budget=0.7) for text in texts}
     return {text: policy for text, policy in found.items() if shareable(PrunedCache(families.shared(), policy))}
@@ -44,8 +48,10 @@ def kept(cache):
 def alone(model, cache, *prompts):
     """What one cache keeps of prompts that come one after another, and the tokens it writes."""
     with torch.inference_mode():
-        for ids in prompts:
+        for number, ids in enumerate(prompts):
             output = model(ids, **cache_argument(cache))
+            if number + 1 < len(prompts):
+                cache.end_prompt()
         held, written = kept(cache), [output.logits[0, -1].argmax().item()]
         while len(written) < NEW:
             output = model(torch.tensor([written[-1:]]), **cache_argument(cache))
@@ -81,6 +87,45 @@ def test_nothing_of_one_cache_reaches_another(model, ids):
     assert reader.caches[1].seen_tokens == reader.caches[2].seen_tokens + 5
 
 
+def test_a_prompt_is_replayed_once_for_all_that_ask_alike(model, ids, monkeypatch):
+    """By number of tokens that run again, two replays each: the document, the whole prompt, and each its question."""
+    read, own = [], replay._Chunk.run
+
+    def noted(chunk, *arguments):
+        read.append(chunk.inputs.shape[1])
+        own(chunk, *arguments)
+
+    monkeypatch.setattr(replay._Chunk, "run", noted)
+    texts = ["kvzip", "bits:score=kvzip", "kvzip:share=uniform", "kvzip_plus"]
+    known, unknown = ([PrunedCache(model, parse(text, budget=0.5)) for text in texts] for _ in range(2))
+    reader = Reader(model, known, unknown)
+    reader.read(ids, QUESTION)
+    for cache in reader.caches:
+        cache.end_prompt()
+    assert sorted(read) == [PROMPT - QUESTION] * 4 + [QUESTION] * 2 + [PROMPT] * 2
+
+
+@pytest.mark.parametrize("text", ["a2sf", "bits:score=kvzip", "kivi:residual=16"])
+def test_caches_may_hold_another_type_than_the_model(model, ids, text):
+    """In half the bytes, what is written is finite, and what they go on with is of that type too."""
+    policy = parse(text, budget=0.7)
+    wide, half = (PrunedCache(model, policy) for _ in range(2))
+    Reader(model, [wide]).read(ids)
+    reader = Reader(model, [half], dtype=torch.bfloat16)
+    reader.read(ids)
+    logits = reader.feed(torch.tensor([3, 5]))
+    assert logits.isfinite().all()
+    assert logits.dtype == model.dtype
+    assert {layer.table.dims[2] for layer in half.layers} == {torch.bfloat16}
+    assert text.startswith("bits") or half.nbytes < 0.8 * wide.nbytes  # whose budget is of bytes at 16 bits
+    held = Held.by(half, model)
+    assert (
+        held.half_nbytes
+        == held.dense_nbytes
+        == 2 * 2 * sum(layer.seen * layer.table.kv_heads * layer.table.dims[0] for layer in half.layers)
+    )
+
+
 def test_the_first_row_is_the_stock_cache(model, ids):
     reader = Reader(model, [PrunedCache(model, parse("a2sf", budget=0.7))])
     found = [reader.read(ids[:, :QUESTION]), *fed(reader, ids[0, QUESTION:])]
@@ -101,7 +146,7 @@ def test_answers_end_where_they_are_done(model, ids):
 
 def test_a_cache_that_does_more_than_its_layers_is_refused(model):
     others = [PrunedCache(families.shared("gemma3"), "tova")]
-    others += [PrunedCache(model, parse(name, budget=40)) for name in ("gemfilter", "kvzip")]
+    others += [PrunedCache(model, parse(name, budget=40)) for name in ("gemfilter", "lazyllm")]
     for other in others:
         assert not shareable(other)
         with pytest.raises(CacheError, match="in their layers"):

@@ -37,7 +37,7 @@ class Contents(ForwardPass):
 
         Those of the storages behind them, as they were allocated.
         """
-        self._end_prompt()
+        self.end_prompt()
         return sum(layer.nbytes if isinstance(layer, PrunedLayer) else stock.nbytes(layer) for layer in self.layers)
 
     @property
@@ -59,7 +59,7 @@ class Contents(ForwardPass):
         Positions count the tokens of each sequence from 0, padding left out. Where a sequence keeps fewer rows than
         another, the row begins with -1. Raises CacheError for a layer that is not pruned.
         """
-        self._end_prompt()
+        self.end_prompt()
         return self._pruned(layer).kept_positions()
 
     @property
@@ -81,7 +81,7 @@ class Contents(ForwardPass):
 
     def report(self) -> CacheReport:
         """Measured bytes and kept tokens, layer by layer. `str()` of it is a table, `.plot("kept.png")` a picture."""
-        self._end_prompt()
+        self.end_prompt()
         layers, pruned = [], kind_of(self.policy)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer) and layer.table is not None:

@@ -199,10 +199,12 @@ class ForwardPass(Masks):
             )
         return Scoring(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
 
-    def _end_prompt(self) -> None:
-        """Decide about a prompt whose policy waits for its end, which is when something is generated, or asked of it.
+    def end_prompt(self) -> None:
+        """Decide now about a prompt whose policy waits for its end, such as `KVzip` or any that shares over layers.
 
-        Until then more of the prompt may come. One that was interrupted in its layers is left as it is.
+        Otherwise they do so when something is generated, or the cache is looked at or forked: until then more of the
+        prompt may come, and is decided about with it. Say it before a question that compression must not know. A
+        prompt that was interrupted in its layers is left as it is.
         """
         if self._open is None and self._progress.is_complete:
             self._decide_together()
@@ -227,6 +229,8 @@ class ForwardPass(Masks):
     def _decide_together(self) -> None:
         layers = [self.layers[index] for index in self.pruned_layers]
         if self.replay is not None and layers and layers[0].waiting:
+            for layer in layers:
+                layer.settle_mode()  # what is found is written to columns
             self.replay(self)
         while layers and all(layer.waiting for layer in layers):
             plans = [layer.waiting[0] for layer in layers]

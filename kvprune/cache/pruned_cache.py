@@ -201,7 +201,7 @@ class PrunedCache(Contents, RollingBack):
         if self._open is not None:
             raise CacheError("a forward pass is under way: save the cache before it or after it.")
         self._check_complete()
-        self._end_prompt()
+        self.end_prompt()
         model = self._model()
         if model is None:
             raise CacheError("the model of this cache is gone, and a saved cache says whose it is: save it before.")

@@ -33,7 +33,7 @@ class RollingBack(ForwardPass):
         """
         self._check_closed()
         self._check_complete()
-        self._end_prompt()
+        self.end_prompt()
         try:
             tokens_to_remove = operator.index(tokens_to_remove)  # transformers 5.17 counts in tensors
         except TypeError as error:
@@ -54,7 +54,7 @@ class RollingBack(ForwardPass):
 
     def activate_past_recording(self) -> None:
         """From now on nothing is evicted in a step before `crop` has said how many of its tokens were accepted."""
-        self._end_prompt()
+        self.end_prompt()
         super().activate_past_recording()
 
     def reset(self) -> None:
@@ -72,7 +72,7 @@ class RollingBack(ForwardPass):
     @without_gradients
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these sequences, LongTensor `[B]`, in this order: what beam search does after every step."""
-        self._end_prompt()
+        self.end_prompt()
         super().reorder_cache(beam_idx)
 
     @without_gradients
@@ -82,7 +82,7 @@ class RollingBack(ForwardPass):
             raise CacheError(f"batch_repeat_interleave takes an int of at least 1, not {repeats!r}.")
         batch = self._batch_size
         if batch is not None:
-            self._end_prompt()
+            self.end_prompt()
             super().reorder_cache(torch.arange(batch).repeat_interleave(operator.index(repeats)))
 
     @without_gradients
@@ -95,7 +95,7 @@ class RollingBack(ForwardPass):
         batch = self._batch_size
         if batch is not None:
             rows = _sequences(indices, batch)
-            self._end_prompt()
+            self.end_prompt()
             super().reorder_cache(rows)  # layers of every kind take such indices as those of beams
 
     @property
@@ -111,7 +111,7 @@ class RollingBack(ForwardPass):
         """An independent copy: compress a document once, ask many questions. Raises CacheError in a forward pass."""
         self._check_closed()
         self._check_complete()
-        self._end_prompt()
+        self.end_prompt()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._progress = copy.copy(self._progress)

@@ -124,6 +124,7 @@ class Chat:
             warn_of(self.policy, stacklevel=2)
             count = len(ids) - self.cache.seen_tokens
             read(self.model, self.cache, ids[self.cache.seen_tokens :])
+            self.cache.end_prompt()  # or policies that wait for more would decide with the question
             self._document = whole
             self.cache.transcript = self._transcript(ids, text)
             return count

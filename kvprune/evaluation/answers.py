@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache.models import cache_argument
+from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import EvaluationError
 from kvprune.evaluation.contenders import Contender, Held
 from kvprune.evaluation.example import Example, Suite
@@ -71,6 +72,8 @@ class Answers:
             cache = contender.cache(model)
             if not self.question_known:
                 model(ids[:, : prompt.question], **cache_argument(cache), logits_to_keep=1)
+                if isinstance(cache, PrunedCache):
+                    cache.end_prompt()  # a policy may wait for more of it
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -59,7 +59,7 @@ def contenders(policies: Sequence[str], budgets: Sequence[str]) -> list[Contende
 
 @dataclass(frozen=True)
 class Held:
-    """Measured bytes of a cache, and of a dense one for the same tokens: in the model's type, and at 16 bits."""
+    """Measured bytes of a cache, and of a dense one for the same tokens: in the cache's type, and at 16 bits."""
 
     nbytes: int
     dense_nbytes: int
@@ -67,8 +67,11 @@ class Held:
 
     @classmethod
     def by(cls, cache: Cache, model: Any) -> Held:
+        size = model.dtype.itemsize
         if isinstance(cache, PrunedCache):
             nbytes, dense = cache.nbytes, cache.dense_nbytes
+            tables = (cache.layers[index].table for index in cache.pruned_layers)
+            size = next((table.dims[2].itemsize for table in tables if table is not None), size)
         else:
             nbytes = dense = sum(map(stock.dense_nbytes, cache.layers))
-        return cls(nbytes, dense, dense * 2 // model.dtype.itemsize)
+        return cls(nbytes, dense, dense * 2 // size)

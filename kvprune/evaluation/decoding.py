@@ -20,13 +20,14 @@ class Reader:
     """Reads a prompt for many caches, and feeds all of them further tokens.
 
     known: empty caches that are shown the whole prompt at once. unknown: empty caches that are shown the document
-    alone, and then read the question on their own. The rows of what is returned are those of `caches`: the full cache,
-    the known ones, the unknown ones.
+    alone, and then read the question on their own. dtype: of what both hold, None for the model's. The rows of what is
+    returned are those of `caches`: the full cache, the known ones, the unknown ones.
     """
 
     model: Any
     known: Sequence[PrunedCache] = ()
     unknown: Sequence[PrunedCache] = ()
+    dtype: torch.dtype | None = None
     caches: list[PrunedCache] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,15 +43,17 @@ class Reader:
         """
         together = self._together
         if self.unknown:
-            with together.shown(self.unknown, remember=True):
+            with together.shown(self.unknown, remember=True, dtype=self.dtype):
                 self._forward(ids[:, :question])
-            with together.shown([], late=self.known):
+            for cache in self.unknown:
+                cache.end_prompt()  # or policies that wait for more of a prompt would decide with the question
+            with together.shown([], late=self.known, dtype=self.dtype):
                 logits = self._forward(ids[:, question:])
             together.forget()
             together.caches, self._seen = list(self.unknown), question or 0
             asked = self._forward(ids[:, question:].expand(len(self.unknown), -1))
         else:
-            with together.shown(self.known):
+            with together.shown(self.known, dtype=self.dtype):
                 logits = self._forward(ids)
             asked = logits[:0]
         together.caches = self.caches

@@ -7,10 +7,11 @@
 While caches are *shown* a pass, the batch is one sequence, which the first cache attends to; the others take the same
 queries, keys and values, layer by layer, and do with them what they would have done by themselves, except for computing
 an output of attention that is the same for all. Otherwise the batch has a row for every cache, and each attends to its
-own; what is left to share is reading the weights, which is most of the time of a decode step.
+own; what is left to share is reading the weights, which is most of the time of a decode step. A prompt is replayed once
+for all that ask for the same replay.
 
-Everything a cache does between its first layer and its last is there. What it does around a forward pass is not, such
-as a prompt filter or a replay: `shareable` says which caches can be here.
+Everything a cache does between its first layer and its last is there, and replays. What it does around a forward pass
+is not, such as a prompt filter: `shareable` says which caches can be here.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from kvprune.attention.backends import Sdpa
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.cache.registration import PendingKeys
+from kvprune.cache.unread import Unread
 from kvprune.errors import CacheError, KVPruneError
+from kvprune.passes.replay import Once
 
 
 def shareable(cache: PrunedCache) -> bool:
-    """Whether all of a cache's work is in the layers of a forward pass, and all of its layers are pruned."""
-    stops = any(part.stops_tokens for part in cache.policy.parts())
-    beside = cache.prompt_filter is not None or cache.replay is not None or stops
+    """Whether all of a cache's work is in the layers of a forward pass or a replay, and all its layers are pruned."""
+    beside = cache.prompt_filter is not None or any(part.stops_tokens for part in cache.policy.parts())
     return not beside and len(cache.pruned_layers) == len(cache.layers)
 
 
@@ -80,30 +82,67 @@ class Together(Cache):
             raise CacheError("caches go together where there is one, and where all they do is in their layers.")
         super().__init__(layers=list(caches[0].layers))
         self.caches = list(caches)
+        self.pruned_layers = caches[0].pruned_layers
+        self.is_hybrid = False
         self._shown: list[PrunedCache] | None = None
         self._late: list[PrunedCache] = []
+        self._dtype: torch.dtype | None = None
         self._log: dict[int, _Seen] = {}
+        self._unread: Unread | None = None
         self._logging = False
         self._incoming: tuple[int, Tensor, Tensor] | None = None
 
     @contextmanager
     def shown(
-        self, others: Sequence[PrunedCache], *, late: Sequence[PrunedCache] = (), remember: bool = False
+        self,
+        others: Sequence[PrunedCache],
+        *,
+        late: Sequence[PrunedCache] = (),
+        remember: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[None]:
         """One sequence in the batch: the first of `caches` attends, and `others`, which are empty, take it over.
 
         remember: keep what is seen, for caches that are `late`: shown all that was kept and what comes now, as one
-        prompt.
+        prompt. dtype: of what those that are shown hold from then on; None for the model's.
         """
-        self._shown, self._late, self._logging = list(others), list(late), remember
+        self._shown, self._late, self._logging, self._dtype = list(others), list(late), remember, dtype
+        once = Once()
+        for cache in (*others, *late):
+            if cache.replay is not None:
+                cache.replay = once
         try:
             yield
         finally:
-            self._shown, self._late, self._logging = None, [], False
+            self._shown, self._late, self._logging, self._dtype = None, [], False, None
 
     def forget(self) -> None:
         """Let go of what was kept for late ones."""
         self._log.clear()
+        self._unread = None
+
+    # -- what replays ask ------------------------------------------------------------------------------------------
+
+    @property
+    def replay(self) -> bool:
+        """Whether any of the caches wants to know what comes in, see `passes/replay.py`."""
+        return any(cache.replay is not None for cache in (*self.caches, *(self._shown or ()), *self._late))
+
+    def note(self, length: int, unread: Unread) -> None:
+        """See `PrunedCache.note`."""
+        if self._shown is None:
+            for row, cache in enumerate(self.caches):
+                if cache.replay is not None:
+                    cache.note(length, unread.select_batch(torch.tensor([row])))
+            return
+        whole = unread
+        if self._unread is not None:
+            whole = self._unread.followed_by(unread, self.caches[0].model.get_input_embeddings())
+        for cache, what in (*((each, unread) for each in self._shown), *((each, whole) for each in self._late)):
+            if cache.replay is not None:
+                cache.note(len(what), what)
+        if self._logging:
+            self._unread = whole
 
     # -- what transformers asks ------------------------------------------------------------------------------------
 
@@ -119,19 +158,18 @@ class Together(Cache):
             outputs = []
             for row, cache in enumerate(self.caches):
                 one = slice(row, row + 1)
-                cache.update(keys[one], values[one], layer)
-                outputs.append(cache.attend(module, query[one], None, **settings))
+                outputs.append(_attended(cache, layer, module, query[one], keys[one], values[one], settings))
             return torch.cat(outputs)
         first = self.caches[0]
         first.update(keys, values, layer)
         output = first.attend(module, query, None, **settings)
         seen = _Seen(query, keys, values, output)
         for cache in self._shown:
-            _show(cache, layer, module, seen, settings)
+            _show(cache, layer, module, seen, settings, self._dtype)
         if self._late:
             whole = self._log[layer].then(seen) if layer in self._log else seen
             for cache in self._late:
-                _show(cache, layer, module, whole, settings)
+                _show(cache, layer, module, whole, settings, self._dtype)
         if self._logging:
             self._log[layer] = self._log[layer].then(seen) if layer in self._log else seen
         return output
@@ -154,12 +192,36 @@ class Together(Cache):
         return False
 
 
-def _show(cache: PrunedCache, layer: int, module: torch.nn.Module, seen: _Seen, settings: dict[str, Any]) -> None:
+def _attended(
+    cache: PrunedCache,
+    layer: int,
+    module: torch.nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    settings: dict[str, Any],
+) -> Tensor:
+    """The output of attention of a cache that may hold another type than the model computes in."""
+    table = cache.layers[layer].table
+    held = keys.dtype if table is None else table.dims[2]
+    cache.update(keys.to(held), values.to(held), layer)
+    return cache.attend(module, query.to(held), None, **settings).to(query.dtype)
+
+
+def _show(
+    cache: PrunedCache,
+    layer: int,
+    module: torch.nn.Module,
+    seen: _Seen,
+    settings: dict[str, Any],
+    dtype: torch.dtype | None,
+) -> None:
     """Let an empty cache take over what was seen, in tensors of its own."""
     pruned: PrunedLayer = cache.layers[layer]
     own, pruned.backend = pruned.backend, _Known(seen.output.transpose(1, 2))
+    held = dtype or seen.keys.dtype
     try:
-        cache.update(seen.keys.clone(), seen.values.clone(), layer)
-        cache.attend(module, seen.queries, None, **settings)
+        cache.update(seen.keys.to(held, copy=True), seen.values.to(held, copy=True), layer)
+        cache.attend(module, seen.queries.to(held), None, **settings)
     finally:
         pruned.backend = own

@@ -117,19 +117,52 @@ def _measure(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 # -- one replay --------------------------------------------------------------------------------------------------------
 
 
+Found = dict[tuple[int, str], Tensor]
+"""What a replay gives to the rows of a layer, `[B, Hkv, rows]`, by layer and link of a chain."""
+
+
 def run(cache: PrunedCache) -> None:
     """Replay what no replay has seen, and write what it finds into the tables: all of it, or nothing."""
-    first = cache.layers[cache.pruned_layers[0]]
-    unread = first.unread
-    if unread is None:
-        return
-    model = cache.model
+    unread = cache.layers[cache.pruned_layers[0]].unread
+    if unread is not None:
+        _write(cache, _found(cache, unread))
+
+
+class Once:
+    """`run` for caches that were given the same prompts: what the first of them finds holds for all that hold them."""
+
+    def __init__(self) -> None:
+        self._read: Unread | None = None
+        self._found: dict[Any, Found] = {}
+
+    def __call__(self, cache: PrunedCache) -> None:
+        layers = [cache.layers[index] for index in cache.pruned_layers]
+        unread = layers[0].unread
+        whole = all(layer.table.length == layer.seen and not layer.table.packed for layer in layers)
+        if unread is None or not whole:
+            run(cache)
+            return
+        if unread is not self._read:
+            self._read, self._found = unread, {}
+        asked = layers[0].planner.replays
+        if asked not in self._found:
+            self._found[asked] = _found(cache, unread)
+        _write(cache, self._found[asked])
+
+
+def _found(cache: PrunedCache, unread: Unread) -> Found:
+    first, model = cache.layers[cache.pruned_layers[0]], cache.model
     if model is None:
         raise CacheError("the model of this cache is gone, and a replay runs through it: keep it as long as the cache.")
-    found: dict[tuple[int, str], Tensor] = {}
+    found: Found = {}
     for scope, replay in first.planner.replays:
         for chunk in _chunks(cache, unread, replay, model):
             chunk.run(found, scope)
+    return found
+
+
+def _write(cache: PrunedCache, found: Found) -> None:
+    first = cache.layers[cache.pruned_layers[0]]
     for (index, scope), best in found.items():
         for target, replay in first.planner.replays:
             if target == scope:
@@ -150,7 +183,7 @@ class _Chunk:
         self.cache, self.replay, self.model = cache, replay, model
         self.inputs, self.valid, self.mask, self.positions, self.span = inputs, valid, mask, positions, span
 
-    def run(self, found: dict[tuple[int, str], Tensor], scope: str) -> None:
+    def run(self, found: Found, scope: str) -> None:
         decoder = self.model.get_decoder()
         arguments: dict[str, Any] = {
             "input_ids" if self.inputs.ndim == 2 else "inputs_embeds": self.inputs,
@@ -225,7 +258,7 @@ class ReplayPass(ScratchPass):
     """The cache of a chunk's forward pass: what its queries give to the rows of each layer goes into `found`."""
 
     def __init__(self, cache: PrunedCache, replay: Replay, valid: Tensor | None, span: tuple[Tensor, Tensor],
-                 found: dict[tuple[int, str], Tensor], scope: str) -> None:  # fmt: skip
+                 found: Found, scope: str) -> None:  # fmt: skip
         super().__init__(cache, valid)
         self._replay, self._span, self._found, self._scope = replay, span, found, scope
         self.norms: Tensor | None = None

@@ -62,9 +62,12 @@ class ScratchPass(Cache):
             if isinstance(layer, DynamicLayer):
                 layer.keys, layer.values = owned(layer.keys), owned(layer.values)  # else views of the whole prompt
             return keys, values
+        keys, values = cast(key_states), cast(value_states)
         if layer.table is not None:
-            layer.table.check_step(key_states, value_states)
-        self._incoming = layer, cast(key_states), cast(value_states)
+            held = layer.table.dims[2]  # a cache that was filled for its model may be in another type
+            keys, values = keys.to(held), values.to(held)
+            layer.table.check_step(keys, values)
+        self._incoming = layer, keys, values
         return PendingKeys(key_states, self), value_states  # type: ignore[return-value]
 
     def attend(self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
@@ -74,7 +77,7 @@ class ScratchPass(Cache):
             layer, keys, values = self._incoming  # type: ignore[misc]
             self._incoming = None
             scoring = self._cache.scoring_of(module, query, layer, **settings)
-            return self.look(module, layer, query, keys, values, scoring)
+            return self.look(module, layer, query.to(keys.dtype), keys, values, scoring).to(query.dtype)
 
     # -- what the attention asks for where something is wrong --------------------------------------------------------
 

@@ -73,6 +73,9 @@ def get(name: str, /, **settings: Any) -> Policy:
 def parse(text: str, /, **defaults: Any) -> Policy:
     """A policy or a chain from text: "a2sf", "a2sf:budget=0.25,kernel_size=7", "a2sf:budget=0.5 | streaming_llm".
 
+    What is in brackets is one value: a tuple such as "(2,4)", or a policy or share with settings of its own,
+    "bits:score=snapkv(kernel_size=27,ahead=23)". A policy may be written that way too.
+
     A class that has no name is written with its module: "package.module:Class", "package.module:Class:setting=value".
 
     defaults: settings for every link that has such a setting and does not give it itself. Raises PolicyError.
@@ -89,6 +92,8 @@ def takes_budget(text: str) -> bool:
 
 
 def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
+    if (inner := re.fullmatch(r"\s*([\w:.]+)\((.*)\)\s*", text)) is not None:
+        text = f"{inner[1]}:{inner[2]}" if inner[2].strip() else inner[1]
     name, colon, rest = text.partition(":")
     own, own_colon, own_rest = rest.partition(":")
     if own.strip().isidentifier() and _normalized(name) not in _entry_points():
@@ -97,7 +102,7 @@ def _parse_link(text: str, defaults: dict[str, Any]) -> Policy:
         policy = find(name)
     known = settings_of(policy)
     settings = {setting: value for setting, value in defaults.items() if setting in known}
-    for item in re.split(r",(?![^()]*\))", rest) if colon else ():  # commas in brackets are of a share's settings
+    for item in _separated(rest) if colon else ():
         setting, equals, value = (part.strip() for part in item.partition("="))
         if not (setting and equals and value):
             raise PolicyError(f"cannot read {item!r} in {text!r}: write settings as name:setting=value,setting=value.")
@@ -117,8 +122,22 @@ def _own(module: str, name: str) -> type[Policy]:
     return policy
 
 
+def _separated(text: str) -> list[str]:
+    """What stands between commas, but for those in brackets: they are of a share's settings, or another policy's."""
+    items, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    return items
+
+
 def _value(text: str) -> Any:
-    """`"7"` -> 7, `"0.5"` -> 0.5, `"none"` -> None, `"true"` -> True, anything else as it is."""
+    """`"7"` -> 7, `"0.5"` -> 0.5, `"none"` -> None, `"true"` -> True, `"(2,4)"` -> (2, 4), anything else as it is."""
+    if text.startswith("(") and text.endswith(")"):
+        return tuple(_value(item.strip()) for item in _separated(text[1:-1]) if item.strip())
     for read in (int, float):
         try:
             return read(text)
