@@ -21,7 +21,11 @@ from kvprune import Adaptive, Everywhere, Policy, PolicyError, PrunedCache, Scor
 from kvprune.cache import step as layer_step
 from kvprune.kernels import TORCH, cpu
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Keyformer, Knorm, SnapKV, StreamingLLM, ZipCache
+from kvprune.table.basis import Basis
+from kvprune.table.quantize import Codec
 from kvprune.table.ragged import RaggedTable, keep_rows
+from kvprune.table.rotated_rows import RotatedCodec
+from kvprune.table.rows import true_rows
 
 
 @cache
@@ -339,6 +343,54 @@ def test_compiled_loops_equal_pytorch(dtype):
             torch.testing.assert_close(mine, other, **rounding)
     assert tables[0].row_totals() == tables[1].row_totals() == tuple(counts.sum(1).tolist())
     torch.testing.assert_close(tables[0].keys, tables[1].keys)
+
+
+WIDTHS = {
+    "rotated": [RotatedCodec(2), RotatedCodec(3), RotatedCodec(8)],
+    "in blocks": [Codec(2, 32, 16), Codec(4, None, None)],
+    "both": [RotatedCodec(4, value_bits=2), Codec(8, 32, 16)],
+}
+
+
+@pytest.mark.parametrize("codecs", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("basis", ["own", "fixed"])
+def test_one_call_attends_to_packed_rows_of_heads(codecs, basis):
+    """Heads of several widths, one of a single one, of none, and of no row in full precision; an evicted row in one."""
+    if cpu.library() is None:
+        pytest.skip("no compiler when kvprune was installed")
+    random = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 2, 2, 320, 32, generator=random)
+    queries = torch.randn(2, 6, 320, 32, generator=random)
+    numbers = torch.arange(320).expand(2, 2, -1)
+    stays = torch.tensor([[320, 41], [290, 300]])
+    codec_of = torch.randint(0, len(codecs) + 1, (2, 2, 320), generator=random)  # the last for full precision
+    codec_of[0, 1], codec_of[1, 0], codec_of[1, 1] = len(codecs), 0, codec_of[1, 1].clamp(max=len(codecs) - 1)
+    tables = []
+    for kernels in (cpu.CPU, TORCH):
+        table = TokenTable(keys.clone(), values.clone(), numbers, {}, kernels=kernels)
+        if basis == "own":
+            seen = torch.ones(2, 320, dtype=torch.bool)
+            table.turn(Basis.estimate(queries, keys, values, seen, seen[:, None].expand(-1, 2, -1)))
+        table = keep_rows(table, numbers.masked_fill(numbers >= stays[..., None], -1), 1)
+        there = numbers < stays[..., None]
+        slots = [(codec, true_rows((codec_of == place) & there)) for place, codec in enumerate(codecs)]
+        shifted = table.length - stays[..., None]  # rows of a head are its last slots
+        table.quantize([(codec, torch.where(own < 0, own, own + shifted)) for codec, own in slots])
+        tables.append(table)
+    scoring = Scoring(0.2, sinks=torch.randn(6, generator=random))
+    for step in range(3):
+        new = torch.randn(2, 2, 2, 1, 32, generator=random)
+        query = torch.randn(2, 6, 1, 32, generator=random)
+        found = []
+        for table in tables:
+            if step:
+                table.append(*new, 320 + step)
+            if step == 2:  # a packed row goes, and leaves a hole
+                table.evict(torch.tensor([[[-1], [-1]], [[table.packed_length - 1]] * 2]))
+            found.append(table.kernels.ragged_single_query(query, table, scoring))
+        for mine, other in zip(*found, strict=True):
+            torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
+    assert tables[0].native is not None
 
 
 def test_a_slot_that_holds_no_row_is_not_evicted():

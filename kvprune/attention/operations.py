@@ -44,19 +44,25 @@ class AttentionOperations(MassOperations):
         return packed.single_query(queries, table, scoring)
 
     def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        """The same over heads of different lengths; probabilities are 0 before the first row of a head."""
+        """The same over heads of different lengths, no row of which is packed or empty."""
+        return self.ragged_single_query(queries, table, scoring)
+
+    def ragged_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """The same over any table of heads of different lengths; probabilities are 0 where a head has no row."""
         group = queries.shape[1] // table.kv_heads
         outputs: list[Tensor] = []
         probabilities: list[Tensor] = []
         for number, head in enumerate(table.heads):
             one = OneHead.of(number, table.kv_heads, group)
-            output, found = self.single_query(
-                one.part(queries), head.keys, head.values, one.scoring(scoring), None, True
-            )
+            own, scored = one.part(queries), one.scoring(scoring)
+            if head.packed:
+                output, found = self.packed_single_query(own, head, scored)
+            else:
+                empty = None if head.dense else head.positions < 0
+                output, found = self.single_query(own, head.keys, head.values, scored, empty, True)  # type: ignore[assignment]
             outputs.append(output)
-            probabilities.append(found)  # type: ignore[arg-type]
-        output = side_by_side(outputs, table.kv_heads)
-        return output, table.padded(probabilities)
+            probabilities.append(found)
+        return side_by_side(outputs, table.kv_heads), table.padded(probabilities)
 
     # -- attention mass ----------------------------------------------------------------------------------------------
 

@@ -118,8 +118,10 @@ class Queries:
     ) -> Attended:
         """Attention over all rows; with_probabilities: of a single query, those are wanted too."""
         if isinstance(table, RaggedTable):
-            if len(self) == 1 and self.valid is None and table.flat is not None:
-                return Attended(*operations.of(table).flat_single_query(self.states, table, scoring))
+            if len(self) == 1 and self.valid is None:
+                kernels = operations.of(table)
+                single = kernels.ragged_single_query if table.flat is None else kernels.flat_single_query
+                return Attended(*single(self.states, table, scoring))
             return self._attend_by_head(table, scoring, with_probabilities, backend)
         states, keys, values = self.states, table.keys, table.values
         if len(self) == 1 and self.valid is None:

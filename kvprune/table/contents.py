@@ -175,6 +175,10 @@ class Contents:
         """The part of `kv_nbytes` that is no parameter: codes, and what is in full precision."""
         return self._storage.kv_nbytes + sum(tier.code_nbytes for tier in self.packed)
 
+    def whole(self, name: str) -> Tensor:
+        """Keys or values in full precision with their spare slots: the same tensor until they move elsewhere."""
+        return self._storage.tensors[name]
+
     def packed_row_bytes(self, codec: Codec) -> int:
         """What `token_bytes` is for a row that this codec has packed."""
         key_dim, value_dim = self._dims()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class RaggedTable(RaggedContents):
         self._given = given
         self._flat: Flat | None = None
         self._shown: dict[str, Tensor] = {}  # copies of columns that policies have been shown
+        self.native: Any = None  # what kernels make of the heads, who see for themselves whether it still holds
 
     @classmethod
     def of(cls, table: TokenTable, slots: Tensor, room: int) -> RaggedTable:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvprune.attention.mass import Scoring
 from kvprune.attention.noise import Gumbel
 from kvprune.errors import PolicyError
-from kvprune.kernels.cpu import maxima, rotated
+from kvprune.kernels.cpu import maxima, ragged, rotated
 from kvprune.kernels.cpu.arguments import (
     KINDS,
     LANES,
@@ -99,6 +99,10 @@ class CPUKernels(Kernels):
             heads, group, width, dim, value_dim, threads_for(group * len(keys) * (dim + value_dim)),
         )  # fmt: skip
         return output.to(queries.dtype), probabilities
+
+    def ragged_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        found = ragged.single_query(self._c, queries, table, scoring)
+        return super().ragged_single_query(queries, table, scoring) if found is None else found
 
     def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
         keys, values = table.keys, table.values

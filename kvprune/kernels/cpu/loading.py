@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "single_query": [_Pointer] * 4 + [c_long, _Pointer, c_long, _Pointer, c_long, _Pointer, _Pointer, c_float, c_int]
     + [c_long] * 5 + [c_int],
     "flat_query": [_Pointer] * 9 + [c_float, c_int] + [c_long] * 5 + [c_int],
+    "ragged_query": [_Pointer] * 3 + [c_void_p] * 2 + [_Pointer, c_float, c_int] + [c_long] * 6 + [c_int],
     "append_rows": [c_void_p, c_long, _Pointer, _Pointer] + [_Pointer, c_long, c_long] * 2 + [_Pointer, c_long, c_long],
     "drop_rows": [c_void_p, c_long] + [_Pointer] * 3 + [c_long] * 2,
     "spread": [_Pointer] * 4 + [c_uint32, c_long, c_long],
