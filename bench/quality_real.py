@@ -6,8 +6,10 @@ Needles in prose, tasks of LongBench, and likelihood of texts; with the question
 and unknown. A prompt is read once, whoever compresses it. Results are JSON lines, the most important ones first: a run
 that is interrupted, or has used up its --minutes, goes on where it stopped, and tables are made of what there is.
 
-Every registered policy takes part. Presses of kvpress answer the same prompts in an environment of their own
-(`make peers`, then --presses). Data that is not part of the repository is left out where it is not at hand.
+Every registered policy takes part. With --bytes, instead, some of each kind are given shares of the bytes that the
+full cache takes at 16 bits a number, in caches of bfloat16 (the model computes in its own type), so that rows and bits
+compare at as many bytes. Presses of kvpress answer the same prompts in an environment of their own (`make peers`, then
+--presses). Data that is not part of the repository is left out where it is not at hand.
 """
 
 from __future__ import annotations
@@ -53,6 +55,18 @@ VARIANTS = (
     "a2sf:kernel_size=21", "adakv:kernel_size=63", "pyramidkv:kernel_size=63",
 )  # fmt: skip
 PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32", "spectral:bits=4")
+PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral:bits=4")
+# At as many bytes: `Bits` is given a share of those at 16 bits, and eviction, with as many recent tokens, of the rows:
+# in bytes it would pay for the queries that it remembers until the first token is generated, and `Bits` does not.
+ON_BYTES = {
+    "known": (
+        *(f"bits:score={name}({real_tables.AHEAD})" for name in ("snapkv", "a2sf")),
+        f"bits:score=snapkv({real_tables.AHEAD}),widths=()",
+        *(f"{name}:{real_tables.AHEAD},recent=16" for name in ("snapkv", "dropkv")),
+        *PACKED,
+    ),
+    "unknown": ("bits:score=kvzip", "kvzip:recent=16", *PACKED),
+}
 EMBEDDED = Path(__file__).parent / "results" / "quality.json"
 
 
@@ -64,6 +78,7 @@ class Entry:
     budget: str | None
     known: bool
     policy: Policy
+    dtype: str | None = None  # of its cache; None for the model's
 
     @property
     def question(self) -> str:
@@ -71,16 +86,20 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return f"{self.name}{'' if self.budget is None else f' @ {self.budget}'} | {self.question}"
+        held = "" if self.dtype is None else f" | {self.dtype}"
+        return f"{self.name}{'' if self.budget is None else f' @ {self.budget}'} | {self.question}{held}"
 
 
-def entries(budgets: Sequence[str], only: Sequence[str] = ()) -> tuple[list[Entry], list[str]]:
+def entries(
+    budgets: Sequence[str], only: Sequence[str] = (), dtype: str | None = None
+) -> tuple[list[Entry], list[str]]:
     """Everyone, and notes on the policies that cannot be made of a budget alone. only: names, where not all."""
     texts = [*VARIANTS, *(name for name in names() if name not in (FULL, "kivi", "zipcache")), *PACKING]
     found: dict[str, Entry] = {}
     notes = []
     for text in only or texts:
         for budget in budgets:
+            budget = f"{budget}b" if dtype and text.startswith("bits") else budget
             try:
                 policy = parse(text, budget=budget)
                 takes_budget = parse(text, budget=0.5) != parse(text, budget=0.25)
@@ -88,7 +107,7 @@ def entries(budgets: Sequence[str], only: Sequence[str] = ()) -> tuple[list[Entr
                 notes.append(f"left out: {text}: {error}")
                 break
             for known in (True, False):
-                entry = Entry(text, budget if takes_budget else None, known, policy)
+                entry = Entry(text, budget if takes_budget else None, known, policy, dtype)
                 found.setdefault(entry.label, entry)
     return list(found.values()), notes
 
@@ -176,7 +195,7 @@ class Quality:
             return 0
         together = [entry for entry in asked if shareable(caches[entry.label])]
         alone = [entry for entry in asked if not shareable(caches[entry.label])]
-        for row in self._together(prompt, together, caches):
+        for row in self._together(prompt, together, caches) if together else ():
             self.results.add(row)
         for entry in alone:
             for row in self._alone(prompt, entry, caches[entry.label]):
@@ -197,7 +216,8 @@ class Quality:
         known, unknown = ([caches[entry.label] for entry in who if entry.known is each] for each in (True, False))
         ordered = [*(entry for entry in who if entry.known), *(entry for entry in who if not entry.known)]
         began = time.process_time()
-        reader = Reader(self.model.model, known, unknown)
+        dtype = getattr(torch, who[0].dtype) if who and who[0].dtype else None
+        reader = Reader(self.model.model, known, unknown, dtype)
         logits = reader.read(prompt.ids.to(self.model.model.device), prompt.question)
         kept = [_kept(cache) for cache in reader.caches]
         if prompt.text is not None:
@@ -225,12 +245,13 @@ class Quality:
     @torch.inference_mode()
     def _alone(self, prompt: Prompt, entry: Entry, held: PrunedCache) -> Iterator[Row]:
         """A cache that does more than its layers do, as `generate()` would have it; no likelihood."""
-        if prompt.text is not None:
+        if prompt.text is not None or entry.dtype is not None:
             return
         began = time.process_time()
         model, ids = self.model.model, prompt.ids.to(self.model.model.device)
         if not entry.known:
             model(ids[:, : prompt.question], **cache_argument(held), logits_to_keep=1)
+            held.end_prompt()
             ids = ids[:, prompt.question :]
         output = model(ids, **cache_argument(held), logits_to_keep=1)
         kept, written = _kept(held), [int(output.logits[0, -1].argmax())]
@@ -254,6 +275,7 @@ class Quality:
             "policy": FULL if entry is None else entry.name,
             "budget": None if entry is None else entry.budget,
             "question": None if entry is None else entry.question,
+            **({"cache": entry.dtype} if entry is not None and entry.dtype else {}),
             **figures,
             **prompt.fields,
             **asdict(Held.by(held, self.model.model)),
@@ -263,6 +285,7 @@ class Quality:
         }
 
 
+@torch.inference_mode()
 def _kept(held: PrunedCache) -> float:
     """Tokens per KV head, the mean over layers."""
     layers = [(held.kept_positions(layer) >= 0).sum(-1).float().mean().item() for layer in held.pruned_layers]
@@ -275,6 +298,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=prompts.DATA, help="the folder of longbench/ and text/")
     parser.add_argument("--budgets", nargs="+", help="instead of " + " ".join(BUDGETS))
     parser.add_argument("--policies", nargs="+", default=[], help="instead of all")
+    parser.add_argument(
+        "--bytes",
+        action="store_true",
+        help="policies of rows, bits and both, at " + " ".join(real_tables.SHARES) + " (--budgets)",
+    )
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="at compression")
     parser.add_argument("--cells", nargs="+", default=[], help="parts of names of tasks, instead of all")
     parser.add_argument("--count", type=int, help="prompts of each kind of needle and task, instead of the grid's")
@@ -302,11 +330,16 @@ def main() -> None:
     if arguments.quick:  # these figures are no part of the report
         arguments.out = arguments.out.with_stem(f"{arguments.out.stem}-quick")
         arguments.report = []
-    arguments.budgets = arguments.budgets or list(BUDGETS[:1] if arguments.quick else BUDGETS)
+    budgets, dtype = (real_tables.SHARES, "bfloat16") if arguments.bytes else (BUDGETS, None)
+    arguments.budgets = arguments.budgets or list(budgets[:1] if arguments.quick else budgets)
     log = Log()
     results = Results(arguments.out)
-    who, notes = entries(arguments.budgets, arguments.policies)
-    who = [entry for entry in who if entry.question in arguments.questions]
+    who: list[Entry] = []
+    notes: list[str] = []
+    for question in arguments.questions:
+        only = arguments.policies or (ON_BYTES[question] if arguments.bytes else ())
+        found, notes = entries(arguments.budgets, only, dtype)
+        who += [entry for entry in found if entry.question == question]
     for note in notes:
         log.note(note)
     ends_at = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None

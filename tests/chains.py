@@ -11,7 +11,6 @@ from kvprune.policies import (
     A2SF,
     H2O,
     KIVI,
-    OSCAR,
     TOVA,
     CriticalKV,
     DropKV,
@@ -28,7 +27,6 @@ from kvprune.policies import (
     Spectral,
     StreamingLLM,
     TriAttention,
-    TurboQuant,
     ZipCache,
 )
 
@@ -117,9 +115,8 @@ zipcache = st.builds(
     seed=seeds,
 )
 kivi = st.builds(KIVI, bits=bits, group_size=st.integers(1, 8), residual=st.integers(0, 8), rotate=st.booleans())
-ageing = st.builds(
-    lambda kind, **drawn: kind(**drawn),
-    st.sampled_from([Spectral, Spectral, OSCAR, TurboQuant]),
+spectral = st.builds(
+    Spectral,
     bits=bits,
     value_bits=st.one_of(st.none(), bits),
     sinks=st.integers(0, 2),
@@ -162,7 +159,7 @@ def chains(draw: st.DrawFn) -> Policy:
     if draw(st.sampled_from([False, False, True])):
         links.insert(0, draw(gemfilter()))
     if draw(st.booleans()):
-        links.append(draw(st.one_of(zipcache, kivi, ageing)))
+        links.append(draw(st.one_of(zipcache, kivi, spectral)))
     if len(links) > 1:
         return Chain(tuple(links))
     return links[0] if links else Full()

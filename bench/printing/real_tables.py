@@ -17,6 +17,7 @@ from printing.output import table
 
 FULL = "full"
 ANSWERS = (1, 3, 7, 20)
+SHARES = ("0.1", "0.05", "0.03")
 # What `quality.py` calls otherwise: there settings are named that the embedded model needs.
 SAME = {"gemfilter:layer=2,keep_last=3": "gemfilter"}
 # Of the overview, what README begins with.
@@ -57,9 +58,21 @@ class Found:
     def get(self, policy: str, budget: str | None) -> dict[Key, Row]:
         return self._rows.get((policy, budget), {})
 
+    def share(self, policy: str, share: str) -> dict[Key, Row]:
+        """Of rows or of bytes; what takes no budget is in the first of `SHARES`."""
+        return (
+            self.get(policy, share)
+            or self.get(policy, f"{share}b")
+            or self.get(policy, None if share == SHARES[0] else "")
+        )
+
     def contenders(self) -> list[tuple[str, str | None]]:
         """Those without a budget last; by budget, and in it kvprune's before those of kvpress."""
-        return sorted(self._rows, key=lambda who: (who[1] is None, -float(who[1] or 0), who[0].startswith("kvpress")))
+
+        def place(who: tuple[str, str | None]) -> tuple[bool, float, bool]:
+            return who[1] is None, -float((who[1] or "0").rstrip("b")), who[0].startswith("kvpress")
+
+        return sorted(self._rows, key=place)
 
 
 def percent(values: Sequence[float], *, sign: str = "") -> str:
@@ -175,6 +188,46 @@ def overview(rows: Sequence[Row], only: Sequence[str] = ()) -> Table | None:
     for _, _, name, cells in lines if only else sorted(lines):
         shown.add_row(constructed(name), *map(_written, cells), _bytes(cells[0] or cells[2]))
     return shown
+
+
+def on_bytes(rows: Sequence[Row]) -> Table | None:
+    """The same needles, everyone in a cache of 16 bits a number: rows against bits at as many bytes."""
+    chosen = [row for row in rows if row.get("kind") == "single" and row["length"] == 1000 and row["answer_tokens"] > 1]
+    known, unknown = (Found(_held(chosen, "bfloat16"), question) for question in ("known", "unknown"))
+    full = list(Found([row for row in chosen if row["policy"] == FULL], "known").full.values())
+    lines = []
+    for name in dict.fromkeys(name for found in (known, unknown) for name, _ in found.contenders()):
+        cells = [list(found.share(name, share).values()) for found in (known, unknown) for share in SHARES]
+        keeps = any(found.get(name, None) for found in (known, unknown))
+        lines.append((keeps, [-_mean([row["tokens_right"] for row in cell]) for cell in cells], name, cells))
+    if not lines:
+        return None
+    shown = table(
+        "A number of 3, 7 or 20 digits in 1,000 tokens, at as many bytes",
+        "The share of its digits that was written, ± standard error (prompts in which all of them were). Caches are "
+        "bfloat16, the model computes in float32. Eviction is given a share of the rows, `Bits` of the bytes. bytes: "
+        "at the end of the answer, everything included, of a full cache in 16 bits, at each of the budgets; those that "
+        f"keep every row stand in the first column. {ALIKE}",
+        "policy",
+        *(f"{question}{float(share):.0%}" for question in ("question known, ", "later, ") for share in SHARES),
+        "bytes",
+    )
+    shown.add_row("full cache", *[_written(full)] * (2 * len(SHARES)), "100%")
+    for _, _, name, cells in sorted(lines, key=lambda line: line[:3]):
+        held = (_mean([row["nbytes"] / row["half_nbytes"] for row in cell]) for cell in _either(cells) if cell)
+        shown.add_row(constructed(name), *map(_written, cells), ", ".join(f"{share:.1%}" for share in held))
+    return shown
+
+
+def _either(cells: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
+    """By budget: the cell with the question known, or else that with it unknown."""
+    half = len(cells) // 2
+    return [known or later for known, later in zip(cells[:half], cells[half:], strict=True)]
+
+
+def _held(rows: Sequence[Row], dtype: str | None) -> list[Row]:
+    """Those of caches in this type, None for the model's."""
+    return [row for row in rows if row.get("cache") == dtype]
 
 
 def _written(rows: Sequence[Row]) -> str:
@@ -337,6 +390,7 @@ def _apart(difference: float, first: float | None, second: float | None) -> int:
 
 def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> dict[str, list[Table]]:
     """By their place in the report; those of which nothing has been measured are left out."""
+    at_equal_bytes, rows = on_bytes(rows), _held(rows, None)
     kinds = sorted(
         {(row["kind"], row["length"]) for row in rows if "kind" in row},
         key=lambda kind: (("single", "multi-key", "multi-value").index(kind[0]), kind[1]),
@@ -345,6 +399,7 @@ def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> d
     parts: dict[str, Iterable[Table | None]] = {
         "overview": [overview(rows)],
         "first": [overview(rows, FIRST)],
+        "bytes": [at_equal_bytes],
         **{
             f"needles {question}": [needles(rows, question, kind, length) for kind, length in kinds]
             for question in questions
@@ -364,10 +419,11 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["task"], row["policy"], row["budget"], row["question"]].append(row)
+        groups[row["task"], row["policy"], row["budget"], row["question"], row.get("cache")].append(row)
     lines = []
-    for (task, policy, budget, question), group in groups.items():
+    for (task, policy, budget, question, held), group in groups.items():
         line: dict[str, Any] = {"task": task, "policy": policy, "budget": budget, "question": question, "n": len(group)}
+        line |= {"cache": held} if held else {}
         measured = [name for name in FIGURES if name in group[0]]
         for name in measured:
             values = [row[name] for row in group]
