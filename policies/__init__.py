@@ -21,6 +21,7 @@ from kvprune.policies.kvcrush import KVCrush
 from kvprune.policies.kvzip import KVzip, KVzipPlus
 from kvprune.policies.lazyllm import LazyLLM
 from kvprune.policies.leverage import Leverage
+from kvprune.policies.oscar import OSCAR
 from kvprune.policies.pyramiddrop import PyramidDrop
 from kvprune.policies.pyramidkv import PyramidKV
 from kvprune.policies.random import Random
@@ -30,6 +31,7 @@ from kvprune.policies.spectral import Spectral
 from kvprune.policies.streaming_llm import StreamingLLM
 from kvprune.policies.tova import TOVA
 from kvprune.policies.tri_attention import TriAttention
+from kvprune.policies.turboquant import TurboQuant
 from kvprune.policies.zipcache import ZipCache
 from kvprune.policies.zipvl import ZipVL
 from kvprune.policy.registry import find, get, names, parse
@@ -39,6 +41,7 @@ __all__ = [
     "FTP",
     "H2O",
     "KIVI",
+    "OSCAR",
     "TOVA",
     "AdaKV",
     "Bits",
@@ -64,6 +67,7 @@ __all__ = [
     "Spectral",
     "StreamingLLM",
     "TriAttention",
+    "TurboQuant",
     "ZipCache",
     "ZipVL",
     "find",

@@ -11,6 +11,7 @@ from kvprune.policies import (
     A2SF,
     H2O,
     KIVI,
+    OSCAR,
     TOVA,
     CriticalKV,
     DropKV,
@@ -27,6 +28,7 @@ from kvprune.policies import (
     Spectral,
     StreamingLLM,
     TriAttention,
+    TurboQuant,
     ZipCache,
 )
 
@@ -115,8 +117,9 @@ zipcache = st.builds(
     seed=seeds,
 )
 kivi = st.builds(KIVI, bits=bits, group_size=st.integers(1, 8), residual=st.integers(0, 8), rotate=st.booleans())
-spectral = st.builds(
-    Spectral,
+ageing = st.builds(
+    lambda kind, **drawn: kind(**drawn),
+    st.sampled_from([Spectral, Spectral, OSCAR, TurboQuant]),
     bits=bits,
     value_bits=st.one_of(st.none(), bits),
     sinks=st.integers(0, 2),
@@ -159,7 +162,7 @@ def chains(draw: st.DrawFn) -> Policy:
     if draw(st.sampled_from([False, False, True])):
         links.insert(0, draw(gemfilter()))
     if draw(st.booleans()):
-        links.append(draw(st.one_of(zipcache, kivi, spectral)))
+        links.append(draw(st.one_of(zipcache, kivi, ageing)))
     if len(links) > 1:
         return Chain(tuple(links))
     return links[0] if links else Full()

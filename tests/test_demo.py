@@ -94,8 +94,11 @@ def recall(model, questions, dense):
     return cache(lambda policy: measure(model, questions, dense, policy, label=""))
 
 
-def test_the_full_cache_answers(recall):
+def test_the_full_cache_answers(recall, dense):
+    held = dense.cache.get_seq_length()
     result = recall(None)
+    assert result.decode_ratio > 0
+    assert dense.cache.get_seq_length() == held  # what steps are timed beside forgets them
     assert result.recall >= 0.95
     assert result.agreement == 1.0
 

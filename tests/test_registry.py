@@ -21,6 +21,7 @@ from kvprune.policies import (
     FTP,
     H2O,
     KIVI,
+    OSCAR,
     TOVA,
     AdaKV,
     Bits,
@@ -45,6 +46,7 @@ from kvprune.policies import (
     Spectral,
     StreamingLLM,
     TriAttention,
+    TurboQuant,
     ZipCache,
     ZipVL,
 )
@@ -70,6 +72,7 @@ BUILT_IN = {
     "lazyllm": LazyLLM,
     "leverage": Leverage,
     "kvzip_plus": KVzipPlus,
+    "oscar": OSCAR,
     "pyramiddrop": PyramidDrop,
     "pyramidkv": PyramidKV,
     "random": Random,
@@ -80,6 +83,7 @@ BUILT_IN = {
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
     "tri_attention": TriAttention,
+    "turboquant": TurboQuant,
     "zipcache": ZipCache,
     "zipvl": ZipVL,
 }

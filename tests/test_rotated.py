@@ -18,7 +18,8 @@ from kvprune.kernels.cpu.kernels import CPU
 from kvprune.policies import H2O, KIVI, Spectral, ZipCache
 from kvprune.table.basis import Basis, hadamard, lanes_of
 from kvprune.table.packed_rows import Stretch
-from kvprune.table.rotated_rows import PARTS, STEPS, RotatedCodec, RotatedRows, code_bytes, quantize
+from kvprune.table.rotated_codes import PARTS, STEPS, code_bytes, nearest
+from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 
 
 def tokens(batch: int, heads: int, rows: int, dims: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +159,7 @@ def test_what_is_extraordinary_in_a_component_is_spread_over_its_group():
     variances = rows[0, 0].var(0).sort(descending=True)
     alone = rows[..., variances.indices] / variances.values.sqrt()
     widths = basis.values.widths(2, (1, 1), rows.device)
-    codes, scale = quantize(alone, widths, code_bytes(64, 2))
+    codes, scale = nearest(alone, widths, code_bytes(64, 2))
     apart = Basis.fixed(64, 64)
     tensors = {f"value_{name}": part for name, part in (("codes", codes), ("scale", scale), ("widths", widths))}
     own = RotatedRows(RotatedCodec(2), 64, 64, tensors | {"key_codes": codes}, apart)

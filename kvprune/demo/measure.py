@@ -53,7 +53,7 @@ class Result:
     recall: share of answer words, from the second on, predicted from the compressed cache. agreement: share of decoded
     tokens on which it agrees with the full cache. Bytes are of one sequence, after decoding, measured; `half_nbytes`
     is what a dense cache would hold at 16 bits a number. Times are medians over batches, prefill per prompt, decode per
-    token of a sequence.
+    token of a sequence; decode_ratio is that of a step to one of the dense cache that was taken right after it.
     """
 
     policy: str
@@ -66,6 +66,7 @@ class Result:
     half_nbytes: int
     prefill_seconds: float
     decode_ms: float
+    decode_ratio: float
 
     @property
     def ratio(self) -> float:
@@ -86,20 +87,24 @@ class Reference:
 
     continuation: `[Q, CONTINUATION - 1]`, what is fed after the prompt: the right answer, then what the model writes.
     predictions: `[Q, CONTINUATION]`, its choice after the prompt and after each of those tokens.
+    cache: of the first batch of prompts and all but the last token of their continuation, for steps to time beside.
     """
 
     continuation: Tensor
     predictions: Tensor
+    cache: DynamicCache
 
 
 @torch.no_grad()
 def reference(model: Any, questions: Questions, batch_size: int = 8) -> Reference:
     """Run the dense cache: it is fed the right answer, then its own choices."""
     continuations, predictions = [], []
+    caches: list[DynamicCache] = []
     for start in range(0, len(questions.prompts), batch_size):
         prompts = questions.prompts[start : start + batch_size]
         answers = questions.answers[start : start + batch_size]
         cache = DynamicCache(config=model.config)
+        caches = caches or [cache]
         chosen = [_next(model, prompts, cache)]
         fed: list[Tensor] = []
         for step in range(CONTINUATION - 1):
@@ -107,7 +112,7 @@ def reference(model: Any, questions: Questions, batch_size: int = 8) -> Referenc
             chosen.append(_next(model, fed[-1][:, None], cache))
         continuations.append(torch.stack(fed, dim=1))
         predictions.append(torch.stack(chosen, dim=1))
-    return Reference(torch.cat(continuations), torch.cat(predictions))
+    return Reference(torch.cat(continuations), torch.cat(predictions), caches[0])
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def measure(
 ) -> Result:
     """Answer all questions with one policy (None: the stock DynamicCache), feeding the reference's continuation."""
     right_answers = agreeing = counted = 0
-    prefills, decodes = [], []
+    prefills, decodes, beside = [], [], []
     held = kv_held = dense_held = 0
     for start in range(0, len(questions.prompts), batch_size):
         rows = slice(start, start + batch_size)
@@ -138,6 +143,8 @@ def measure(
             before = time.perf_counter()
             chosen.append(_next(model, fed[:, step : step + 1], cache))
             steps.append(time.perf_counter() - before)
+            if start == 0:
+                beside.append(steps[-1] / _seconds_of_a_step(model, fed[:, -1:], dense.cache))
         prefills.append((prefilled - began) / len(prompts))
         decodes.append(float(np.median(steps)) / len(prompts))
         predicted = torch.stack(chosen, dim=1)
@@ -163,7 +170,17 @@ def measure(
         half_nbytes=dense_held // per_sequence * 2 // model.dtype.itemsize,
         prefill_seconds=float(np.median(prefills)),
         decode_ms=1000 * float(np.median(decodes)),
+        decode_ratio=float(np.median(beside)),
     )
+
+
+def _seconds_of_a_step(model: Any, tokens: Tensor, cache: DynamicCache) -> float:
+    """How long the dense cache takes for a token, which it then forgets."""
+    began = time.perf_counter()
+    _next(model, tokens, cache)
+    took = time.perf_counter() - began
+    cache.crop(-1)
+    return took
 
 
 def _next(model: Any, tokens: Tensor, cache: Cache) -> Tensor:

@@ -11,7 +11,7 @@ from kvprune.errors import PolicyError
 from kvprune.policy.base import Decision, Policy
 from kvprune.policy.settings import check_count
 from kvprune.policy.step import Step
-from kvprune.table.basis import Basis
+from kvprune.table.basis import Basis, Rotations
 from kvprune.table.quantize import Codec, is_width
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY
@@ -26,18 +26,18 @@ _MIXED = 4
 _TOGETHER = 32
 
 
-def learn_basis(table: TokenTable, step: Step, bits: int) -> None:
+def learn_basis(table: TokenTable, step: Step, bits: int, rotations: Rotations | None = None) -> None:
     """Take the table's basis from a prompt's queries, keys and values, once there are enough of them.
 
-    bits: of keys, on average. It stays when rows have been packed in it: a later prompt changes nothing. Changes the
-    table.
+    bits: of keys, on average. rotations: as of `Basis.estimate`. It stays when rows have been packed in it: a later
+    prompt changes nothing. Changes the table.
     """
     if not step.prefill or table.packed or step.source is None or (table.basis is not None and table.basis.estimated):
         return
     asked = (step.query_positions >= 0).expand(table.batch_size, -1)
     with torch.no_grad():
         held, mixed = table.positions >= 0, bits >= _MIXED
-        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed))
+        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed, rotations))
 
 
 def oldest(table: TokenTable, *, residual: int, together: int, sinks: int | Tensor = 0) -> Tensor | None:
@@ -93,8 +93,12 @@ class Aging(Policy):
     def codec(self, depth: int, layers: int) -> Codec | None:
         """Of the layer of this number, among so many; None where rows stay in full precision."""
         if self.edge_layers <= depth < layers - self.edge_layers:
-            return RotatedCodec(self.bits, value_bits=self.value_bits)
-        return None if self.edge_bits == _EXACT else RotatedCodec(self.edge_bits)
+            return self.packed(self.bits, self.value_bits)
+        return None if self.edge_bits == _EXACT else self.packed(self.edge_bits)
+
+    def packed(self, bits: int, value_bits: int | None = None) -> RotatedCodec:
+        """How rows are quantized at so many bits: at even levels around zero, unless a policy says otherwise."""
+        return RotatedCodec(bits, value_bits=value_bits)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:

@@ -30,6 +30,10 @@ from torch import Tensor
 
 from kvprune.state import Saved, State
 
+Rotations = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Orthogonal M `[D, D]` and `[Dv, Dv]` from keys `[n, D]`, values `[n, Dv]` and queries `[m, D]` of a head, float32."""
+
+_Part = tuple[Tensor, Tensor, Tensor]
 # Statistics of more rows than these are no better.
 _MOST_ROWS = 2048
 # Eigenvalues are not taken to be smaller, relative to the largest.
@@ -124,17 +128,27 @@ class Basis:
 
     @classmethod
     def estimate(
-        cls, queries: Tensor, keys: Tensor, values: Tensor, asked: Tensor, held: Tensor, mixed: bool = False
+        cls,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        asked: Tensor,
+        held: Tensor,
+        mixed: bool = False,
+        rotations: Rotations | None = None,
     ) -> Basis:
         """From the queries of a step and the rows that are there, sequence by sequence and head by head.
 
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`. values: `[B, Hkv, S, Dv]`. asked: bool `[B, L]`, False for
         padding. held: bool `[B, Hkv, S]`, False for empty rows. A sequence of fewer than 2 D rows gets a Hadamard
         matrix and its mean, and no mean of fewer than 16 rows. mixed: whether components that share a width are.
+        rotations: M of keys and of values otherwise, without a mean, components alike.
         """
         batch, heads = keys.shape[:2]
         grouped = queries.unflatten(1, (heads, -1))
-        of_keys, of_values, told, most = [], [], False, 0
+        of_keys: list[_Part] = []
+        of_values: list[_Part] = []
+        told, most = False, 0
         for row in range(batch):
             for head in range(heads):
                 mine = held[row, head]
@@ -142,6 +156,10 @@ class Basis:
                 own = _finite(torch.cat([_some(each[asked[row]]) for each in grouped[row, head]]))
                 enough = len(sampled[0]) >= 2 * max(keys.shape[3], values.shape[3]) and len(own) > 0
                 told, most = told or enough, max(most, len(sampled[0]))
+                if enough and rotations is not None:
+                    for parts, each in zip((of_keys, of_values), rotations(*sampled, own), strict=True):
+                        parts.append(_alike(each))
+                    continue
                 of_keys.append(_principal(sampled[0], own.T @ own / max(len(own), 1), enough, mixed))
                 of_values.append(_principal(sampled[1], None, enough, mixed))
         if not told and most < _LEAST_ROWS:
@@ -222,7 +240,7 @@ def _finite(rows: Tensor) -> Tensor:
     return torch.nan_to_num(rows, nan=0.0).clamp_(-_LARGEST, _LARGEST)
 
 
-def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool, mixed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool, mixed: bool) -> _Part:
     """M `[D, D]`, mean `[D]` and spectrum `[groups]` of the rows `[n, D]` of a head; see the head of this file."""
     dim, lanes = rows.shape[1], lanes_of(rows.shape[1])
     mean = rows.mean(0).half().float() if len(rows) >= _LEAST_ROWS else rows.new_zeros(dim)
@@ -247,7 +265,12 @@ def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool, mixed: boo
     return turning, mean, sizes.log2().mean(1)
 
 
-def _stacked(parts: list[tuple[Tensor, Tensor, Tensor]], heads: int, told: bool) -> Coordinates:
+def _alike(turning: Tensor) -> _Part:
+    """The same as `_principal`, of a rotation `[D, D]` whose components all count as much."""
+    return turning, turning.new_zeros(len(turning)), turning.new_zeros(len(turning) // lanes_of(len(turning)))
+
+
+def _stacked(parts: list[_Part], heads: int, told: bool) -> Coordinates:
     """told: whether any matrix is not that of Hadamard."""
     matrix, mean, spectrum = (torch.stack(each).unflatten(0, (-1, heads)) for each in zip(*parts, strict=True))
     if not told:

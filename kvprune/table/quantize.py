@@ -120,10 +120,10 @@ def quantize(numbers: Tensor, bits: int, dim: int, empty: Tensor | None = None) 
     """
     lowest = numbers if empty is None else numbers.masked_fill(empty, torch.inf)
     highest = numbers if empty is None else numbers.masked_fill(empty, -torch.inf)
-    zero_point = _rounded_down(lowest.amin(dim, keepdim=True).clamp(-LARGEST, LARGEST))
+    zero_point = rounded_down(lowest.amin(dim, keepdim=True).clamp(-LARGEST, LARGEST))
     span = highest.amax(dim, keepdim=True).clamp(-LARGEST, LARGEST) - zero_point.float()
     levels = (1 << bits) - 1
-    scale = -_rounded_down((-span.clamp(min=0) / levels).clamp(min=-LARGEST))
+    scale = -rounded_down((-span.clamp(min=0) / levels).clamp(min=-LARGEST))
     step = scale.float()
     codes = (numbers - zero_point.float()).div_(torch.where(step > 0, step, 1.0)).round_().clamp_(0, levels)
     return codes.to(torch.uint8), scale, zero_point
@@ -135,7 +135,7 @@ def channel_scales(sizes: Tensor) -> Tensor:
     return scale.masked_fill_(scale == 0, 1.0)
 
 
-def _rounded_down(numbers: Tensor) -> Tensor:
+def rounded_down(numbers: Tensor) -> Tensor:
     """The largest float16 that is not above."""
     half = numbers.half()
     return torch.where(half.float() > numbers, _next_below(half), half)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvprune.kernels.cpu.arguments import LANES, floats, parts_of, threads_for
-from kvprune.table.rotated_rows import STEPS, Quantizer, RotatedRows, scales_of
+from kvprune.table.rotated_codes import STEPS, Quantizer, scales_of
+from kvprune.table.rotated_rows import RotatedRows
 
 
 class Rotated(ctypes.Structure):
@@ -45,12 +46,13 @@ def fits(*dims: int) -> bool:
 
 
 def can_take(rows: RotatedRows) -> bool:
-    """Whether rows fit, and all lies one behind another."""
-    return fits(rows.key_dim, rows.value_dim) and all(tensor.is_contiguous() for tensor in rows.tensors.values())
+    """Whether rows fit, levels are even, and all lies one behind another."""
+    even = not rows.codec.is_normal("key")
+    return even and fits(rows.key_dim, rows.value_dim) and all(each.is_contiguous() for each in rows.tensors.values())
 
 
 def quantizer(c: Any) -> Quantizer:
-    """`rotated_rows.quantize` as a compiled loop, for components that are whole vectors."""
+    """`rotated_codes.nearest` as a compiled loop, for components that are whole vectors."""
 
     def quantized(numbers: Tensor, widths: Tensor, size: int) -> tuple[Tensor, Tensor]:
         batch, heads, rows, dim = numbers.shape
@@ -75,6 +77,9 @@ def dots(c: Any, logits: Tensor, first: int, queries: Tensor, scale: float, rows
     means = None if part.mean is None else torch.matmul(scaled, part.mean.float()[..., None]).contiguous()
     held = ctypes.byref(Rotated.of(rows, "key"))
     c.rotated_dots(logits, length, first, turned, means, held, batch * heads, group, threads)
+    offset = rows.tensors.get("key_offset")
+    if offset is not None:  # of every component alike
+        logits[..., first : first + len(rows)] += turned.sum(-1, keepdim=True) * offset.float()[:, :, None]
 
 
 def sums(c: Any, weights: Tensor, first: int, rows: RotatedRows, threads: int) -> Tensor:
@@ -83,8 +88,10 @@ def sums(c: Any, weights: Tensor, first: int, rows: RotatedRows, threads: int) -
     scratch = floats(batch, heads, parts_of(len(rows)), group, rows.value_dim)
     held = ctypes.byref(Rotated.of(rows, "value"))
     c.rotated_sums(scratch, weights, length, first, held, batch * heads, group, threads)
-    part = rows.basis.values
-    total = torch.matmul(scratch.sum(2), part.turning(weights.device).transpose(-1, -2))
+    part, numbers, offset = rows.basis.values, scratch.sum(2), rows.tensors.get("value_offset")
+    if offset is not None:
+        numbers += torch.matmul(weights[..., first : first + len(rows)], offset.float()[..., None])
+    total = torch.matmul(numbers, part.turning(weights.device).transpose(-1, -2))
     if part.mean is not None:
         total += weights[..., first : first + len(rows)].sum(-1, keepdim=True) * part.mean.float()[:, :, None]
     return total
