@@ -32,6 +32,7 @@ CONTENDERS: tuple[Policy | None, ...] = (
     LazyLLM(revive=False),
     LazyLLM(),
     SpAtten(),
+    SpAtten(heads=((0.5, 0.5),)),
     PyramidDrop(),
     FTP(),
 )

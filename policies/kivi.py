@@ -7,9 +7,10 @@ from dataclasses import KW_ONLY, dataclass
 from kvprune.errors import PolicyError
 from kvprune.policy.aging import ROTATED_SINKS, learn_basis, oldest
 from kvprune.policy.base import Decision, Policy, Step
-from kvprune.policy.settings import check_count, check_flag
+from kvprune.policy.settings import check_count, check_flag, check_number
 from kvprune.table.quantize import Codec, is_width
 from kvprune.table.rotated_rows import RotatedCodec
+from kvprune.table.split_rows import SplitCodec
 from kvprune.table.token_table import TokenTable
 
 
@@ -28,6 +29,9 @@ class KIVI(Policy):
         rotate: quantize principal components in place of channels, as the prompt's own queries, keys and values have
             them: `bits` on average, more where the spectrum is large, and one scale a row. Groups then say no more than
             when rows are packed, and the first 4 tokens stay exact. See `Spectral`.
+        theta: of 4 or 8 bits, generated tokens read the upper half of every key, and the lower half only in heads where
+            no key has got a probability of at least theta by that; 0.05 in the paper, SpAtten (arXiv 2012.09852), where
+            that is progressive quantization. None reads all bits, 0 upper halves alone. `cache.report()` counts bytes.
     """
 
     bits: int = 2
@@ -35,6 +39,7 @@ class KIVI(Policy):
     group_size: int = 32
     residual: int = 128
     rotate: bool = False
+    theta: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,11 +48,17 @@ class KIVI(Policy):
         check_count("group_size", self.group_size, least=1)
         check_count("residual", self.residual, least=0)
         check_flag("rotate", self.rotate)
+        if self.theta is not None:
+            check_number("theta", self.theta, low=0, high=1)
+            if self.rotate or self.bits not in (4, 8):
+                raise PolicyError("theta reads keys in halves of 4 or 8 bits: write bits=8, and leave out rotate.")
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
         if self.rotate:
             return (RotatedCodec(self.bits),)
+        if self.theta is not None:
+            return (SplitCodec(self.bits, self.group_size, self.group_size, theta=float(self.theta)),)
         return (Codec(self.bits, tokens=self.group_size, channels=self.group_size),)
 
     @property

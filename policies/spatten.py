@@ -36,7 +36,8 @@ class SpAtten(Cascade):
     In the layers above, one that stopped has no rows, is not attended to, and adds zeros to the output. Which go on is
     decided where a sequence begins, by its first tokens, and holds for all of it. Heads are matched from layer to layer
     by their numbers, which mean nothing in a model that was not trained for it, and the model's projections run for all
-    of them. Local pruning of values and progressive quantization, the rest of the paper, are not here.
+    of them. Local pruning of values, the rest of the paper, is not here;
+    its progressive quantization is what `SpAtten() | KIVI(8, theta=0.05)` adds.
     While the past is recorded (assisted and prompt-lookup decoding) nothing stops.
 
     Settings:

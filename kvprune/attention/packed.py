@@ -16,27 +16,65 @@ from torch import Tensor
 
 from kvprune.attention.mass import RowWeights, Scoring, grouped, hidden_keys, row_blocks, weighed_rows
 from kvprune.attention.noise import Gumbel
+from kvprune.table.split_rows import SplitRows
 from kvprune.table.token_table import TokenTable
 
 
 def single_query(states: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """One query per sequence that sees every row: output `[B, Hq, 1, Dv]`, probabilities `[B, Hkv, G, rows]` float32.
 
-    Of a single query all logits fit in memory, so that one softmax does.
+    Of a single query all logits fit in memory, so that one softmax does. Of rows with keys in two halves, the high bits
+    make a first one; a query head whose largest probability is then below theta reads the low bits of its KV head, and
+    its softmax is made again, of all bits.
     """
     batch, query_heads, _, dim = states.shape
     queries = states.float().view(batch, table.kv_heads, -1, dim) * scoring.scale
     loose_keys, loose_values = table.keys.float(), table.values.float()
-    logits = [tier.dot_keys(queries) for tier in table.packed] + [torch.matmul(queries, loose_keys.transpose(2, 3))]
-    capped = scoring.capped(torch.cat(logits, dim=-1))
-    if not table.dense:
-        capped.masked_fill_(table.positions[:, :, None] < 0, -math.inf)
-    probabilities = scoring.softmax(capped[:, :, :, None]).squeeze(3)
+    logits = torch.cat(
+        [
+            *(
+                tier.dot_high(queries) if isinstance(tier, SplitRows) else tier.dot_keys(queries)
+                for tier in table.packed
+            ),
+            torch.matmul(queries, loose_keys.transpose(2, 3)),
+        ],
+        dim=-1,
+    )
+    probabilities = _softmax(logits, table, scoring)
+    if any(isinstance(tier, SplitRows) for tier in table.packed) and _add_low_bits(
+        logits, queries, probabilities, table
+    ):
+        probabilities = _softmax(logits, table, scoring)
     *packed, loose = probabilities.split([*map(len, table.packed), loose_keys.shape[2]], dim=-1)
     output = torch.matmul(loose, loose_values)
     for tier, weights in zip(table.packed, packed, strict=True):
         output += tier.sum_values(weights)
     return output.view(batch, query_heads, 1, -1).to(states.dtype), probabilities
+
+
+def _softmax(logits: Tensor, table: TokenTable, scoring: Scoring) -> Tensor:
+    """Probabilities `[B, Hkv, G, rows]` of logits that are not capped."""
+    capped = scoring.capped(logits)
+    if not table.dense:
+        capped = capped.masked_fill(table.positions[:, :, None] < 0, -math.inf)
+    return scoring.softmax(capped[:, :, :, None]).squeeze(3)
+
+
+def _add_low_bits(logits: Tensor, queries: Tensor, probabilities: Tensor, table: TokenTable) -> bool:
+    """Bring what the low bits of keys add into logits, where probabilities ask for it; whether any do."""
+    first, added, largest = 0, False, probabilities.amax(-1)
+    for tier in table.packed:
+        rows = slice(first, first + len(tier))
+        first = rows.stop
+        if not isinstance(tier, SplitRows):
+            continue
+        flat = largest < tier.codec.theta
+        sequence, head = flat.any(-1).nonzero(as_tuple=True)
+        if len(head):
+            low = tier.dot_low(queries[sequence, head], sequence, head)
+            logits[sequence, head, :, rows] += low.masked_fill_(~flat[sequence, head][..., None], 0.0)
+            added = True
+    return added
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.report import CacheReport, LayerReport, kind_of
 from kvprune.errors import CacheError
 from kvprune.policy.base import Policy
+from kvprune.table.split_rows import SplitRows
 
 
 class Contents(ForwardPass):
@@ -103,8 +104,13 @@ class Contents(ForwardPass):
         kernels = ", ".join(sorted({table.kernels.name for table in tables if table is not None})) or None
         return CacheReport(
             str(self.policy), self.seen_tokens, tuple(layers), self.selected_positions, self.filter_layer, kernels,
-            self.attention, tuple(self._notes()),
+            self.attention, self._key_reads(), tuple(self._notes()),
         )  # fmt: skip
+
+    def _key_reads(self) -> tuple[int, int] | None:
+        tables = (self.layers[index].table for index in self.pruned_layers)
+        tiers = [tier for table in tables if table is not None for tier in table.packed if isinstance(tier, SplitRows)]
+        return (sum(tier.bytes_read for tier in tiers), sum(tier.bytes_held for tier in tiers)) if tiers else None
 
     def _notes(self) -> Iterator[str]:
         for layer in (self.layers[index] for index in self.pruned_layers[:1]):

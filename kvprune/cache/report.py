@@ -75,6 +75,8 @@ class CacheReport:
     """What computes on the cache; None before its first tokens."""
     attention: str = "sdpa"
     """What attention over a prompt runs on: "sdpa", "flash" or "flash-attn"."""
+    key_reads: tuple[int, int] | None = None
+    """Bytes of keys' codes that generated tokens have read, and of both halves; None where keys are not in two."""
     notes: tuple[str, ...] = ()
     """What else there is to know, such as a budget that was raised to what is always kept."""
 
@@ -127,6 +129,7 @@ class CacheReport:
             "filter_layer": self.filter_layer,
             "kernels": self.kernels,
             "attention": self.attention,
+            "key_reads": None if self.key_reads is None else list(self.key_reads),
             "notes": list(self.notes),
             "layers": [
                 {
@@ -150,6 +153,7 @@ class CacheReport:
             + f"\nattention over prompts: {self.attention}"
             + ("" if self.kernels is None else f"; kernels: {self.kernels}")
             + self._chosen()
+            + self._read()
             + self._more_than_dense()
             + "".join(f"\n{note}" for note in self.notes),
             title_justify="left",
@@ -201,6 +205,13 @@ class CacheReport:
             return ""
         counts = ", ".join(f"{len(positions):,}" for positions in self.selected)
         return f"\nthe model ran on {counts} prompt tokens, chosen by layer {self.filter_layer}"
+
+    def _read(self) -> str:
+        if self.key_reads is None or not self.key_reads[1]:
+            return ""
+        read, held = self.key_reads
+        told = f"{human_bytes(read)} of {human_bytes(held)} of packed keys ({read / held:.1%})"
+        return f"\ngenerated tokens have read {told}"
 
     def __str__(self) -> str:
         console = Console(width=_WIDTH, file=io.StringIO())

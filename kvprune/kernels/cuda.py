@@ -11,8 +11,8 @@ from kvprune.attention.backends import FLASH
 from kvprune.attention.mass import RowWeights, Scoring, lse_of_weighed
 from kvprune.kernels import gpu
 from kvprune.kernels.reference import Kernels
+from kvprune.table.packed_rows import PackedRows
 from kvprune.table.ragged import RaggedTable
-from kvprune.table.rotated_rows import RotatedRows
 from kvprune.table.token_table import TokenTable
 
 
@@ -50,8 +50,8 @@ class TritonKernels(Kernels):
         return output, torch.stack(by_head, dim=1).unflatten(0, (-1, table.kv_heads))
 
     def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        rotated = any(isinstance(tier, RotatedRows) for tier in table.packed)
-        if rotated or not _fits(queries, table.keys, table.values):
+        plain = all(type(tier) is PackedRows for tier in table.packed)  # others hold codes in another way
+        if not plain or not _fits(queries, table.keys, table.values):
             return super().packed_single_query(queries, table, scoring)
         output, probabilities = gpu.packed_decode_attention(
             queries, table.packed, table.keys, table.values, scoring,

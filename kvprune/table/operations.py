@@ -16,6 +16,7 @@ from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import ranked, take_rows
+from kvprune.table.split_rows import SplitCodec, SplitRows, whole
 
 _ALWAYS_KEPT = torch.iinfo(torch.int64).max
 _RECENT = _ALWAYS_KEPT - (1 << 32)  # and a position: above all that is ranked by a score
@@ -142,6 +143,8 @@ class RowOperations:
         if isinstance(codec, RotatedCodec):
             basis = basis or Basis.fixed(keys.shape[3], values.shape[3])
             return RotatedRows.encode_in(codec, basis, take_rows(keys, index), take_rows(values, index))
+        if isinstance(codec, SplitCodec):
+            return SplitRows.of(codec, self.encode(whole(codec), keys, values, slots, basis))
         return PackedRows.encode(
             codec, take_rows(keys, index), take_rows(values, index), empty if bool(empty.any()) else None
         )

@@ -208,18 +208,22 @@ class PackedRows:
         return State({**facts, "runs": [list(astuple(run)) for run in self.runs]}, dict(self.tensors))
 
     @classmethod
+    def _row_shapes(cls, codec: Codec, key_dim: int, value_dim: int) -> dict[str, int]:
+        """How many numbers a row has in the tensors of rows, block numbers left out."""
+        groups = -(-value_dim // min(codec.channels or value_dim, value_dim))
+        return {
+            "key_codes": packed_bytes(key_dim, codec.bits),
+            "value_codes": packed_bytes(value_dim, codec.bits),
+            "value_scale": groups,
+            "value_zero_point": groups,
+        }
+
+    @classmethod
     def restored(cls, saved: Saved, codec: Codec, heads: tuple[int, ...], key_dim: int, value_dim: int) -> PackedRows:
         """The rows of a `state` of this codec. heads: `(B, Hkv)`. Raises CacheError."""
         rows, blocks = saved.count("rows"), saved.count("blocks", least=1)
-        groups = -(-value_dim // min(codec.channels or value_dim, value_dim))
-        expected = {
-            "key_codes": (rows, packed_bytes(key_dim, codec.bits)),
-            "value_codes": (rows, packed_bytes(value_dim, codec.bits)),
-            "value_scale": (rows, groups),
-            "value_zero_point": (rows, groups),
-            "key_scale": (blocks, key_dim),
-            "key_zero_point": (blocks, key_dim),
-        }
+        expected = {name: (rows, size) for name, size in cls._row_shapes(codec, key_dim, value_dim).items()}
+        expected |= {"key_scale": (blocks, key_dim), "key_zero_point": (blocks, key_dim)}
         if codec.separable:
             expected["channel_scale"] = (blocks, value_dim)
         tensors = {

@@ -15,6 +15,7 @@ from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import true_rows
+from kvprune.table.split_rows import SplitCodec, SplitRows
 
 
 def add_to(tiers: list[PackedRows], parts: Sequence[tuple[Tensor, PackedRows]]) -> list[Tensor]:
@@ -76,7 +77,8 @@ def restored(
         raise saved.refused(f"is packed as {reprlib.repr(told)}, which the policy does not do")
     if isinstance(codec, RotatedCodec):
         return RotatedRows.restored_in(saved, codec, heads, key_dim, value_dim, basis)
-    return PackedRows.restored(saved, codec, heads, key_dim, value_dim)
+    kind = SplitRows if isinstance(codec, SplitCodec) else PackedRows
+    return kind.restored(saved, codec, heads, key_dim, value_dim)
 
 
 def nbytes(tiers: list[PackedRows]) -> int:

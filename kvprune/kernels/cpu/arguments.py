@@ -134,8 +134,11 @@ def _evenly_spaced(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[in
 
 def are_codes(rows: PackedRows) -> bool:
     """Whether rows of codes are whole vectors long, and so are groups of channels."""
-    return _whole_vectors(rows.codec, rows.key_dim, rows.value_dim) and all(
-        tensor.is_contiguous() for tensor in rows.tensors.values()
+    plain = type(rows) is PackedRows  # others hold codes in another way
+    return (
+        plain
+        and _whole_vectors(rows.codec, rows.key_dim, rows.value_dim)
+        and all(tensor.is_contiguous() for tensor in rows.tensors.values())
     )
 
 

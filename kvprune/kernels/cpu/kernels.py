@@ -41,6 +41,7 @@ from kvprune.table.quantize import Codec, channel_scales, packed_bytes
 from kvprune.table.ragged import RaggedTable
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import take_rows
+from kvprune.table.split_rows import SplitCodec
 from kvprune.table.token_table import TokenTable
 
 
@@ -355,7 +356,7 @@ class CPUKernels(Kernels):
     def encode(
         self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor, basis: Basis | None = None
     ) -> PackedRows:
-        if not can_encode(codec, keys, values) or not slots.numel():
+        if isinstance(codec, SplitCodec) or not can_encode(codec, keys, values) or not slots.numel():
             return super().encode(codec, keys, values, slots, basis)
         fits = rotated.are_there(self._c) and rotated.fits(keys.shape[3], values.shape[3])
         if isinstance(codec, RotatedCodec) and not fits:
