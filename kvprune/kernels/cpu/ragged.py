@@ -146,6 +146,8 @@ def _made(c: Any, table: RaggedTable, tensors: list[Tensor]) -> Plan | None:
 
 
 def _can_take(c: Any, tier: PackedRows) -> bool:
-    if isinstance(tier, RotatedRows):
-        return rotated.are_there(c) and rotated.can_take(tier)
+    if isinstance(tier, RotatedRows):  # what is added to every component alike, these loops know nothing of
+        return (
+            rotated.are_there(c) and rotated.can_take(tier) and not tier.tensors.keys() & {"key_offset", "value_offset"}
+        )
     return are_codes(tier)
