@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import kvprune
 from kvprune import (
     BudgetError,
     CacheError,
@@ -26,6 +27,7 @@ from kvprune import (
     Policy,
     PolicyError,
     PrunedCache,
+    RowWeights,
     Step,
     TokenTable,
     UnsupportedModelError,
@@ -266,9 +268,62 @@ def test_slots_that_are_empty_or_in_any_order_are_slots():
     assert cache.kept_positions(0).tolist() == [[[-1, 1, 3], [0, 2, 19]]]
 
 
-def test_weights_that_are_none():
+@pytest.mark.parametrize(
+    ("decision", "told"),
+    [
+        (Decision(keep=torch.full((1, 2, 1), 1000)), "from 0 to 20"),
+        (Decision(evict=torch.full((1, 2, 1), 21)), "from 0 to 20"),
+        (Decision(keep=torch.zeros(1, 2, 2).long()), "at most once"),
+        (Decision(evict=torch.zeros(1, 2, 2).long()), "at most once"),
+        (Decision(evict=torch.zeros(1, 3, 1).long()), r"\[1, 3\]"),
+        (Decision(quantize=((4, torch.zeros(1, 2, 1).long()),)), r"Codec\(bits=4\)"),
+        ([0], "return a Decision"),
+    ],
+)
+def test_decisions_about_a_generated_token_that_name_no_slots(decision, told):
+    """No other row goes in the place of one that is not there, and none goes twice."""
+    cache = PrunedCache(shared(), Says(lambda table: None if table.length == 20 else decision))
+    with pytest.raises(PolicyError, match=told):
+        feed(shared(), left_padded([21]), cache, [20, 1])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        1.0,
+        torch.ones(20),
+        RowWeights(1.5),
+        RowWeights(-1),
+        RowWeights(torch.ones(20)),
+        RowWeights(2, rows=torch.ones(2)),
+    ],
+)
+def test_weights_that_are_none(weights):
     with pytest.raises(PolicyError, match="return RowWeights"):
-        feed(shared(), left_padded([20]), PrunedCache(shared(), Says(weights=torch.ones(20))), [20])
+        feed(shared(), left_padded([20]), PrunedCache(shared(), Says(weights=weights)), [20])
+
+
+@pytest.mark.parametrize("columns", [None, ["score"], {"score": "float32"}, {1: torch.float32}], ids=str)
+def test_columns_that_are_none(columns):
+    """What a policy wants to remember is looked at where a cache is made of it."""
+    declared = dataclass(frozen=True)(type("Declares", (Policy,), {"columns": lambda self: columns}))
+    with pytest.raises(PolicyError, match=r"columns\(\) of Declares.* returned"):
+        PrunedCache(shared(), declared())
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), torch.zeros(2, 2, 20), "a"], ids=str)
+def test_what_fits_no_column(content):
+    @dataclass(frozen=True)
+    class Writes(Policy):
+        def columns(self):
+            return {"score": torch.float32}
+
+        def observe(self, table, step):
+            table["score"] = content
+
+    for policy in (Writes(), Full() | Writes()):
+        with pytest.raises(PolicyError, match=r"'.*score' takes a tensor .*\[1, 2, 20\]"):
+            feed(shared(), left_padded([20]), PrunedCache(shared(), policy), [20])
 
 
 @dataclass(frozen=True)
@@ -364,9 +419,10 @@ def test_names_that_are_almost_right(name, meant):
     "model", [None, "gpt2", ..., transformers.LlamaConfig(), torch.nn.Linear(2, 2), PrunedCache], ids=repr
 )
 def test_what_is_no_model(model):
-    """A cache is made for a transformers language model."""
-    with pytest.raises(UnsupportedModelError, match="transformers causal language model"):
-        PrunedCache(model, POLICY)
+    """A cache is made for a transformers language model, and only such a one has an attention to get back."""
+    for use in (lambda: PrunedCache(model, POLICY), lambda: kvprune.restore(model)):
+        with pytest.raises(UnsupportedModelError, match="transformers causal language model"):
+            use()
 
 
 TINY = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
@@ -569,6 +625,22 @@ def test_masks_that_are_too_short(columns):
     with pytest.raises(CacheError, match="covers the 4 new tokens"), torch.no_grad():
         twin.model(token_ids(1, 4), attention_mask=torch.ones(1, columns), **cache_argument(twin.misused))
     twin.assert_goes_on()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1)])
+def test_masks_of_other_sequences(family, shape):
+    """A mask that hides anything has a row for every sequence, at a first step as at later ones, and two dimensions."""
+    model = shared(family)
+    batch, cache = left_padded([20, 16]), PrunedCache(model, Full())
+    wrong = torch.zeros(*shape, 20)
+    with pytest.raises(CacheError, match="attention mask has"), torch.no_grad():
+        model(batch["input_ids"], attention_mask=wrong, **cache_argument(cache))
+    expected = feed(model, batch, PrunedCache(model, Full()), [20])
+    torch.testing.assert_close(feed(model, batch, cache, [20]), expected)
+    with pytest.raises(CacheError, match="attention mask has"), torch.no_grad():
+        model(token_ids(2, 3), attention_mask=torch.zeros(*shape, 23), **cache_argument(cache))
+    assert cache.seen_tokens == 20
 
 
 @each_family

@@ -191,5 +191,37 @@ def test_indices_that_name_no_sequences(indices):
     with pytest.raises(CacheError, match="batch_select_indices takes"):
         cache.batch_select_indices(indices)
     feed(model, batch | {"attention_mask": torch.ones(3, 21), "input_ids": token_ids(3, 21)}, cache, [1], begin=20)
-    with pytest.raises(CacheError, match="batch_repeat_interleave takes"):
-        cache.batch_repeat_interleave(0)
+    with pytest.raises(CacheError, match="reorder_cache takes"):
+        cache.reorder_cache(indices)
+    for repeats in (0, -1, 2.0, "2", None, torch.tensor(2.0), torch.tensor([1, 2]), torch.zeros(3).long()):
+        with pytest.raises(CacheError, match="batch_repeat_interleave takes"):
+            cache.batch_repeat_interleave(repeats)
+    feed(model, batch | {"attention_mask": torch.ones(3, 22), "input_ids": token_ids(3, 22)}, cache, [1], begin=21)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([-1, 0]), [2, 0]),
+        ("reorder_cache", torch.tensor([True, False, True]), [0, 2]),
+        ("reorder_cache", [2, 0, 0], [2, 0, 0]),
+        ("batch_repeat_interleave", torch.tensor([1, 0, 2]), [0, 2, 2]),
+        ("batch_repeat_interleave", torch.tensor(2), [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_a_batch_changes_as_an_index_says(method, argument, rows):
+    """Beams are taken like other choices of sequences, and sequences may be repeated unequally."""
+    model = shared("gemma2")
+    batch, step = left_padded([20, 17, 20]), token_ids(3, 1, seed=5)
+    cache, expected = PrunedCache(model, Full()), DynamicCache(config=model.config)
+    for each in (cache, expected):
+        feed(model, batch, each, [20])
+    getattr(cache, method)(argument)
+    expected.batch_select_indices(torch.tensor(rows))
+    more = {
+        "input_ids": torch.cat([batch["input_ids"], step], 1)[rows],
+        "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)[rows],
+    }
+    torch.testing.assert_close(
+        feed(model, more, cache, [1], begin=20), feed(model, more, expected, [1], begin=20), atol=1e-4, rtol=1e-4
+    )

@@ -60,14 +60,24 @@ def test_attention_maps_are_refused(base):
         model(token_ids(1, 8), output_attentions=True, **cache_argument(PrunedCache(model, Full())))
 
 
-def test_scores_of_a_wrong_shape_are_named():
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda score: score[..., :-1], r"\[1, 2, 29\] of torch.float32"),
+        (lambda score: score.to(torch.complex64), r"\[1, 2, 30\] of torch.complex64"),
+        (lambda score: score.to("meta"), ".* on meta"),
+        (lambda score: score.tolist(), "list"),
+        (lambda score: None, "NoneType"),
+    ],
+)
+def test_scores_that_are_none_are_named(change, told):
     class Wrong(A2SF):
         def scores(self, table, step):
-            return table["score"][..., :-1]
+            return change(table["score"])
 
     assert issubclass(Wrong, Eviction)
     model = build("llama")
-    told = r"scores\(\) of Wrong must be .*\[1, 2, 30\].* is \[1, 2, 29\]"
+    told = rf"scores\(\) of Wrong must be .*\[1, 2, 30\].* is {told}"
     with pytest.raises(PolicyError, match=told), torch.no_grad():
         model(token_ids(1, 30), **cache_argument(PrunedCache(model, Wrong(16, sinks=2, recent=4))))
 

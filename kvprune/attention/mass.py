@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,12 +69,18 @@ class RowWeights:
     @classmethod
     def explicit(cls, rows: Tensor, weights: Tensor) -> RowWeights:
         """Chosen rows with chosen weights (probe rows)."""
-        if rows.shape != weights.shape or rows.ndim not in (1, 2):
+        shapes = [tuple(each.shape) if isinstance(each, Tensor) else repr(each) for each in (rows, weights)]
+        if not isinstance(shapes[0], tuple) or shapes[0] != shapes[1] or len(shapes[0]) not in (1, 2):
             raise PolicyError(
-                "rows and weights must have the same shape, [R] or [B, R], not "
-                f"{tuple(rows.shape)} and {tuple(weights.shape)}."
+                f"rows and weights must be tensors of the same shape, [R] or [B, R], not {shapes[0]} and {shapes[1]}."
             )
         return cls(rows.shape[-1], 1.0, rows.long(), weights.float())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it says what it must: how many rows, or which."""
+        counted = isinstance(self.last, int | np.integer) and self.last >= 0
+        return counted and isinstance(self.decay, float | int) and (self.rows is None) == (self.weights is None)
 
     def chosen(self, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which of so many rows are weighed, indices `[R]` or `[B, R]`, and how much, float32 of the same shape."""

@@ -154,13 +154,15 @@ class Reading:
             return False
         return bool(real[:, known:].all()) and (not known or bool((real[:, :known] == columns.real).all()))
 
-    def look(self, columns: Columns, seen: int, length: int, device: torch.device) -> None:
+    def look(self, columns: Columns, seen: int, length: int, device: torch.device, batch: int | None) -> None:
         """Find out what it says of a pass that brings `length` columns behind `seen` others, which were `columns`.
 
-        Raises CacheError for a mask that does not cover all columns, or shows what is gone.
+        batch: sequences of the pass; None if nobody knows yet. Raises CacheError for a mask that is of other sequences,
+        does not cover all columns, or shows what is gone.
         """
         self._check_width(seen, length)
         if not self.is_ordinary(columns, length):
+            self._check_batch(columns, batch)
             real = self.real[:, : seen + length]
             before, now, new = columns.upto(len(real), seen), real[:, :seen], real[:, seen:]
             shown = (now & ~before).any(0)
@@ -172,15 +174,26 @@ class Reading:
             self.looked = Looked(_valid(new, device), Past.of(before, now), Columns.of(real))
         self.is_looked_at = True
 
-    def look_at_newest(self, columns: Columns, length: int, device: torch.device) -> None:
+    def look_at_newest(self, columns: Columns, length: int, device: torch.device, batch: int | None) -> None:
         """The same of the newest columns alone, whatever the mask says of others; `columns` stay as they are."""
         self._check_width(0, length)
+        if not self.real[:, self.real.shape[1] - length :].all():
+            self._check_batch(columns, batch)
         valid = _valid(self.real[:, self.real.shape[1] - length :], device)
         self.looked, self.is_looked_at = None if valid is None else Looked(valid, None, columns), True
 
+    def _check_batch(self, columns: Columns, batch: int | None) -> None:
+        held = len(self.real) if columns.real is None else len(columns.real)
+        for sequences in (held, batch):
+            if sequences not in (None, len(self.real)):
+                raise CacheError(
+                    f"the attention mask has {len(self.real)} rows, and there are {sequences} sequences: give each a "
+                    "row of its own, and other sequences another cache"
+                )
+
     def _check_width(self, seen: int, length: int) -> None:
         shape = tuple(self.real.shape)
-        if shape[1] < length:
+        if len(shape) != 2 or shape[1] < length:
             raise CacheError(
                 f"the attention mask has the shape {shape}; a pruned cache takes a padding mask [batch, tokens] that "
                 f"covers the {length} new tokens"

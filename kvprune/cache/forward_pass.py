@@ -136,10 +136,10 @@ class ForwardPass(Masks):
         first = self._open == self.pruned_layers[0]
         if first:
             self.check_kept(layer, query.shape[2], **settings)
-        looked = self.look(mask, query.shape[2], query.device)
+        looked = self.look(mask, query.shape[2], query.device, query.shape[0])
         valid, past = (None, None) if looked is None else (looked.valid, looked.past)
         if first:
-            self.check_goes_on(layer, query.shape[2], past, **settings)
+            self.check_goes_on(layer, query.shape[2], looked, **settings)
             self._begin(query.shape[2], past)
         begins = layer.table is None
         self._open = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvprune.cache.columns import Looked, Past, Reading
+from kvprune.cache.columns import Looked, Reading
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.registration import NO_MASK, CacheLength, PendingMask
 from kvprune.errors import CacheError, KVPruneError
@@ -46,8 +46,8 @@ class Masks(Cache):
             length.cache = self
         return length, offset
 
-    def read(self, mask: PendingMask, length: int | None) -> PendingMask | None:
-        """Begin to read a padding mask, before a forward pass of `length` columns comes to any layer.
+    def read(self, mask: PendingMask, length: int | None, batch: int | None = None) -> PendingMask | None:
+        """Begin to read a padding mask, before a forward pass of `batch` sequences of `length` columns comes to layers.
 
         None if there is nothing to read, and a compiled step is not to be given anything.
         """
@@ -67,10 +67,10 @@ class Masks(Cache):
             for index in self.pruned_layers:
                 self.layers[index].leave_steady()
         if self.pruned_layers[0] and length is not None:  # layers come first that a refusal could not undo
-            self.look(mask, length, mask.padding.device)
+            self.look(mask, length, mask.padding.device, batch)
         return mask
 
-    def look(self, mask: Any, length: int, device: torch.device) -> Looked | None:
+    def look(self, mask: Any, length: int, device: torch.device, batch: int | None) -> Looked | None:
         """What a mask says of this forward pass, found out once for all layers; None if nothing of note."""
         if isinstance(mask, PendingMask):
             reading = mask.reading
@@ -93,9 +93,9 @@ class Masks(Cache):
             layer = self.layers[self.pruned_layers[0] if self._open is None else self._open]
             try:
                 if self.prompt_filter is None:
-                    reading.look(layer.columns, layer.seen, length, device)
+                    reading.look(layer.columns, layer.seen, length, device, batch)
                 else:  # what came before is seen to where the prompt is filtered
-                    reading.look_at_newest(layer.columns, length, device)
+                    reading.look_at_newest(layer.columns, length, device, batch)
             except CacheError as error:
                 raise self.misused(str(error)) from None
             if reading.looked is not None and reading.looked.past is not None and layer.rotation is not None:
@@ -133,7 +133,7 @@ class Masks(Cache):
         self,
         layer: PrunedLayer,
         length: int,
-        past: Past | None,
+        looked: Looked | None,
         *,
         position_ids: Tensor | None = None,
         **_: Any,
@@ -141,13 +141,18 @@ class Masks(Cache):
         """Raise CacheError for new tokens that do not come behind what the cache has seen, as far as one can tell."""
         if length == 1 or not layer.tokens or self.prompt_filter is not None:
             return
+        past = None if looked is None else looked.past
         last, before = _last(position_ids, length), past.left(layer.tokens) if past else layer.tokens
-        if last is not None and max(last) < min(before):
+        if last is None or any(at > count for at, count in zip(last, before, strict=True)):
+            return
+        # Several tokens reach no further than one would: they begin anew, and not all go on behind padding.
+        new = [length] * len(last) if looked is None or looked.valid is None else looked.valid.sum(1).tolist()
+        if max(last) < min(before) or all(count > seen for count, seen in zip(new, before, strict=True)):
             raise self.misused(
                 f"the new tokens have positions up to {max(last)}, and the cache has seen {min(before)} tokens: "
                 "they are of a prompt that does not begin with what the cache has seen, and goes on from there (as "
-                "where a chat template leaves out earlier thinking). Give generate() the whole conversation, or "
-                "take a fork() from before"
+                "where a chat template leaves out earlier thinking, or use_cache=False brings all tokens again). Give "
+                "generate() the whole conversation, or take a fork() from before"
             )
 
 

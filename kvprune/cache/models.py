@@ -66,10 +66,8 @@ def heads_of(model: Any, layer: int) -> Heads:
 
 def check_supported(model: Any) -> None:
     """Raise UnsupportedModelError for a model whose cache cannot be pruned, as far as its config tells."""
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModelError(f"PrunedCache needs a transformers causal language model, not {name}.")
+    _check_is_model(model)
+    name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model, and its two caches are not made of one growing sequence: "
@@ -94,6 +92,13 @@ def check_supported(model: Any) -> None:
         )
 
 
+def _check_is_model(model: Any) -> None:
+    if getattr(model, "config", None) is None or not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModelError(
+            f"PrunedCache needs a transformers causal language model, not {type(model).__name__}."
+        )
+
+
 def _reads_others(config: Any) -> bool:
     """Whether layers read what others have cached."""
     if not hasattr(config, "kv_sharing_modes"):  # transformers 5.17
@@ -115,8 +120,9 @@ def restore(model: Any) -> None:
     """Give a model back the attention it was loaded with.
 
     A PrunedCache made before says so when it is used again; a new one switches the model again. `attention(model)` is
-    both ways.
+    both ways. Raises UnsupportedModelError for what is no model of transformers.
     """
+    _check_is_model(model)
     with _switching:
         decoder = _decoder(model)
         name = decoder.config._attn_implementation or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from kvprune.policy.aging import ROTATED_SINKS
 from kvprune.policy.base import Decision, Policy, Step, per_sequence
 from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.policy.passage import Passage
+from kvprune.table.quantize import Codec
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.tallies import Tallies
 from kvprune.table.token_table import MOST_HOLES, TokenTable
@@ -52,7 +54,22 @@ class Plan:
         """The decision. Raises PolicyError for what is none."""
         if decision is not None and not isinstance(decision, Decision):
             raise PolicyError(f"decide() of {self.policy} returned {decision!r}: return a Decision, or None.")
+        for codec, _ in (decision and decision.quantize) or ():
+            if not isinstance(codec, Codec):
+                raise PolicyError(f"{self.policy} packs rows by {codec!r}: give a Codec, such as Codec(bits=4).")
         return decision
+
+    @property
+    def looks_at_slots(self) -> bool:
+        """Whether what is decided is checked: a prompt's always, since it waits for the device just once.
+
+        Later only on a CPU, where it waits for nothing, and of policies that decide otherwise than kvprune's do.
+        """
+        if self.step.prefill:
+            return True
+        kind = type(self.policy)
+        own = kind.decide.__module__.startswith("kvprune.") and kind.pack.__module__.startswith("kvprune.")
+        return not own and self.table.positions.is_cpu and not torch.compiler.is_dynamo_compiling()
 
     def put_off(self) -> Plan:
         """The same for later, without what lives in this step alone.
@@ -114,24 +131,30 @@ class Planner:
         self.rotary = rotary
         self.outputs = outputs
         self._evicts, self._buffer = policy.evicts, policy.buffer
+        self.columns(), self.buffer_columns()  # raises where a cache is made, not in the middle of a pass
 
     # -- the table that they need ----------------------------------------------------------------------------------
 
     def columns(self) -> dict[str, torch.dtype]:
         """Of all rows, with the prefixes of a chain's links."""
-        return {
-            scope + name: dtype
-            for scope, part in zip(self._scopes, self.policies, strict=True)
-            for name, dtype in part.all_columns().items()
-        }
+        return self._declared("columns", [part.all_columns() for part in self.policies])
 
     def buffer_columns(self) -> dict[str, torch.dtype]:
         """Of the rows in full precision alone."""
-        return {
-            scope + name: dtype
-            for scope, part in zip(self._scopes, self.policies, strict=True)
-            for name, dtype in part.buffer_columns().items()
-        }
+        return self._declared("buffer_columns", [part.buffer_columns() for part in self.policies])
+
+    def _declared(self, method: str, columns: list[Any]) -> dict[str, torch.dtype]:
+        """What a method of each policy said, in one; raises PolicyError for what names no columns."""
+        for part, named in zip(self.policies, columns, strict=True):
+            if not isinstance(named, dict) or not all(
+                isinstance(name, str) and isinstance(dtype, torch.dtype) for name, dtype in named.items()
+            ):
+                raise PolicyError(
+                    f"{method}() of {part} returned {named!r}: return names with dtypes, as in "
+                    '{"score": torch.float32}.'
+                )
+        pairs = zip(self._scopes, columns, strict=True)
+        return {scope + name: dtype for scope, named in pairs for name, dtype in named.items()}
 
     def tallies(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what they remember beside rows, of one sequence."""
@@ -204,8 +227,11 @@ class Planner:
                 passage=passage,
             )
             step.weights = part.row_weights(step)
-            if not (step.weights is None or isinstance(step.weights, RowWeights)):
-                raise PolicyError(f"row_weights() of {part} returned {step.weights!r}: return RowWeights, or None.")
+            if not (step.weights is None or (isinstance(step.weights, RowWeights) and step.weights.is_whole)):
+                raise PolicyError(
+                    f"row_weights() of {part} returned {step.weights!r}: return RowWeights, made by uniform(count), "
+                    "last_window(count), geometric(count, decay) or explicit(rows, weights), or None."
+                )
             plans.append(Plan(part, table.scoped(scope), step, scope))
         return plans
 

@@ -234,6 +234,8 @@ def _mask(base: str) -> Callable[..., Any]:
             return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **plain, **kwargs)
 
         mask = PendingMask(attention_mask, kv_length.cache, stock, causal)
-        return mask if mask.cache is None or not causal else mask.cache.read(mask, kwargs.get("q_length"))
+        if mask.cache is None or not causal:
+            return mask
+        return mask.cache.read(mask, kwargs.get("q_length"), kwargs.get("batch_size"))
 
     return kvprune_mask

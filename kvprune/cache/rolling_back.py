@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Sequence
@@ -71,19 +72,28 @@ class RollingBack(ForwardPass):
 
     @without_gradients
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these sequences, LongTensor `[B]`, in this order: what beam search does after every step."""
+        """Keep these sequences, LongTensor `[B]`, in this order: what beam search does after every step.
+
+        On a CPU other choices are taken as `batch_select_indices` takes them; elsewhere nobody waits to look at them.
+        """
+        if self._batch_size is None:
+            return
+        if not isinstance(beam_idx, Tensor) or beam_idx.ndim != 1 or beam_idx.is_floating_point() or beam_idx.is_cpu:
+            beam_idx = _sequences(beam_idx, self._batch_size, "reorder_cache")
         self.end_prompt()
         super().reorder_cache(beam_idx)
 
     @without_gradients
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Let every sequence stand so many times, side by side. Raises CacheError for less than once."""
-        if not isinstance(repeats, SupportsIndex) or operator.index(repeats) < 1:
-            raise CacheError(f"batch_repeat_interleave takes an int of at least 1, not {repeats!r}.")
+    def batch_repeat_interleave(self, repeats: int | Tensor) -> None:
+        """Let every sequence stand so many times, side by side: an int, or a LongTensor `[B]` with one for each.
+
+        Raises CacheError, before anything has changed, for less than once, or none of any sequence.
+        """
         batch = self._batch_size
+        times = _times(repeats, batch)
         if batch is not None:
             self.end_prompt()
-            super().reorder_cache(torch.arange(batch).repeat_interleave(operator.index(repeats)))
+            super().reorder_cache(torch.arange(batch).repeat_interleave(times))
 
     @without_gradients
     def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
@@ -94,7 +104,7 @@ class RollingBack(ForwardPass):
         """
         batch = self._batch_size
         if batch is not None:
-            rows = _sequences(indices, batch)
+            rows = _sequences(indices, batch, "batch_select_indices")
             self.end_prompt()
             super().reorder_cache(rows)  # layers of every kind take such indices as those of beams
 
@@ -136,25 +146,39 @@ class RollingBack(ForwardPass):
         )
 
 
-def _sequences(indices: Any, batch: int) -> Tensor:
+def _sequences(indices: Any, batch: int, taker: str) -> Tensor:
     """Numbers of sequences of a batch, LongTensor `[n]`, made of what PyTorch takes as an index."""
-    given = indices if isinstance(indices, slice | Tensor) else _as_tensor(indices)
+    given = indices if isinstance(indices, slice | Tensor) else _as_tensor(indices, taker)
     try:
         rows = torch.arange(batch)[given.to("cpu") if isinstance(given, Tensor) else given]
     except (IndexError, TypeError, ValueError) as error:
         raise CacheError(
-            f"batch_select_indices takes numbers of sequences from {-batch} to {batch - 1}, or {batch} bools, and was "
+            f"{taker} takes numbers of sequences from {-batch} to {batch - 1}, or {batch} bools, and was "
             f"given {indices!r} ({error})."
         ) from None
     if rows.ndim != 1 or not len(rows):
-        raise CacheError(f"batch_select_indices takes a list of sequences, at least one, not {indices!r}.")
+        raise CacheError(f"{taker} takes a list of sequences, at least one, not {indices!r}.")
     return rows
 
 
-def _as_tensor(indices: Any) -> Tensor:
+def _as_tensor(indices: Any, taker: str) -> Tensor:
     try:
         return torch.as_tensor([*indices])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CacheError(
-            f"batch_select_indices takes a tensor, list or tuple of sequences, not {indices!r} ({error})."
-        ) from None
+        raise CacheError(f"{taker} takes a tensor, list or tuple of sequences, not {indices!r} ({error}).") from None
+
+
+def _times(repeats: Any, batch: int | None) -> int | Tensor:
+    """How often sequences are to stand: an int, or a LongTensor `[B]`."""
+    if isinstance(repeats, Tensor) and repeats.ndim == 1 and len(repeats) in (1, batch or len(repeats)):
+        times = repeats.to("cpu").expand(batch or len(repeats))
+        if times.dtype in (torch.int32, torch.int64) and bool((times >= 0).all() and times.any()):
+            return times.long()
+    elif isinstance(repeats, SupportsIndex) and not (isinstance(repeats, Tensor) and repeats.ndim):
+        with contextlib.suppress(TypeError):  # a tensor of floats has __index__ as well
+            if (count := operator.index(repeats)) >= 1:
+                return count
+    raise CacheError(
+        "batch_repeat_interleave takes an int of at least 1, or a LongTensor [batch] with one for each sequence, not "
+        f"{repeats!r}."
+    )

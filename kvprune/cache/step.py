@@ -338,7 +338,7 @@ class LayerStep(SteadyState):
         if decision is None:
             return False
         table: TokenTable = self.table  # type: ignore[assignment]
-        if plan.step.prefill:  # once, since it waits for the device
+        if plan.looks_at_slots:
             decision.check(table)
         if decision.quantize is not None:
             self.table = table = pack_rows(table, decision.quantize, apart=decision.apart)

@@ -131,7 +131,7 @@ class _Step:
             )
         reading = Reading(mask)
         try:
-            reading.look(self.layer.columns, self.layer.seen, self.length, self.device)
+            reading.look(self.layer.columns, self.layer.seen, self.length, self.device, self.batch)
         except CacheError as error:
             raise self.cache.misused(str(error)) from None
         if reading.looked is None:

@@ -47,7 +47,7 @@ class Trip:
         layer = cache.layers[0]
         batch, self.length = hidden.shape[:2]
         self.cache, self.revives, self.skips = cache, revives, skips
-        self.looked = cache.look(mask, self.length, hidden.device)
+        self.looked = cache.look(mask, self.length, hidden.device, batch)
         valid, past = (None, None) if self.looked is None else (self.looked.valid, self.looked.past)
         before = layer.tokens or (0,) * batch
         before = before if past is None else past.left(before)

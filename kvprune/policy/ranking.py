@@ -214,14 +214,18 @@ class Ranking(Policy):
         what a generated token stands beside counts as well. Rows of the recent window, kept anyway, lend nothing; a row
         that scores -inf or NaN is out of the question, and is lent nothing.
         """
-        scores = self.scores(table, step)
+        given = scores = self.scores(table, step)
         try:
             scores = scores.expand_as(table.positions)
+            if scores.device != table.positions.device or scores.is_complex():
+                raise RuntimeError
         except (AttributeError, RuntimeError):
-            given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            said = type(given).__name__
+            if isinstance(given, Tensor):
+                said = f"{list(given.shape)} of {given.dtype} on {given.device}"
             raise PolicyError(
-                f"scores() of {type(self).__name__} must be a float32 tensor [batch, kv_heads, rows], here "
-                f"{list(table.positions.shape)}, or broadcast to it, and is {given}."
+                f"scores() of {type(self).__name__} must be a float32 tensor [batch, kv_heads, rows] on "
+                f"{table.positions.device}, here {list(table.positions.shape)}, or broadcast to it, and is {said}."
             ) from None
         if self.kernel_size > 1:
             scores = self.pool(scores, table, self._window(table, step, capacity))

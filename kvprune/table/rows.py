@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvprune.errors import PolicyError
 
 EMPTY = -1
 """The position of a slot that holds no row, and the slot of a row that is not there."""
@@ -90,3 +93,15 @@ def in_order(slots: Tensor, positions: Tensor, first: int = 0) -> Tensor:
     order = positions.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, last).argsort(dim=-1)
     slots = slots.gather(2, order)
     return torch.where(slots < 0, slots, slots + first)
+
+
+def write(column: str, rows: Tensor, content: Any) -> None:
+    """Write a column of this name, `[B, Hkv, rows]`, in place. Raises PolicyError for what does not fit."""
+    try:
+        rows.copy_(content)
+    except (RuntimeError, TypeError) as error:
+        given = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
+        raise PolicyError(
+            f"the column {column!r} takes a tensor [batch, KV heads, rows], here {list(rows.shape)}, or what "
+            f"broadcasts to it, and was given {given} ({error})."
+        ) from None

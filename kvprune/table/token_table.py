@@ -33,7 +33,7 @@ from kvprune.table.contents import Contents
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import EMPTY, picked, true_rows
+from kvprune.table.rows import EMPTY, picked, true_rows, write
 from kvprune.table.storage import Storage, is_of_all_slots
 from kvprune.table.view import TableView
 
@@ -105,8 +105,8 @@ class TokenTable(Contents):
         )
 
     def __setitem__(self, column: str, content: Tensor) -> None:
-        """Write a column, in place."""
-        self[column].copy_(content)
+        """Write a column, in place. Raises PolicyError for what is not one number a row."""
+        write(column, self[column], content)
 
     def scoped(self, scope: str) -> TokenTable:
         """The table with its columns under names that lack this prefix: what one link of a chain works on."""
