@@ -209,7 +209,7 @@ def test_prompts_that_do_not_go_on_from_what_was_seen():
     for family in ("llama", "gemma3", "opt"):  # layers of some are not told of use_cache
         model = shared(family)
         cache = PrunedCache(model, Full())
-        with pytest.raises(CacheError, match="use_cache=False|covers them all"):  # 5.17 gives a mask
+        with pytest.raises(CacheError, match=r"use_cache=False|covers them all"):  # 5.17 gives a mask
             generate(model, {"input_ids": batch["input_ids"]}, 2, use_cache=False, **cache_argument(cache))
 
 
