@@ -43,8 +43,10 @@ def launch(dim: int, dtype: torch.dtype) -> None:
     from kvprune import RowWeights, Scoring
     from kvprune.attention.noise import Gumbel
     from kvprune.kernels import gpu as kernels
+    from kvprune.table.basis import Basis
     from kvprune.table.packed_rows import PackedRows
     from kvprune.table.quantize import Codec
+    from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 
     queries, keys = torch.randn(1, 8, 160, dim, dtype=dtype), torch.randn(1, 2, 256, dim, dtype=dtype)
     positions = torch.arange(256, dtype=torch.int32).expand(1, 2, -1)
@@ -68,6 +70,16 @@ def launch(dim: int, dtype: torch.dtype) -> None:
     for codec in (Codec(2), Codec(3, tokens=32, channels=32, separable=True), Codec(8, separable=True)):
         tier = PackedRows.encode(codec, keys, keys)
         kernels.packed_decode_attention(query, [tier], keys, keys, plain, scores="max")
+    basis = Basis.estimate(
+        queries.float(), keys.float(), keys.float(), torch.ones(1, 160, dtype=torch.bool),
+        torch.ones(keys.shape[:3], dtype=torch.bool),
+    )  # fmt: skip
+    for codec, part in (
+        (RotatedCodec(4, normal=True), Basis.fixed(dim, dim)),
+        (RotatedCodec(3, key_clip=0.9, value_clip=0.9), basis),
+    ):  # fmt: skip
+        tier = RotatedRows.encode_in(codec, part, keys, keys)
+        kernels.packed_decode_attention(query, [tier], keys, keys, full, empty=positions, scores="probabilities")
 
 
 def main(capability: int, dim: int, dtype: torch.dtype) -> None:
@@ -102,8 +114,8 @@ def test_every_kernel_compiles(capability, dim, dtype):
     for line in done.stdout.splitlines():
         name, bytes_ = line.split()
         shared[name] = max(shared.get(name, 0), int(bytes_))
-    kernels = {"_lse_kernel", "_mass_kernel", "_maxima_kernel", "_decode_kernel", "_packed_kernel", "_combine_kernel"}
-    assert set(shared) == kernels
+    named = ("lse", "mass", "maxima", "decode", "packed", "rotated", "combine")
+    assert set(shared) == {f"_{name}_kernel" for name in named}
     assert max(shared.values()) <= SHARED_BYTES, shared
 
 

@@ -8,16 +8,20 @@ from devices import DTYPES, EXACT, OUTPUT, interpreted, on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packed import cases, seeds
+from test_rotated import basis_of
+from test_rotated import tokens as correlated
 from torch import Tensor
 
-from kvprune import PolicyError, Scoring
+from kvprune import PolicyError, Scoring, TokenTable
 from kvprune.attention import packed
 from kvprune.attention.softmax import single_query_attention
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from kvprune.table.rotated_rows import RotatedCodec
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from kvprune.kernels import gpu as kernels
+from kvprune.kernels.cuda import TRITON
 from kvprune.kernels.gpu import splits
 
 SHAPES = {
@@ -289,6 +293,100 @@ def test_regular_blocks(device, rows, codec):
     tier = tier_of(codec, rows, 64, 64, device)
     found = kernels.packed_decode_attention(queries, [tier], keys, values, Scoring(0.2), scores="probabilities")
     assert_alike(found, dense_twin(queries, [tier], keys, values, Scoring(0.2)), "probabilities")
+
+
+# -- rows in the coordinates of a basis --------------------------------------------------------------------------------
+
+ROTATED = {
+    "2 bits": RotatedCodec(2),
+    "3 and 2 bits": RotatedCodec(3, value_bits=2),
+    "8 and 4 bits": RotatedCodec(8, value_bits=4),
+    "normal levels": RotatedCodec(3, normal=True),
+    "clipped": RotatedCodec(4, key_clip=0.9, value_clip=0.95),
+}
+
+
+def rotated_table(codec: RotatedCodec, dims: tuple[int, int], estimated: bool, device: str, rows: int = 70):
+    """Queries of three heads for each of two, and a table with holes, a tier of this codec, one of another, and rows in
+    full precision."""
+    queries, keys, values = (each.to(device) for each in correlated(1, 2, 300, dims))
+    table = TokenTable(keys[:, :, :rows], values[:, :, :rows], torch.arange(rows, device=device), {})
+    if estimated:
+        table.turn(basis_of(queries, keys, values))
+    slots = torch.arange(rows - 10, device=device).expand(1, 2, -1)
+    table.quantize([(codec, slots[:, :, :-20]), (RotatedCodec(2, value_bits=3), slots[:, :, -20:])])
+    table.evict(torch.tensor([7, rows - 19], device=device).expand(1, 2, -1))
+    return torch.randn(1, 6, 1, dims[0]).to(device), table
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("name", "dims", "estimated"),
+    [*((name, (64, 32), True) for name in ROTATED), ("3 and 2 bits", (80, 24), True), ("2 bits", (64, 64), False),
+     ("normal levels", (64, 64), False)],
+    ids=str,
+)  # fmt: skip
+def test_rotated_codes(device, name, dims, estimated):
+    """Every width of a spectrum, or one alone; rows with an offset, and levels that are not even."""
+    queries, table = rotated_table(ROTATED[name], dims, estimated, device)
+    scoring = Scoring(0.2, 5.0, torch.randn(6).to(device))
+    empty = None if table.dense else table.positions
+    found = kernels.packed_decode_attention(
+        queries, table.packed, table.keys, table.values, scoring, empty=empty, scores="probabilities"
+    )  # fmt: skip
+    assert_alike(found, packed.single_query(queries, table, scoring), "probabilities")
+
+
+@on_devices
+def test_several_splits_of_rotated_codes(device):
+    """Each is turned back by itself."""
+    queries, table = rotated_table(ROTATED["3 and 2 bits"], (16, 16), True, device, rows=300)
+    assert len(table.packed[0]) > splits._LEAST_STRETCH
+    found = TRITON.packed_single_query(queries, table, Scoring(0.2))
+    assert_alike(found, packed.single_query(queries, table, Scoring(0.2)), "probabilities")
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [ROTATED["2 bits"], ROTATED["normal levels"]], ids=str)
+def test_rotated_dtypes(device, dtype, codec):
+    """Queries count as they are turned, in float32, and codes of even levels exactly."""
+    queries, table = rotated_table(codec, (64, 64), True, device)
+    tiers, queries = table.packed, queries.to(dtype)
+    loose = torch.empty(1, 2, 0, 64, dtype=dtype, device=device)
+    found = kernels.packed_decode_attention(queries, tiers, loose, loose, Scoring(0.2), scores="probabilities")
+    grouped, rows = queries.float().view(1, 2, 3, 64), [len(tier) for tier in tiers]
+    expected = torch.softmax(torch.cat([tier.dot_keys(grouped) for tier in tiers], -1) * 0.2, -1)
+    parts = zip(tiers, expected.split(rows, -1), strict=True)
+    output = sum(tier.sum_values(weights) for tier, weights in parts).view(1, 6, 1, 64)
+    exact = dtype == torch.float32 or not codec.normal
+    torch.testing.assert_close(found[1], expected, atol=1e-5 if exact else 2e-3, rtol=1e-3 if exact else 3e-2)
+    torch.testing.assert_close(found[0], output.to(dtype), **OUTPUT[dtype])
+
+
+@on_devices
+def test_rotated_lengths(device):
+    """Heads with their own numbers of rows; what lies behind is not read."""
+    queries, table = rotated_table(ROTATED["3 and 2 bits"], (16, 16), True, device)
+    tiers = table.packed
+    sizes = [*map(len, tiers), table.keys.shape[2]]
+    lengths = torch.tensor([[[sizes[0], 4]], [[0, sizes[1]]], [[5, 0]]], dtype=torch.int32)
+    behind = torch.cat([torch.arange(n) >= own[..., None] for n, own in zip(sizes, lengths, strict=True)], dim=2)
+    twin = dense_twin(queries, tiers, table.keys, table.values, Scoring(0.3), behind.to(device))
+    found = kernels.packed_decode_attention(
+        queries, tiers, table.keys, table.values, Scoring(0.3), lengths=lengths.to(device), scores="mean"
+    )  # fmt: skip
+    assert_alike(found, twin, "mean")
+
+
+def test_sizes_that_eight_does_not_divide_are_left_to_pytorch():
+    keys = torch.randn(1, 1, 40, 20)
+    table = TokenTable(keys, keys, torch.arange(40), {})
+    table.quantize([(RotatedCodec(2), torch.arange(40).view(1, 1, -1))])
+    assert not kernels.takes_rotated(table.packed[0])
+    query = torch.randn(1, 1, 1, 20)
+    found, expected = (each(query, table, Scoring(0.3)) for each in (TRITON.packed_single_query, packed.single_query))
+    torch.testing.assert_close(found, expected)
 
 
 # -- the package -------------------------------------------------------------------------------------------------------

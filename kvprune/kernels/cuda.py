@@ -13,6 +13,7 @@ from kvprune.kernels import gpu
 from kvprune.kernels.reference import Kernels
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.ragged import RaggedTable
+from kvprune.table.rotated_rows import RotatedRows
 from kvprune.table.token_table import TokenTable
 
 
@@ -50,8 +51,7 @@ class TritonKernels(Kernels):
         return output, torch.stack(by_head, dim=1).unflatten(0, (-1, table.kv_heads))
 
     def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        plain = all(type(tier) is PackedRows for tier in table.packed)  # others hold codes in another way
-        if not plain or not _fits(queries, table.keys, table.values):
+        if not all(map(_holds_codes, table.packed)) or not _fits(queries, table.keys, table.values):
             return super().packed_single_query(queries, table, scoring)
         output, probabilities = gpu.packed_decode_attention(
             queries, table.packed, table.keys, table.values, scoring,
@@ -93,6 +93,11 @@ class TritonKernels(Kernels):
 
 
 TRITON = TritonKernels()
+
+
+def _holds_codes(tier: PackedRows) -> bool:
+    """Whether the kernels know where the codes of a tier are; others may hold them in another way."""
+    return gpu.takes_rotated(tier) if type(tier) is RotatedRows else type(tier) is PackedRows
 
 
 def _fits(queries: Tensor, keys: Tensor, values: Tensor) -> bool:

@@ -11,6 +11,8 @@ so CUDA graphs can capture them. With TRITON_INTERPRET=1, set before Triton is i
 good for tests.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from importlib.util import find_spec
 from os import environ
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from kvprune.kernels.gpu.mass import attention_mass
     from kvprune.kernels.gpu.maxima import attention_maxima
     from kvprune.kernels.gpu.packed_decode import packed_decode_attention
+    from kvprune.table.rotated_rows import RotatedRows
 
 __all__ = [
     "attention_mass",
@@ -34,6 +37,7 @@ __all__ = [
     "decode_attention",
     "packed_decode_attention",
     "supported",
+    "takes_rotated",
     "varlen_decode_attention",
 ]
 
@@ -65,6 +69,11 @@ def supported(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         and queries.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and max(keys.shape[-1], values.shape[-1]) <= _MOST_DIM
     )
+
+
+def takes_rotated(rows: RotatedRows) -> bool:
+    """Whether kernels exist for rows in the coordinates of a basis: components share widths by whole bytes."""
+    return rows.key_dim % 8 == 0 and rows.value_dim % 8 == 0
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ tile, so the others hold the rest of what rounding takes from q s and from weigh
 groups of channels have parameters of their own, a program decodes a tile in float32, and rounds it to the dtype of the
 queries, as a cache in full precision would hold it.
 
-Each tier and the loose rows have a launch of their own; `combine` makes one softmax of all their splits.
+Rows in the coordinates of a basis are attended to by `rotated_decode.py`. Each tier and the loose rows have a launch of
+their own; `combine` makes one softmax of all their splits.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from kvprune.kernels.gpu.codes import (
     raised_pairs,
 )
 from kvprune.kernels.gpu.decode import attend_segment, block_rows, marks_of
+from kvprune.kernels.gpu.rotated_decode import attend_rotated, rotated_block_rows
 from kvprune.kernels.gpu.splits import (
     CHANGING,
     Partials,
@@ -44,6 +46,7 @@ from kvprune.kernels.gpu.terms import for_terms, in_terms, numbers_of, of_channe
 from kvprune.kernels.gpu.tiles import capped, ceil_div, matmul, padded, tile_rows, with_dense_rows
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import packed_bytes
+from kvprune.table.rotated_rows import RotatedRows
 
 # A tile of keys or values, decoded to float32, has to fit in the registers of a program. Parameters that are looked up
 # row by row are as large as decoded rows, and have to fit in shared memory.
@@ -300,6 +303,8 @@ def _regular_tokens(tier: PackedRows) -> int:
 
 
 def _block_rows(tier: PackedRows) -> int:
+    if isinstance(tier, RotatedRows):
+        return rotated_block_rows(tier)
     tile_bytes = _TILE_BYTES_WITH_BLOCKS if "block" in tier.tensors else _TILE_BYTES
     return tile_rows(max(tier.key_dim, tier.value_dim), 4, tile_bytes, 64)
 
@@ -321,7 +326,8 @@ def packed_decode_attention(
 
     Args:
         queries: `[B, Hq, 1, D]`, float32, float16 or bfloat16.
-        tiers: packed rows of 2, 3, 4 or 8 bits, with any parameters that `PackedRows` has.
+        tiers: packed rows of 2, 3, 4 or 8 bits, with any parameters that `PackedRows` has, or `RotatedRows` of sizes
+            of keys and values that 8 divides.
         keys, values: the rows in full precision, `[B, Hkv, rows, D]` and `[B, Hkv, rows, Dv]`, of the dtype of the
             queries; there may be none.
         empty: `[B, Hkv, S]`: bool, True where a slot is empty; or integers, below zero there, as positions are.
@@ -343,6 +349,7 @@ def packed_decode_attention(
     partials = Partials.empty(pairs, group, splits, value_dim, slots, keys.device, scores)
     of_heads = [None] * len(segments) if lengths is None else list(lengths.contiguous())
     for tier, segment, own in zip(tiers, segments, of_heads, strict=False):
-        _attend_tier(queries, tier, scoring, partials, segment, empty, own)
+        attend = attend_rotated if isinstance(tier, RotatedRows) else _attend_tier
+        attend(queries, tier, scoring, partials, segment, empty, own)  # type: ignore[arg-type]
     attend_segment(queries, keys, values, scoring, partials, segments[-1], empty=empty, lengths=of_heads[-1])
     return combine(partials, kv_heads, queries.dtype, scoring.sinks, scores)
