@@ -28,6 +28,7 @@ from kvprune.policies import (
     H2O,
     KIVI,
     TOVA,
+    Bits,
     Full,
     GemFilter,
     Keyformer,
@@ -83,6 +84,9 @@ POLICIES: dict[str, Policy] = {
     "everywhere | kivi": H2O(24, recent=4, share=Everywhere()) | KIVI(group_size=8, residual=8),
     "kvzip": KVzip(0.4, recent=4, chunk=32),
     "kvzip+": KVzipPlus(0.4, recent=4),
+    "bits": Bits(0.7, score=SnapKV(window=8), sinks=2, recent=4),
+    "bits, adaptive": Bits("0.8b", score=H2O(), share=Adaptive(0.2), sinks=2, recent=4),
+    "bits, kvzip": Bits(0.7, score=KVzip(chunk=32), sinks=2, recent=4),
 }
 CASES = [*(("llama", name) for name in POLICIES), *((model, "tova") for model in MODELS if model != "llama")]
 CASES += [(model, "keyformer") for model in WHOLE]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import feed, generate, left_padded, shared, stepwise
 from hypothesis import given
+from hypothesis import settings as profile
 from hypothesis import strategies as st
 
 from kvprune import Adaptive, BudgetError, Everywhere, PolicyError, PrunedCache, Pyramid, Uniform
@@ -261,6 +262,48 @@ def test_codes_stay_as_they_are_or_go_and_generated_tokens_age():
                 assert 0 < min(aged) - 249 <= 1 + 4  # the prompt's newest are among those that aged first
                 assert max(aged) < 310 - 4
                 assert all(now[row][0] == 4 for row in now if row[2] >= 250)
+            before = now
+
+
+def bits_of(cache: PrunedCache) -> dict[tuple[int, int, int], tuple[int, bytes]]:
+    """Bits and codes of every row, by layer, head and position; those in full precision have no codes."""
+    exact = {
+        (layer, head, place): (EXACT, b"")
+        for layer in cache.pruned_layers
+        for head, row in enumerate(cache.kept_positions(layer)[0].tolist())
+        for place in row
+        if place >= 0
+    }
+    return exact | codes_of(cache)
+
+
+@given(
+    score=st.sampled_from(sorted(SCORES)),
+    share=st.sampled_from(SHARES),
+    budget=st.floats(0.5, 0.9),
+    widths=st.sets(st.sampled_from([2, 3, 4, 8])).map(sorted).map(tuple),
+    aged_bits=st.sampled_from([2, 4]),
+    turns=st.lists(st.tuples(st.integers(20, 70), st.integers(0, 45)), min_size=1, max_size=2),
+)
+@profile(max_examples=max(5, profile.default.max_examples // 8))
+def test_rows_only_lose_bits_or_go(score, share, budget, widths, aged_bits, turns):
+    """Whatever comes: bits of a row never grow, codes stay what they were written as, and what went is not back."""
+    policy = Bits(budget, score=SCORES[score], share=share, widths=widths, aged_bits=aged_bits, sinks=1, recent=3)
+    cache, batch = PrunedCache(shared(), policy), left_padded([sum(map(sum, turns))])
+    begin, before, gone = 0, {}, set()
+    for prompt, generated in turns:
+        for fed in ([prompt], [1] * generated):
+            if fed:
+                feed(shared(), batch, cache, fed, begin=begin)
+            begin += sum(fed)
+            now = bits_of(cache)  # which ends the prompt
+            assert not gone & now.keys()
+            gone |= before.keys() - now.keys()
+            for row in before.keys() & now.keys():
+                (had, code), (has, other) = before[row], now[row]
+                assert has <= had
+                assert has < had or code == other
+                assert has == had or had == EXACT
             before = now
 
 

@@ -33,11 +33,16 @@ from transformers import DynamicCache
 from kvprune import CacheError, CacheReport, Chain, Policy, PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.cache.report import LayerReport, human_bytes
-from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
+from kvprune.policies import A2SF, H2O, KIVI, TOVA, Bits, Full, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 ROOM = 10_000
 BUDGET = 16
-FULL_BUDGET = {"full": Full(), "a2sf": A2SF(ROOM), "snapkv": SnapKV(ROOM, window=4, interval=1)}
+FULL_BUDGET = {
+    "full": Full(),
+    "a2sf": A2SF(ROOM),
+    "snapkv": SnapKV(ROOM, window=4, interval=1),
+    "bits": Bits("1GB", score=H2O()),  # which waits for the end of a prompt
+}
 EVICTING = {
     "a2sf": A2SF(BUDGET, sinks=2, recent=3),
     "keyformer": Keyformer(BUDGET, sinks=2, recent=3, generation_length=8),

@@ -81,7 +81,7 @@ def test_every_process_keeps_the_rows_of_its_heads(case, one, several):
 @needs_gloo
 def test_heads_of_different_processes_get_different_numbers_of_rows(several):
     """What is compared above, where heads compete: rows that went from heads of one process to those of another."""
-    for name in ("adaptive", "adaptive, z", "everywhere", "kvzip", "kvzip+"):
+    for name in ("adaptive", "adaptive, z", "everywhere", "kvzip", "kvzip+", "bits", "bits, adaptive"):
         rows = [sum(int((layer >= 0).sum()) for layer in each["llama", name]["kept"]) for each in several]
         assert len({*rows}) == PROCESSES
 
