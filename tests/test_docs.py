@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,6 +238,12 @@ def check(words, folder):
     elif program == "pip":
         named = [extra for word in words if word.startswith(".[") for extra in word[2:-1].split(",")]
         assert {*named} <= EXTRAS.keys()
+    elif words[:2] == ["serve", "run"]:  # of Ray Serve
+        module, _, function = words[2].partition(":")
+        source = (ROOT / "integrations" / f"{module.rpartition('.')[2]}.py").read_text()
+        known = {each.name for each in fields(Options)} | {*re.findall(r"(\w+)=\((?:str|int|float)\b", source)}
+        assert f"def {function}(" in source
+        assert {word.partition("=")[0] for word in words[3:]} <= known
     elif program == "python" and words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:] if word.endswith(".py"))
     elif program == "python":
@@ -259,6 +266,7 @@ def test_commands_work_as_shown(path, folder, monkeypatch):
         ("make tea", "tea"),
         ("kvprune generate --moddel demo", "No such option: --moddel"),
         ("kvprune brew", "No such command 'brew'"),
+        ("serve run kvprune.integrations.ray_serve:app moddel=demo", "moddel"),
         ("pip install '.[tea]'", "tea"),
         ("tea", "does not know how to try"),
     ],

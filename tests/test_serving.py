@@ -28,6 +28,7 @@ from kvprune.serving.jobs import Job, Settings
 from kvprune.serving.metrics import Metrics
 from kvprune.serving.prefixes import Prefixes
 from kvprune.serving.prompts import Prompt
+from kvprune.serving.sessions import session_of
 from kvprune.serving.writing import Chance, Text, processors
 
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -713,6 +714,41 @@ def test_models_health_metrics_and_the_page(server):
     assert all(re.fullmatch(r'kvprune_[a-z_]+(\{[a-z]+="[a-z0-9 ]+"\})?', name) for name in values)
     assert float(values['kvprune_requests_total{outcome="answered"}']) >= 1
     assert float(values["kvprune_completion_tokens_total"]) >= 4
+
+
+# -- several servers ---------------------------------------------------------------------------------------------------
+
+
+def test_what_goes_to_the_same_server():
+    chat = '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "%s"}]%s}'
+
+    def chats(question, more="", prefix=1):
+        return session_of("/v1/chat/completions", (chat % (question, more)).encode(), prefix)
+
+    assert chats("b") == chats("c") != chats("b", ', "policy": "full"')
+    assert chats("b", prefix=0) is None
+    assert chats("b", ', "prefix": 0') is None
+    assert chats("b", ', "prompt_cache_key": "k"', 0) == chats("c", ', "prompt_cache_key": "k", "policy": "full"')
+    assert "a" * 9 not in str(session_of("/v1/completions", b'{"prompt": "aaaaaaaaaa", "prefix": 9}', 0))
+    for wrong in (b"", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [1], "prefix": "x"}', b"[" * 100_000):
+        assert session_of("/v1/chat/completions", wrong, 1) is None
+
+
+def test_metrics_add_up_but_a_folder_that_is_shared():
+    several = [Metrics() for _ in range(2)]
+    for number, each in enumerate(several, 1):
+        each.add("requests_total", number, "answered")
+        each.add("evictions_total", number, "disk")
+        each.put("kept_bytes", 10 * number, "memory")
+        each.put("kept_bytes", 10 * number, "disk")
+        each.put("prefixes", number, "disk")
+    together = Metrics.added_up(each.values() for each in several)
+    assert together.value("requests_total", "answered") == together.value("evictions_total", "disk") == 3
+    assert together.value("kept_bytes", "memory") == 30
+    assert (together.value("kept_bytes", "disk"), together.value("prefixes", "disk")) == (20, 2)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_serves_what_it_is_told(monkeypatch, tmp_path):

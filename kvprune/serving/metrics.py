@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from typing import Self
 
 _KNOWN = {
     "requests_total": ("counter", "Requests that were answered, called off, refused, or failed, by outcome."),
@@ -52,9 +54,25 @@ class Metrics:
         with self._lock:
             return self._values.get((name, label), 0)
 
-    def __str__(self) -> str:
+    def values(self) -> dict[tuple[str, str], float]:
+        """All of them, by name and label."""
         with self._lock:
-            values = dict(self._values)
+            return dict(self._values)
+
+    @classmethod
+    def added_up(cls, several: Iterable[dict[tuple[str, str], float]]) -> Self:
+        """What several servers count, by the `values` of each. The files of a folder that they share count once."""
+        made = cls()
+        for values in several:
+            for (name, label), value in values.items():
+                if _KNOWN[name][0] == "gauge" and label == "disk":
+                    made.put(name, max(value, made.value(name, label)), label)
+                else:
+                    made.add(name, value, label)
+        return made
+
+    def __str__(self) -> str:
+        values = self.values()
         lines = []
         for name, (kind, meaning) in _KNOWN.items():
             lines += [f"# HELP kvprune_{name} {meaning}", f"# TYPE kvprune_{name} {kind}"]
