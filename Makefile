@@ -44,8 +44,8 @@ test-browser: $(TESTED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
-# Two replicas on one machine, on Ray Serve (240 MB installed). Where a Ray is too slow to start, start one before, with
-# fixed ports, and set RAY_ADDRESS: see `ray start --help`.
+# Two replicas on one machine, on Ray Serve (240 MB installed). Ray gives its own processes fifteen seconds to start: where a
+# machine is too busy, `ray start --head` one before, and set RAY_ADDRESS to its address and RAY_AUTH_MODE=token.
 test-ray: $(TESTED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/test_ray.py
