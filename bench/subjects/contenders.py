@@ -29,6 +29,7 @@ POLICIES = {
     "SnapKV": "snapkv",
     "SnapKV adaptive": "snapkv:share=adaptive",
     "SnapKV everywhere": "snapkv:share=everywhere",
+    "KVzip": "kvzip",
     "H2O": "h2o",
     "TOVA": "tova",
     "StreamingLLM": "streaming_llm",

@@ -163,7 +163,7 @@ INLINE void store_some(float *to, floats x, long count) {
 
 /* exp of x <= 0, to 2e-7 of itself; 0 below -87. Adding 1.5 * 2**23 rounds to a whole number, found in the low bits. */
 INLINE floats exp_of(floats x) {
-    floats power = larger(x, all(-87.5f)) * 1.44269504f, shifted = power + 12582912.0f;
+    floats power = x * 1.44269504f, shifted = power + 12582912.0f;
     floats part = power - (shifted - 12582912.0f);
     floats series = all(1.327647188e-3f);
     series = series * part + 9.675541526e-3f;

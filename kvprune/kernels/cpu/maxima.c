@@ -2,8 +2,9 @@
 
 #include "tiles.h"
 
-/* Rows of queries at a time: their logits over all keys stay in the cache of the processor. */
-enum { ROWS = 16 };
+/* Rows of queries at a time: their logits over all keys stay in the cache of the processor. A multiple of TALL, the
+   most whose products fit into registers with one part of a tile. */
+enum { ROWS = 18, TALL = 6 };
 
 /* What all rows of a head share. columns [tiles, D, TILE]. positions [tiles * TILE], -1 for an empty slot. least
    [tiles]: the smallest position in a tile, empty slots left out. */
@@ -27,7 +28,7 @@ INLINE void dots_of_rows(
 ) {
     if (parts == 1) {
         for (long key = 0; key < TILE; key += LANES) {
-            pair sums[4];
+            pair sums[TALL];
             part_dots(sums, columns + key, queries, D, count);
             for (int row = 0; row < count; row++)
                 store_pair(logits + row * width + key, sums[row]);
@@ -51,6 +52,8 @@ INLINE void dots_of_block(
         const float *columns = head->columns + tile * TILE * D;
         float *here = logits + tile * TILE;
         long row = 0;
+        for (; parts == 1 && row + TALL <= rows; row += TALL)
+            dots_of_rows(here + row * width, width, columns, queries + row * D, D, TALL, parts);
         for (; row + 4 <= rows; row += 4)
             dots_of_rows(here + row * width, width, columns, queries + row * D, D, 4, parts);
         for (; row < rows; row++)
@@ -58,9 +61,8 @@ INLINE void dots_of_block(
     }
 }
 
-/* Logits of one row become exp(logit - largest), and of `best` what is less than that part of the row's softmax times
-   `weight` becomes it. Returns what the exponentials are to be multiplied by. */
-INLINE float exponentials(float *row, float *best, const keys_of_head *head, int32_t query, float weight, float sink) {
+/* Logits of one row become exp(logit - largest). Returns what these are to be multiplied by. */
+INLINE float exponentials(float *row, const keys_of_head *head, int32_t query, float sink) {
     pair most = pair_of(all(sink)), total = pair_of(all(0.0f));
     for (long tile = 0; tile < head->tiles; tile++) {
         if (head->least[tile] > query)
@@ -83,14 +85,24 @@ INLINE float exponentials(float *row, float *best, const keys_of_head *head, int
             add(&total, x);
         }
     }
-    const float part = 1.0f / (sum_of_pair(total) + expf(sink - top)), given = weight * part;
+    return 1.0f / (sum_of_pair(total) + expf(sink - top));
+}
+
+/* Of `best`, what is less than an exponential of `rows` rows times the factor of its row becomes that. */
+INLINE void take_larger(
+    float *best, const float *weights, const float *factors, const keys_of_head *head, long rows, int32_t newest
+) {
+    const long width = head->tiles * TILE;
     for (long tile = 0; tile < head->tiles; tile++) {
-        if (head->least[tile] > query)
+        if (head->least[tile] > newest)
             continue;
-        for (long key = tile * TILE; key < (tile + 1) * TILE; key += LANES)
-            store_pair(best + key, larger_pair(pair_of(load(best + key)), given * load(row + key)));
+        for (long key = tile * TILE; key < (tile + 1) * TILE; key += LANES) {
+            pair most = pair_of(load(best + key));
+            for (long row = 0; row < rows; row++)
+                most = larger_pair(most, factors[row] * load(weights + row * width + key));
+            store_pair(best + key, most);
+        }
     }
-    return part;
 }
 
 INLINE void add_values(
@@ -98,7 +110,7 @@ INLINE void add_values(
     const int count
 ) {
     for (long d = 0; d < Dv; d += LANES) {
-        pair sums[4];
+        pair sums[TALL];
         for (int row = 0; row < count; row++)
             sums[row] = pair_of(load(output + row * Dv + d));
         for (long key = 0; key < keys; key++) {
@@ -131,6 +143,8 @@ INLINE void values_of_block(
             stride = Dv;
         }
         long row = 0;
+        for (; row + TALL <= rows; row += TALL)
+            add_values(output + row * Dv, weights + row * width + first, width, values, stride, keys, Dv, TALL);
         for (; row + 4 <= rows; row += 4)
             add_values(output + row * Dv, weights + row * width + first, width, values, stride, keys, Dv, 4);
         for (; row < rows; row++)
@@ -144,7 +158,7 @@ VECTORS static void attend_block(
     const int32_t *query_positions, const float *weights, const float *sinks, long first, long rows, long R
 ) {
     const long width = head->tiles * TILE;
-    float parts[ROWS];
+    float parts[ROWS], given[ROWS];
     int32_t newest = -1, of_rows[ROWS];
     for (long row = 0; row < rows; row++) {
         of_rows[row] = query_positions[(first + row) % R];
@@ -155,14 +169,17 @@ VECTORS static void attend_block(
     else
         dots_of_block(logits, head, queries + first * head->D, rows, newest, 1);
     for (long row = 0; row < rows; row++) {
-        const long g = (first + row) / R;
         float *own = logits + row * width;
-        parts[row] = exponentials(
-            own, best + g * width, head, of_rows[row], weights[(first + row) % R], sinks ? sinks[g] : -INFINITY
-        );
+        parts[row] = exponentials(own, head, of_rows[row], sinks ? sinks[(first + row) / R] : -INFINITY);
+        given[row] = parts[row] * weights[(first + row) % R];
         for (long tile = 0; tile < head->tiles; tile++) /* tiles that other rows of the block see */
             if (head->least[tile] <= newest && (head->least[tile] > of_rows[row] || parts[row] == 0.0f))
                 memset(own + tile * TILE, 0, 4 * TILE);
+    }
+    for (long row = 0, end; row < rows; row = end) { /* those of one query head at a time */
+        const long g = (first + row) / R;
+        end = (g + 1) * R - first < rows ? (g + 1) * R - first : rows;
+        take_larger(best + g * width, logits + row * width, given + row, head, end - row, newest);
     }
     if (!output)
         return;

@@ -25,8 +25,8 @@ INLINE int is_wide(void) {
 #endif
 }
 
-/* Products of `count` <= 4 rows of queries with one part of a tile of keys. */
-INLINE void part_dots(pair sums[4], const float *columns, const float *queries, long D, const int count) {
+/* Products of `count` rows of queries, of which 16 registers of 8 numbers hold 6, with one part of a tile of keys. */
+INLINE void part_dots(pair *sums, const float *columns, const float *queries, long D, const int count) {
     for (int row = 0; row < count; row++)
         sums[row] = pair_of(all(0.0f));
     for (long d = 0; d < D; d++)
