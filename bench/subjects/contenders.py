@@ -41,6 +41,7 @@ POLICIES = {
     "KIVI 4 bit": "kivi:bits=4",
     "Spectral 2 bit": "spectral:bits=2",
     "A2SF | ZipCache": "a2sf | zipcache",
+    "Bits": "bits:score=snapkv",
     "SnapKV | KIVI 2 bit": "snapkv | kivi:bits=2",
     "SnapKV adaptive | KIVI 2 bit": "snapkv:share=adaptive | kivi:bits=2",
 }
