@@ -31,7 +31,7 @@ def question(document, note):
 
 @pytest.fixture(scope="module")
 def client():
-    new = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": 2, "include_dashboard": False}
+    new = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": 2, "include_dashboard": False}
     ray.init(log_to_driver=False, **new)
     try:
         serve.start(http_options={"port": PORT})
