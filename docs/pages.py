@@ -30,13 +30,6 @@ ELSEWHERE = (
     "kvprune/demo/README.md",
 )
 """Documents that are pages under the paths they have in the repository."""
-SECTIONS_OF_README = {
-    "does-the-model-still-answer": "evaluate.md",
-    "use-it": "use.md",
-    "what-a-real-model-still-answers": "which-policy.md",
-}
-"""Which page has a section of README that others link to."""
-
 _FROM = re.compile(r"^<!-- from (\S+): (.+) -->$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
@@ -109,14 +102,9 @@ def _moved(text: str, source: str, page: str) -> str:
 
     def moved(found: re.Match[str]) -> str:
         target, hash_, anchor = found[2].partition("#")
-        if "://" in target or target.startswith("mailto:"):
+        if not target or "://" in target or target.startswith("mailto:"):
             return found[0]
-        if not target and source == "README.md":
-            target, hash_, anchor = SECTIONS_OF_README[anchor], "", ""
-        elif target:
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(source), target)).removeprefix("docs/")
-        if not target:
-            return found[0]
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), target)).removeprefix("docs/")
         return found[1] + posixpath.relpath(target, posixpath.dirname(page) or ".") + hash_ + anchor + found[3]
 
     parts = _FENCE.split(text)

@@ -93,13 +93,6 @@ def test_every_page_is_in_the_navigation():
     assert sorted(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])) == sorted(site.pages())
 
 
-def test_the_site_has_all_that_readme_says_of_use():
-    parts = re.findall(r"^\*\*(.+?)\*\*", FENCE.sub("", site.section((ROOT / "README.md").read_text(), "Use it")), re.M)
-    taken = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
-    assert len(parts) > 10
-    assert not [part for part in parts if f"<!-- from README.md: {part} -->" not in taken]
-
-
 def test_the_reference_has_every_public_name():
     named = re.findall(r"^::: (\S+)", site.pages()["reference.md"], re.MULTILINE)
     found = {name.rpartition(".")[2] for name in named}
