@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from families import build, feed, kept_everywhere, left_padded, stepwise
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -236,6 +236,7 @@ def test_a_prompt_in_chunks_is_decided_after_the_last(make, chunks, budget, seed
     assert kept_everywhere(chunked) == kept_everywhere(whole)
 
 
+@example(share=Adaptive(0, "sum"), chunks=[2, 3, 15, 15], budget="0.9b", seed=0)  # where heads begin takes bytes too
 @given(share=shares, **in_chunks)
 def test_no_piece_of_a_prompt_is_too_short_for_its_budget(share, chunks, budget, seed):
     """Of the first one, a fraction of tokens or bytes may be less than what is always kept; of the prompt it is not."""

@@ -19,6 +19,7 @@ from kvprune.policy.aging import ROTATED_SINKS
 from kvprune.policy.base import Decision, Policy, Step, per_sequence
 from kvprune.policy.heads import ALL_HEADS, Heads
 from kvprune.policy.passage import Passage
+from kvprune.table.flat import index_bytes
 from kvprune.table.quantize import Codec
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.tallies import Tallies
@@ -199,6 +200,8 @@ class Planner:
         other_bytes += max(0, self.query_window(prefill) - 1) * query_bytes
         other_bytes += tallies.nbytes
         other_bytes += len(queries.states) * Steady.bytes_for(1) if self.static_decode else 0  # in any batch alike
+        if any(part.heads_compete for part in self.policies):
+            other_bytes += table.batch_size * index_bytes(table.kv_heads)
         stock_bytes = table.kv_token_bytes * self.stock_tokens * heads.size
         half_bytes = self._half_bytes(table, heads)
         plans = []

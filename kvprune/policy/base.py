@@ -139,6 +139,11 @@ class Policy(metaclass=SettingsType):
         return False
 
     @property
+    def heads_compete(self) -> bool:
+        """Whether the KV heads of a layer may keep different numbers of rows, by a budget that they share."""
+        return False
+
+    @property
     def static_decode(self) -> bool:
         """Whether, once sequences have reached their budget, every generated token costs one row: see `Steady`.
 

@@ -36,7 +36,7 @@ class Eviction(Ranking):
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
         if not step.due:
             return None
-        if self.share.scope != "head":
+        if self.heads_compete:
             return self._compete([table], [step])[0] if step.prefill else self._evict_surplus(table, step)
         capacity = self.capacity(step)
         alike = len(set(capacity)) == 1

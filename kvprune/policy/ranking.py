@@ -134,6 +134,10 @@ class Ranking(Policy):
         return type(self).row_weights is not Policy.row_weights or self.replay is not None
 
     @property
+    def heads_compete(self) -> bool:
+        return self.share.scope != "head"
+
+    @property
     def static_decode(self) -> bool:
         return self.interval == 1 and not (self.turns_back or self.value_aware or self.refines)
 

@@ -11,6 +11,11 @@ from kvprune.table.operations import FlatColumns, RowOperations
 from kvprune.table.storage import Storage
 
 
+def index_bytes(heads: int) -> int:
+    """What `starts` and `lengths` of so many heads take, in bytes."""
+    return 8 * (2 * heads + 1)
+
+
 class Flat:
     """Tensors by name, `[slots of all heads, ...]`: those of `Storage`, without dimensions for sequences and heads.
 
