@@ -47,7 +47,7 @@ def fresh_compiler(request):
         pytest.skip("the compiler copies no object, and breaks the graph there")
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=3):  # what changes shapes is compiled a few times, then left alone
+    with torch._dynamo.config.patch(recompile_limit=2):  # what changes shapes is compiled twice, then left alone
         yield
     torch._dynamo.reset()
 
