@@ -140,7 +140,7 @@ class Policy(metaclass=SettingsType):
 
     @property
     def heads_compete(self) -> bool:
-        """Whether the KV heads of a layer share its rows out; a budget in bytes also pays for where each head's begin."""
+        """Whether KV heads share out a layer's rows; a budget in bytes also pays for where each head's begin."""
         return False
 
     @property
