@@ -12,7 +12,6 @@ import torch
 import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kvprune.cache.models import cache_argument
@@ -21,6 +20,7 @@ from kvprune.demo import load
 from kvprune.demo.measure import CONTINUATION, Questions, Result, measure, reference
 from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH, decode
 from kvprune.errors import KVPruneError
+from kvprune.evaluation.progress import EvaluationProgress
 from kvprune.policy.base import Policy
 from kvprune.policy.registry import parse
 from kvprune.saving import PrunedCache
@@ -137,34 +137,17 @@ class Demo:
             (label, f"{budget:.0%}", policy) for budget in self.budgets for label, policy in contenders(budget).items()
         ]
         plans += [(label, bits, policy) for label, (bits, policy) in packers().items()]
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} prompts"),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task(FULL, total=(len(plans) + 1) * self.questions)
+        with EvaluationProgress("demo", len(plans) + 1, 0, self.console, quiet=False) as progress:
+            progress.begin(FULL)
             dense = reference(model, questions, BATCH_SIZE)
-            progress.advance(task, self.questions)
+            progress.advance()
             results = []
             for label, budget, policy in plans:
-                progress.update(task, description=f"{label} {budget}".strip())
+                progress.begin(f"{label} {budget}".strip())
                 results.append(
-                    measure(
-                        model,
-                        questions,
-                        dense,
-                        policy,
-                        label=label,
-                        budget=budget,
-                        batch_size=BATCH_SIZE,
-                        tick=lambda prompts: progress.advance(task, prompts),
-                    )
+                    measure(model, questions, dense, policy, label=label, budget=budget, batch_size=BATCH_SIZE)
                 )
+                progress.advance()
         return results
 
     def _table(self, results: list[Result]) -> Table:
