@@ -158,21 +158,13 @@ def main() -> None:
     shown = table(
         f"{sizes}; {options.requests} requests, or one a client",
         "tokens a second of all clients, and a second of CPU time of the server; median seconds to a first token",
-        "server",
-        *[
-            f"{figure}, {clients} clients"
-            for clients in options.clients
-            for figure in ("tokens/s", "tokens per CPU second", "first token")
-        ],
-    )
-    for name in dict.fromkeys(each["setup"] for each in results):
-        own = [each for each in results if each["setup"] == name]
-        cells = [
-            f"{each[key]:.{digits}f}"
-            for each in own
-            for key, digits in (("tokens_per_second", 0), ("tokens_per_cpu_second", 0), ("first_token", 2))
-        ]
-        shown.add_row(name, *cells)
+        "server", "clients", "tokens/s", "tokens per CPU second", "first token",
+    )  # fmt: skip
+    for each in results:
+        shown.add_row(
+            each["setup"], str(each["clients"]), f"{each['tokens_per_second']:.0f}",
+            f"{each['tokens_per_cpu_second']:.0f}", f"{each['first_token']:.2f}",
+        )  # fmt: skip
     log.console.print(shown)
     save(options.out, results=results, notes=log.notes)
     save_markdown(options.out, [shown], log.notes)

@@ -54,8 +54,8 @@ def parts(repeats: int = 300) -> dict[str, float]:
         layer.seen, layer.generated = layer.seen + 1, layer.generated + 1
         layer.tokens = (layer.seen,)
         attended = timed("attention", partial(queries.attend, table, scoring, with_probabilities=True))
-        (plan,) = timed("what the policy is told", partial(layer._plans, table, queries, False))
-        timed("update the score", partial(layer._observe, table, [plan], queries, scoring, attended))
+        (plan,) = timed("what the policy is told", partial(layer.plans, table, queries, False))
+        timed("update the score", partial(layer.observe, table, [plan], queries, scoring, attended))
         decision = timed("rank the rows, choose the worst", partial(policy.decide, table, plan.step))
         timed("move the newest row over the worst", partial(table.evict, decision.evict))
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -7,12 +7,14 @@ from collections import Counter
 
 import beyond_window
 import bits
+import decode_parts
 import families
 import gpu
 import memory
 import plots
 import pytest
 import serve
+import steps
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -378,3 +380,23 @@ def test_a_load_test_fails_for_what_went_wrong_alone(failed, happened):
     told = serve.verdicts(dataclasses.replace(good, **happened), 2**20, 2**21)
     (name,) = [each for each, holds in told.items() if not holds]
     assert failed in name
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_of_caches_that_go_on():
+    found = steps.measured([STOCK, "A2SF", "KIVI 2 bit"], tiny(STOCK, 0.25), turns=2)
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in found.values())
+    fed = 3 * (steps.STEPS + 1)  # a turn more than is counted, and a step in each
+    config = build_model("tiny").config
+    dense = DynamicCache(config=config)
+    build_model("tiny")(torch.ones(1, 64 + fed, dtype=torch.long), **cache_argument(dense))
+    assert found[STOCK]["nbytes"] == held_bytes(dense)
+    assert found["A2SF"]["nbytes"] < found[STOCK]["nbytes"]
+    shown = steps.shown(found, [STOCK, "A2SF"], "steps")
+    assert list(shown.columns[0].cells) == list(found)
+
+
+def test_every_part_of_a_step_is_timed():
+    assert all(microseconds > 0 for microseconds in decode_parts.parts(repeats=2).values())
