@@ -7,6 +7,10 @@ as its policy says; the second half is compared. KL is that of the next token's 
 nats; top-1 how often both have the same best token. Beside policies of kvprune, `quanto(bits)` and `HQQ(bits)` are
 transformers' `QuantizedCache` with these backends, which have to be installed (`pip install kvprune[bench]`).
 
+    python bench/bits.py TEXT --calibrate ANOTHER --of "OSCAR(2)" "OSCAR(2, rotations=rotations)"
+
+measures rotations on the first tokens of another text, and gives them to policies that name them.
+
 Bits are those of packed numbers, with every parameter that stands for them but the basis of a rotated codec, which
 belongs to a head. Kept is all that the cache holds at the end, of what keys and values take in 16 bits. What is held in
 float32, rows in full precision and scales of other libraries, counts as if it were in 16 bits, as a model of 16 bits
@@ -26,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache
 
-from kvprune import Policy, PrunedCache, policies
+from kvprune import Policy, PrunedCache, Rotations, policies
 from kvprune.cache.models import cache_argument
 from kvprune.evaluation.models import load
 from kvprune.policies import Full
@@ -107,6 +111,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--window", type=int, default=1024, help="tokens of each")
     parser.add_argument("--of", nargs="+", default=list(ALL), help="policies as one writes them, quanto(2), HQQ(4)")
+    parser.add_argument("--calibrate", type=Path, help="a text to measure `rotations` on")
+    parser.add_argument("--calibration", type=int, default=8192, help="tokens of it, in pieces of a window each")
     asked = parser.parse_args()
     named = load(asked.model, dtype="float32")
     model, size = named.model, asked.window
@@ -116,8 +122,12 @@ def main() -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dense = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
     full = [predictions(model, window, Full())[0] for window in windows]
+    names = {**vars(policies), "quanto": quanto, "HQQ": HQQ}
+    if asked.calibrate is not None:
+        read = named.tokenizer(asked.calibrate.read_text("utf-8"), return_tensors="pt").input_ids
+        names["rotations"] = Rotations.measure(model, read[:, : asked.calibration], length=size)
     for text in asked.of:
-        what = eval(text, {**vars(policies), "quanto": quanto, "HQQ": HQQ})  # what the person at the keyboard wrote
+        what = eval(text, names)  # what the person at the keyboard wrote
         rows = []
         for window, expected in zip(windows, full, strict=True):
             found, cache = predictions(model, window, what)

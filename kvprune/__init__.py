@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvprune.routing.router import Router
     from kvprune.saving import PrunedCache
     from kvprune.saving.heads import HeadScores
+    from kvprune.saving.rotations import Rotations
     from kvprune.table.quantize import Codec
     from kvprune.table.token_table import TokenTable
 
@@ -50,6 +51,7 @@ _HOMES = {
     "kvprune.routing.router": ("Router",),
     "kvprune.saving": ("PrunedCache",),
     "kvprune.saving.heads": ("HeadScores",),
+    "kvprune.saving.rotations": ("Rotations",),
     "kvprune.cache.report": ("CacheReport",),
     "kvprune.errors": (
         *("BudgetError", "CacheError", "EvaluationError", "HistoryWarning", "KVPruneError", "PolicyError"),
@@ -91,6 +93,7 @@ __all__ = [
     "PrunedCache",
     "Pyramid",
     "QuestionWarning",
+    "Rotations",
     "Router",
     "RowWeights",
     "Scoring",

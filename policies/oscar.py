@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from kvprune.policy.aging import Aging, learn_basis
 from kvprune.policy.base import Step
 from kvprune.policy.settings import check_number
-from kvprune.table.basis import hadamard
+from kvprune.saving.rotations import Rotations
+from kvprune.table import spreading
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.token_table import TokenTable
 
@@ -25,46 +24,46 @@ class OSCAR(Aging):
     normalised Hadamard matrix: every component of k R_K and v R_V holds as much of each eigenvector as all others, so
     they may have the same bits. A row is cut off at a quantile of |z|, and gets even levels from end to end.
 
-    In the paper, a file has one rotation for all heads of a layer, from 30,000 tokens; here a prompt tells its own,
-    head by head, from two times as many tokens as a key has numbers on. A shorter one gets H alone, its mean taken out.
+    In the paper, a file has one rotation for all heads of a layer, from 30,000 tokens: `Rotations.measure` makes one,
+    and `rotations` takes it, for prompts of any length. Without it, a prompt tells its own, head by head, from two
+    times as many tokens as a key has numbers on; a shorter one gets H alone, its mean taken out.
     At 4 bits, clipping hurts: `OSCAR(4, key_clip=1, value_clip=1)`.
 
     Settings (beside those of `Spectral`):
         key_clip, value_clip: the quantiles, 1 for no clipping.
+        rotations: what `Rotations.measure` or `Rotations.load` returned, or the path of its file; None for those of
+            the prompt. A saved cache has them, and needs no file.
     """
 
+    files = frozenset({"rotations"})
     _: KW_ONLY
     sinks: int = 64
     residual: int = 256
     key_clip: float = 0.96
     value_clip: float = 0.92
+    rotations: Rotations | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("key_clip", self.key_clip, low=0, high=1)
         check_number("value_clip", self.value_clip, low=0, high=1)
+        if self.rotations is not None and not isinstance(self.rotations, Rotations):
+            known = Rotations.load(self.rotations) if isinstance(self.rotations, str) else Rotations(self.rotations)
+            object.__setattr__(self, "rotations", known)
+
+    def attach(self, cache: Any, model: Any) -> None:
+        if isinstance(self.rotations, Rotations):
+            self.rotations.check(model, cache.pruned_layers)
+        super().attach(cache, model)
 
     def packed(self, bits: int, value_bits: int | None = None) -> RotatedCodec:
         return RotatedCodec(bits, value_bits=value_bits, key_clip=self.key_clip, value_clip=self.value_clip)
 
     def observe(self, table: TokenTable, step: Step) -> None:
-        if self.codec(step.depth, step.layers) is not None:
-            learn_basis(table, step, self.bits, rotations)
-
-
-def rotations(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """R_K `[D, D]` and R_V `[Dv, Dv]` of keys `[n, D]`, values `[n, Dv]` and queries `[m, D]` of a head, float32."""
-    of_queries = queries.T @ queries / len(queries)
-    weights = ((keys @ of_queries) * keys).sum(-1, keepdim=True)
-    weights = weights / weights.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return _spread(of_queries), _spread(values.T @ (weights * values) / len(values))
-
-
-def _spread(covariance: Tensor) -> Tensor:
-    """U P H; where H is in blocks, every block gets eigenvectors from the largest to the smallest."""
-    dim = len(covariance)
-    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
-    size = dim & -dim  # the largest power of two that divides it
-    reversed_bits = [int(f"{number + size:b}"[:0:-1] or "0", 2) for number in range(size)]
-    order = [number * (dim // size) + block for block in range(dim // size) for number in reversed_bits]
-    return vectors[:, order] @ hadamard(dim, covariance.device)
+        if self.codec(step.depth, step.layers) is None:
+            return
+        if not isinstance(self.rotations, Rotations):
+            learn_basis(table, step, self.bits, spreading.rotations)
+        elif (table.basis is None or not table.basis.estimated) and not table.packed:
+            heads = table.batch_size, table.kv_heads
+            table.turn(self.rotations.basis(step.depth, heads, table.positions.device))

@@ -21,12 +21,13 @@ from families import generate, left_padded, token_ids
 from transformers import AutoModelForCausalLM
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
-from kvprune import Adaptive, Everywhere, KVPruneError, Policy, PrunedCache
+from kvprune import Adaptive, Everywhere, KVPruneError, Policy, PrunedCache, Rotations
 from kvprune.cache.models import cache_argument
 from kvprune.policies import (
     A2SF,
     H2O,
     KIVI,
+    OSCAR,
     TOVA,
     Bits,
     Full,
@@ -127,10 +128,21 @@ def saved(model: Any, path: Path) -> dict[str, Any]:
     return found(cache, generate(model, {"input_ids": more, "attention_mask": mask}, 8, **cache_argument(cache)))
 
 
+def turned(model: Any, path: Path) -> dict[str, Any]:
+    """Rotations that all heads share, measured and used."""
+    rotations = Rotations.measure(model, token_ids(1, 90), length=40)
+    rotations.save(path.with_name("rotations.json"))
+    cache = PrunedCache(model, OSCAR(8, residual=8, sinks=2, rotations=rotations))
+    return found(cache, generate(model, left_padded(PROMPT), NEW_TOKENS, **cache_argument(cache))) | {
+        "rotations": tuple(rotations)
+    }
+
+
 TURNS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
     "beams": lambda model, path: beams(model),
     "drafts": lambda model, path: drafts(model),
     "saved": saved,
+    "rotations": turned,
 }
 
 
@@ -160,6 +172,10 @@ def main(folder: Path) -> None:
     results: dict[Any, Any] = run(models, own)
     torch.distributed.barrier()
     results["loaded from another"] = refusal(lambda: PrunedCache.load(others / "cache", models["llama"]))
+    for trusted in (False, True):
+        results["rotations of another", trusted] = refusal(
+            lambda trusted=trusted: Rotations.load(others / "rotations.json", models["llama"], trust_model=trusted)
+        )
 
     # One KV head in every process, and half of the query heads: correct for transformers.
     plan = {"q_proj": "colwise", "o_proj": "rowwise", "k_proj": "replicate", "v_proj": "replicate"}

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from families import build
 from tensor_parallel import BYTES, CASES, LIMIT, MODELS, PROCESSES, TURNS, WHOLE, run
 
-from kvprune import UnsupportedModelError
+from kvprune import Rotations, UnsupportedModelError
 from kvprune.cache.models import heads_of
 from kvprune.policy.heads import ALL_HEADS, Heads
+from kvprune.table.basis import hadamard
 
 WORKER = Path(__file__).with_name("tensor_parallel.py")
 EVERY = [*CASES, *TURNS]
@@ -106,6 +107,24 @@ def test_a_saved_cache_belongs_to_a_process(several):
     """Each saves its own heads, and says so where another one would load them."""
     for rank, each in enumerate(several):
         assert f"process is '{2 - rank} of 2' there and '{rank + 1} of 2' here" in each["loaded from another"]
+
+
+@needs_gloo
+def test_rotations_are_of_all_heads(one, several):
+    """The same in every process, and those of one that has all heads; a file of one serves the others."""
+    first, other = (each["rotations"]["rotations"] for each in several)
+    assert first == other
+    cpu = torch.device("cpu")
+    for layer in range(len(first)):
+        bases = (Rotations(known).basis(layer, (1, 1), cpu) for known in (first, one["rotations"]["rotations"]))
+        found, expected = ((basis.keys.turning(cpu)[0, 0], basis.values.turning(cpu)[0, 0]) for basis in bases)
+        for each, wanted in zip(found, expected, strict=True):
+            mixed = hadamard(len(each))  # behind it, columns are eigenvectors, which may have either sign
+            shares = ((each @ mixed.T).T @ (wanted @ mixed.T)).abs()
+            torch.testing.assert_close(shares, torch.eye(len(each)), atol=5e-2, rtol=0)
+    for each in several:
+        assert "weights are others" in each["rotations of another", False]
+        assert each["rotations of another", True] == "none"
 
 
 @needs_gloo

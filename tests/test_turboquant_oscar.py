@@ -17,10 +17,10 @@ from kvprune.cache.models import cache_argument
 from kvprune.kernels import cpu
 from kvprune.kernels.cpu.kernels import CPU
 from kvprune.policies import H2O, OSCAR, Spectral, TurboQuant
-from kvprune.policies.oscar import rotations
 from kvprune.table.basis import Basis, lanes_of
 from kvprune.table.rotated_codes import STEPS, normal_levels
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
+from kvprune.table.spreading import rotations
 
 
 def signs(size: int) -> np.ndarray:
@@ -31,7 +31,7 @@ def signs(size: int) -> np.ndarray:
 def oscar_basis(queries: Tensor, keys: Tensor, values: Tensor) -> Basis:
     asked = torch.ones(len(queries), queries.shape[2], dtype=torch.bool)
     held = torch.ones(keys.shape[:3], dtype=torch.bool)
-    return Basis.estimate(queries, keys, values, asked, held, rotations=rotations)
+    return Basis.estimate(queries, keys, values, asked, held, rotate=rotations)
 
 
 def codes_at(packed_rows: RotatedRows, kind: str, row: int, dim: int) -> np.ndarray:

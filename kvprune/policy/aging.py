@@ -11,7 +11,7 @@ from kvprune.errors import PolicyError
 from kvprune.policy.base import Decision, Policy
 from kvprune.policy.settings import check_count
 from kvprune.policy.step import Step
-from kvprune.table.basis import Basis, Rotations
+from kvprune.table.basis import Basis, Rotate
 from kvprune.table.quantize import Codec, is_width
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY
@@ -26,10 +26,10 @@ _MIXED = 4
 _TOGETHER = 32
 
 
-def learn_basis(table: TokenTable, step: Step, bits: int, rotations: Rotations | None = None) -> None:
+def learn_basis(table: TokenTable, step: Step, bits: int, rotate: Rotate | None = None) -> None:
     """Take the table's basis from a prompt's queries, keys and values, once there are enough of them.
 
-    bits: of keys, on average. rotations: as of `Basis.estimate`. It stays when rows have been packed in it: a later
+    bits: of keys, on average. rotate: as of `Basis.estimate`. It stays when rows have been packed in it: a later
     prompt changes nothing. Changes the table.
     """
     if not step.prefill or table.packed or step.source is None or (table.basis is not None and table.basis.estimated):
@@ -37,7 +37,7 @@ def learn_basis(table: TokenTable, step: Step, bits: int, rotations: Rotations |
     asked = (step.query_positions >= 0).expand(table.batch_size, -1)
     with torch.no_grad():
         held, mixed = table.positions >= 0, bits >= _MIXED
-        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed, rotations))
+        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed, rotate))
 
 
 def oldest(table: TokenTable, *, residual: int, together: int, sinks: int | Tensor = 0) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 files         one safetensors file a cache, and what is checked when one is read
 heads         how much the heads of a model look back, measured once
+rotations     what turns the keys and values of a model's layers, measured once
 fingerprint   which model a cache belongs to
 """
 

@@ -184,7 +184,7 @@ def _policy(file: _File, given: Policy | None) -> Policy:
     description = file.header.get("policy")
     if given is not None:
         if described(given) != description:
-            raise file.refused(f"its policy is {json.dumps(description)}, and not {given}")
+            raise file.refused(f"its policy is {_told(description)}, and not {given}")
         return given
     try:
         return from_description(description)
@@ -193,6 +193,14 @@ def _policy(file: _File, given: Policy | None) -> Policy:
             f"its policy cannot be had ({error}) If it is a class of your own, give an object of it with the settings "
             "that the file names: load(path, model, policy=...)"
         ) from error
+
+
+def _told(description: Any) -> str:
+    """A policy as it is printed, without what is too long to; as the file has it, where it cannot be had."""
+    try:
+        return str(from_description(description))
+    except PolicyError:
+        return json.dumps(description)
 
 
 def _restore(cache: PrunedCache, header: Saved, model: Any) -> None:

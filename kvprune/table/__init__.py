@@ -5,6 +5,7 @@
     contents      what is in it, and how many bytes it takes; view: a table as one link of a chain sees it
     packing       packed rows among the others; packed_rows: those of one codec; quantize: codecs
     basis         `Basis`: coordinates of a prompt's own, for codecs that turn keys and values; rotated_rows: their rows
+    spreading     rotations that spread what counts over all components
     operations    `RowOperations`: what is done to rows and has faster implementations in `kvprune.kernels`
     rows          functions on tensors of rows, each head having an index of its own
 

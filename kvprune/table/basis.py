@@ -14,9 +14,9 @@ mean of keys is one number for each query; that of values is added once.
 M is held in 8 bits a number, with a scale for each column: what is quantized are coordinates in this M, whatever it is.
 
 The formula is that of transform coding; OSCAR (arXiv 2605.17757) weighs by queries, KVTC (arXiv 2511.01815) and SVDq
-(arXiv 2502.15304) take principal components, all three from files. Here, a prompt's own queries, keys and values tell.
-Where they are too few, they tell the mean alone, and M is the normalised Hadamard matrix, in blocks where D is no power
-of 2; where nobody asks, there is no mean either.
+(arXiv 2502.15304) take principal components, all three from files. Here, a prompt's own queries, keys and values tell,
+or a text that was read before (`Basis.shared`). Where a prompt has too few, they tell the mean alone, and M is the
+normalised Hadamard matrix, in blocks where D is no power of 2; where nobody asks, there is no mean either.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kvprune.state import Saved, State
 
-Rotations = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Orthogonal M `[D, D]` and `[Dv, Dv]` from keys `[n, D]`, values `[n, Dv]` and queries `[m, D]` of a head, float32."""
 
 _Part = tuple[Tensor, Tensor, Tensor]
@@ -115,7 +115,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Basis:
-    """Of the keys and values of a layer. estimated: whether any matrix of it is of a prompt's own numbers."""
+    """Of the keys and values of a layer. estimated: whether any matrix of it is of numbers that a model has made."""
 
     keys: Coordinates
     values: Coordinates
@@ -127,6 +127,21 @@ class Basis:
         return cls(Coordinates(key_dim), Coordinates(value_dim))
 
     @classmethod
+    def shared(cls, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], heads: tuple[int, ...]) -> Basis:
+        """One rotation of keys and one of values, without a mean, components alike; every head holds its own copy.
+
+        keys, values: as of `in_8_bits`, `[D, D]` int8 and `[D]` float32. heads: `(B, Hkv)`.
+        """
+
+        def copies(matrix: Tensor, span: Tensor) -> Coordinates:
+            dim = len(span)
+            mean = torch.zeros(*heads, dim, dtype=torch.float16, device=span.device)
+            spectrum = torch.zeros(*heads, dim // lanes_of(dim), dtype=torch.float32, device=span.device)
+            return Coordinates(dim, matrix.repeat(*heads, 1, 1), span.repeat(*heads, 1), mean, spectrum)
+
+        return cls(copies(*keys), copies(*values), estimated=True)
+
+    @classmethod
     def estimate(
         cls,
         queries: Tensor,
@@ -135,14 +150,14 @@ class Basis:
         asked: Tensor,
         held: Tensor,
         mixed: bool = False,
-        rotations: Rotations | None = None,
+        rotate: Rotate | None = None,
     ) -> Basis:
         """From the queries of a step and the rows that are there, sequence by sequence and head by head.
 
         queries: `[B, Hq, L, D]`. keys: `[B, Hkv, S, D]`. values: `[B, Hkv, S, Dv]`. asked: bool `[B, L]`, False for
         padding. held: bool `[B, Hkv, S]`, False for empty rows. A sequence of fewer than 2 D rows gets a Hadamard
         matrix and its mean, and no mean of fewer than 16 rows. mixed: whether components that share a width are.
-        rotations: M of keys and of values otherwise, without a mean, components alike.
+        rotate: makes M of keys and of values otherwise, without a mean, components alike.
         """
         batch, heads = keys.shape[:2]
         grouped = queries.unflatten(1, (heads, -1))
@@ -156,8 +171,8 @@ class Basis:
                 own = _finite(torch.cat([_some(each[asked[row]]) for each in grouped[row, head]]))
                 enough = len(sampled[0]) >= 2 * max(keys.shape[3], values.shape[3]) and len(own) > 0
                 told, most = told or enough, max(most, len(sampled[0]))
-                if enough and rotations is not None:
-                    for parts, each in zip((of_keys, of_values), rotations(*sampled, own), strict=True):
+                if enough and rotate is not None:
+                    for parts, each in zip((of_keys, of_values), rotate(*sampled, own), strict=True):
                         parts.append(_alike(each))
                     continue
                 of_keys.append(_principal(sampled[0], own.T @ own / max(len(own), 1), enough, mixed))
@@ -275,6 +290,10 @@ def _stacked(parts: list[_Part], heads: int, told: bool) -> Coordinates:
     matrix, mean, spectrum = (torch.stack(each).unflatten(0, (-1, heads)) for each in zip(*parts, strict=True))
     if not told:
         return Coordinates(matrix.shape[3], mean=mean.half())
-    span = matrix.abs().amax(2) / _MOST_CODE
-    codes = (matrix / span[:, :, None]).round().to(torch.int8)
-    return Coordinates(matrix.shape[3], codes, span, mean.half(), spectrum)
+    return Coordinates(matrix.shape[3], *in_8_bits(matrix), mean.half(), spectrum)
+
+
+def in_8_bits(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices `[..., D, D]` float32 as int8, and the span `[..., D]` float32 that each column counts times."""
+    span = matrix.abs().amax(-2) / _MOST_CODE
+    return (matrix / span[..., None, :]).round().to(torch.int8), span
