@@ -42,6 +42,22 @@ def basis_of(queries: Tensor, keys: Tensor, values: Tensor, mixed: bool = False)
 # -- the basis ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.7), (3, 0.85)])
+def test_few_bits_serve_queries_that_look_where_the_prompts_did_not(bits, share):
+    """A later question finds a row by components that the prompt's queries hardly look at, if rows differ there."""
+    random = torch.Generator().manual_seed(0)
+    looked_at, different = torch.ones(64), torch.ones(64)
+    looked_at[48:], different[48:] = 0.01, 30**0.5
+    queries = torch.randn(1, 2, 300, 64, generator=random) * looked_at
+    keys, values = torch.randn(2, 1, 1, 300, 64, generator=random)
+    keys = keys * different
+    packed_rows = RotatedRows.encode_in(RotatedCodec(bits), basis_of(queries, keys, values), keys, values)
+    asked = keys.clone()
+    asked[..., :48] = 0
+    found = packed_rows.dot_keys(asked).argmax(-1) == torch.arange(300)
+    assert found.float().mean() > share
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dims", [(8, 8), (48, 16)], ids=str)
 def test_components_hang_together_with_no_other_group_and_cost_their_eigenvalue(dims, mixed):
