@@ -153,10 +153,12 @@ class Bits(Scored):
         positions, packed = table.positions, table.code_bits()
         always = (positions < self.sinks) | (positions >= step.tokens - self.recent)
         loose = packed.new_zeros(*packed.shape[:2], positions.shape[2] - packed.shape[2])
-        there = positions >= 0
-        scores = self.share.normalized(self.compared(table, step), there & ~always)
-        least = scores.masked_fill(~(there & ~always & scores.isfinite()), 0.0).amin(-1, keepdim=True)
-        scores = scores - least.clamp(max=0)  # cosines, norms and "z" have a sign
+        there, scores = positions >= 0, torch.zeros_like(positions, dtype=torch.float64)
+        if scores.shape[2]:  # there are no rows of a prompt that is padding alone
+            # In 64 bits, so that no two scores of a head become equal on another scale.
+            scores = self.share.normalized(self.compared(table, step).double(), there & ~always)
+            least = scores.masked_fill(~(there & ~always & scores.isfinite()), 0.0).amin(-1, keepdim=True)
+            scores = scores - least.clamp(max=0)  # cosines, norms and "z" have a sign
         return Rows(
             weights_of(scores, positions, self.power),
             always & there,
@@ -169,9 +171,9 @@ class Bits(Scored):
     def _decision(self, table: TokenTable, bits: Tensor) -> Decision | None:
         table["bits"] = bits[:, :, table.packed_length :]
         stays = bits > 0
-        if bool((stays == (table.positions >= 0)).all()):
+        if bool((stays == (table.positions >= 0)).all()) and not table.has_gaps:
             return None
-        return Decision(keep=in_order(true_rows(stays), table.positions))
+        return Decision(keep=in_order(true_rows(stays), table.positions), apart=True)
 
     # -- and at how many bits ----------------------------------------------------------------------------------------
 
@@ -183,8 +185,12 @@ class Bits(Scored):
                 (codec, in_order(true_rows(own), positions, table.packed_length)) for codec, own in chosen if own.any()
             ]
             return Decision(quantize=tuple(parts), apart=True) if parts else None
-        if not table.packed or step.generated // _TOGETHER == (step.generated - step.queries) // _TOGETHER:
+        if step.generated // _TOGETHER == (step.generated - step.queries) // _TOGETHER:
             return None
-        given = torch.as_tensor(step.tokens - step.generated - self.recent, device=table.positions.device)
-        slots = oldest(table, residual=self.recent, together=_TOGETHER, sinks=given.clamp(min=self.sinks))
+        packed = step.heads.sum((table.positions[:, :, : table.packed_length] >= 0).sum((1, 2))).view(-1, 1, 1)
+        if not packed.any():
+            return None
+        given = torch.tensor(step.prompt_tokens, device=packed.device).view(-1, 1, 1) - self.recent
+        first = torch.where(packed > 0, given.clamp(min=self.sinks), torch.iinfo(torch.int32).max)
+        slots = oldest(table, residual=self.recent, together=_TOGETHER, sinks=first)
         return None if slots is None else Decision(quantize=((RotatedCodec(self.aged_bits), slots),), apart=True)

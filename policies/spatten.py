@@ -93,7 +93,8 @@ class SpAtten(Cascade):
         output = step.output.unflatten(1, (table.kv_heads, -1))
         if step.source.valid is not None:
             output = output.masked_fill(~step.source.valid[:, None, None, :, None], 0.0)
-        sizes = torch.linalg.vector_norm(output, ord=1, dim=(2, 3, 4), dtype=torch.float32)
+        accurate = torch.promote_types(output.dtype, torch.float32)
+        sizes = torch.linalg.vector_norm(output, ord=1, dim=(2, 3, 4), dtype=accurate).float()
         passage.head_score = sizes if passage.head_score is None else sizes + passage.head_score.to(sizes.device)
         total = table.kv_heads if passage.heads is None else passage.heads.total
         share = share_after(self.heads, step.depth, step.layers)  # type: ignore[arg-type]

@@ -696,7 +696,9 @@ def test_it_is_the_first_of_a_chain_and_what_follows_evicts_what_it_holds(policy
     for size in (20, *(1,) * 8, 5, *(1,) * 4):
         logits = step(model, ids[:, :size], cache)
         with monkeypatch.context() as patch:
-            patch.setattr(layer_step, "keep_rows", lambda table, slots, room: table.compact(slots, room) or table)
+            patch.setattr(
+                layer_step, "keep_rows", lambda table, slots, room, apart: table.compact(slots, room) or table
+            )
             torch.testing.assert_close(step(model, ids[:, :size], padded), logits, atol=1e-4, rtol=1e-4)
         assert kept_everywhere(cache) == kept_everywhere(padded)
         ragged += sum(isinstance(layer.table, RaggedTable) for layer in cache.layers)

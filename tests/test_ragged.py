@@ -37,7 +37,7 @@ def model(family: str = "llama", dtype: torch.dtype = torch.float64) -> PreTrain
 def rectangles() -> Iterator[None]:
     """Tables stay rectangles, whose shorter heads have empty slots: slower, larger, and what ragged ones must equal."""
 
-    def padded(table: TokenTable, slots: Tensor, room: int) -> TokenTable:
+    def padded(table: TokenTable, slots: Tensor, room: int, *, apart: bool) -> TokenTable:
         table.compact(slots, room)
         return table
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import build, generate, left_padded, rows, shared, storage_nbytes, token_ids
+from families import (
+    build,
+    feed,
+    generate,
+    kept_everywhere,
+    left_padded,
+    rows,
+    sequence,
+    shared,
+    storage_nbytes,
+    token_ids,
+)
+from held import held_by
 from torch import Tensor
 
-from kvprune import Adaptive, PolicyError, PrunedCache, Scoring, TokenTable
+from kvprune import Adaptive, CacheError, PolicyError, PrunedCache, Scoring, TokenTable
 from kvprune.attention import packed
 from kvprune.attention.softmax import single_query_attention
 from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, cpu
 from kvprune.kernels.cpu.kernels import CPU
-from kvprune.policies import H2O, KIVI, Spectral, ZipCache
+from kvprune.policies import H2O, KIVI, OSCAR, Spectral, ZipCache
 from kvprune.table.basis import Basis, hadamard, lanes_of
 from kvprune.table.packed_rows import Stretch
 from kvprune.table.rotated_codes import PARTS, STEPS, code_bytes, nearest
@@ -258,7 +270,8 @@ def test_rows_go_and_move_as_they_are(codec, dims):
     held = sum(tensor.untyped_storage().nbytes() for tensor in packed.tensors.values())
     groups = sum(dim // lanes_of(dim) for dim in dims)
     assert held == 4 * (150 * codec.row_bytes(*dims) + groups)
-    assert basis.nbytes + 4 * groups == 4 * codec.block_bytes(*dims)
+    own = 2  # more than a byte for each of two sequences are foretold, one for each of four heads
+    assert basis.nbytes + 4 * groups + own == 4 * codec.block_bytes(*dims)
     assert packed.code_nbytes == 4 * 150 * (
         code_bytes(dims[0], codec.bits) + code_bytes(dims[1], codec.bits_of("value"))
     )
@@ -408,6 +421,58 @@ def test_the_basis_goes_where_its_table_goes(policy, tmp_path):
         turned = model(more[[1, 0]], **cache_argument(fork)).logits
     torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(turned[[1, 0]], one, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [*ROTATING, OSCAR(4, residual=4, sinks=2), H2O(30, recent=4) | ZipCache(buffer=8, rotate=True)],
+    ids=str,
+)
+def test_each_sequence_of_a_batch_learns_when_it_would_alone(policy):
+    """One that began with a greeting has its matrices from a later prompt, beside others whose rows are packed."""
+    turns = [(60, 5), (6, 50), (4, 3)]
+    pieces = [left_padded(turn, seed=seed) for seed, turn in enumerate(turns)]
+    batch = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
+    model = build("llama", dtype=torch.float64)
+    together = PrunedCache(model, policy)
+    logits = feed(model, batch, together, [60, 50, 4])
+    for row in range(2):
+        alone = PrunedCache(model, policy)
+        expected = feed(model, sequence(batch, row), alone, [turn[row] for turn in turns])
+        torch.testing.assert_close(logits[row, -1], expected[0, -1], atol=5e-3, rtol=1e-3)
+        for mine, own in zip(held_by(together), held_by(alone), strict=True):
+            tokens = own.bits.shape[2]
+            assert torch.equal(mine.bits[row, :, :tokens], own.bits[0])
+            torch.testing.assert_close(mine.keys[row, :, :tokens], own.keys[0], atol=5e-3, rtol=1e-3)
+    learned = [layer.table.may_learn.tolist() for layer in together.layers]
+    assert learned == [[False, False]] * 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "newest"),
+    [
+        (Spectral(residual=6, sinks=4), 24),
+        (KIVI(8, group_size=8, residual=4, rotate=True), 8),
+        (ZipCache(buffer=8, rotate=True), 0),
+        (KIVI(8, group_size=8, residual=4), 4),
+    ],
+    ids=str,
+)
+def test_what_was_packed_cannot_be_taken_back(policy, newest):
+    """Sinks are exact as well, and not the newest for that."""
+    cache = PrunedCache(shared(), policy)
+    feed(shared(), left_padded([60]), cache, [60])
+    taken = []
+    for count in range(60):
+        fork = cache.fork()
+        try:
+            fork.crop(-count)
+        except CacheError:
+            assert kept_everywhere(fork) == kept_everywhere(cache)
+            continue
+        assert kept_everywhere(fork) == [[[*range(60 - count)]] * 2] * 2
+        taken.append(count)
+    assert taken == [*range(newest + 1)]
 
 
 def packed_output(table: TokenTable, query: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.policies import H2O, KIVI, SpAtten
 from kvprune.table.quantize import unpack
+from kvprune.table.ragged import RaggedTable
 
 DIM, GROUP = 16, 2
 SCALE = 0.7
@@ -127,6 +128,19 @@ def test_what_was_read_is_reported_saved_and_counted_on(tmp_path):
     whole = PrunedCache(model, KIVI(bits=8, group_size=8, residual=8))
     generate(model, batch, 2, **cache_argument(whole))
     assert whole.report().key_reads is None
+
+
+def test_heads_that_part_have_read_what_they_had_together():
+    layer = PrunedLayer(KIVI(8, group_size=8, residual=4, theta=0.5), 0)
+    for seed, length in enumerate((60, 1, 1, 1)):
+        attend(layer, random_tokens(length, seed))
+    (tier,) = layer.table.packed
+    slots = torch.arange(layer.table.length).expand(2, 2, -1).clone()
+    slots[1, 0, :20] = -1
+    apart = RaggedTable.of(layer.table, slots, 0).packed
+    assert len(apart) == 4
+    assert sum(each.bytes_read for each in apart) == tier.bytes_read > 0
+    assert sum(each.bytes_held for each in apart) == tier.bytes_held > tier.bytes_read
 
 
 def test_behind_a_policy_that_stops_tokens_and_heads():

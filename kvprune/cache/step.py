@@ -342,11 +342,11 @@ class LayerStep(SteadyState):
             decision.check(table)
         if decision.quantize is not None:
             self.table = table = pack_rows(table, decision.quantize, apart=decision.apart)
-            newest = table.length - table.packed_length if table.dense else 0
-            self.last_eviction = max(self.last_eviction, self.seen - newest)  # packed rows cannot be cropped
+            self.last_eviction = max(self.last_eviction, self.seen - table.newest_exact)  # what is packed stays
             return False
         if decision.keep is not None:
-            self.table = keep_rows(table, decision.keep, self.planner.interval_room(decision.keep.shape[2]))
+            room = self.planner.interval_room(decision.keep.shape[2])
+            self.table = keep_rows(table, decision.keep, room, apart=decision.apart)
         else:
             table.evict(decision.evict, exact=decision.exact)  # type: ignore[arg-type]  # one of three is there
             table.shrink(plan.step.spare or 2 * self.planner.room(table))

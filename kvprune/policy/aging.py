@@ -27,17 +27,21 @@ _TOGETHER = 32
 
 
 def learn_basis(table: TokenTable, step: Step, bits: int, rotate: Rotate | None = None) -> None:
-    """Take the table's basis from a prompt's queries, keys and values, once there are enough of them.
+    """Take a sequence's basis from a prompt's queries, keys and values, once there are enough of them.
 
     bits: of keys, on average. rotate: as of `Basis.estimate`. It stays when rows have been packed in it: a later
     prompt changes nothing. Changes the table.
     """
-    if not step.prefill or table.packed or step.source is None or (table.basis is not None and table.basis.estimated):
+    if not step.prefill or step.source is None:
+        return
+    learning = table.may_learn
+    if not bool(learning.any()):
         return
     asked = (step.query_positions >= 0).expand(table.batch_size, -1)
     with torch.no_grad():
-        held, mixed = table.positions >= 0, bits >= _MIXED
-        table.turn(Basis.estimate(step.source.states, table.keys, table.values, asked, held, mixed, rotate))
+        held = (table.positions[:, :, table.packed_length :] >= 0) & learning[:, None, None]
+        basis = Basis.estimate(step.source.states, table.keys, table.values, asked, held, bits >= _MIXED, rotate)
+        table.turn(basis, learning)
 
 
 def oldest(table: TokenTable, *, residual: int, together: int, sinks: int | Tensor = 0) -> Tensor | None:

@@ -96,7 +96,7 @@ class Rows:
 
 
 def weights_of(scores: Tensor, positions: Tensor, power: float) -> Tensor:
-    """s of rows, float64, of float32 scores of at least 0: their power; of equal ones the more recent weighs more.
+    """s of rows, float64, of scores of at least 0: their power; of equal ones the more recent weighs more.
 
     NaN, and what is below nothing, count as nothing.
     """

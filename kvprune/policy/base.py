@@ -42,7 +42,9 @@ class Decision:
     exact: of slots to evict, that each holds a row, which need not be looked at again then.
     quantize: codecs, each with the slots to pack by it, LongTensor `[B, Hkv, rows]` in the order of their positions, -1
         for none. Only rows in full precision can be packed, those from slot `table.packed_length` on; all others stay
-        as they are. apart: whether heads are stored one by one, where they would take padding for each other.
+        as they are.
+    apart: whether sequences and heads are stored one by one where they would take padding for each other; those that
+        `keep` leaves other numbers of rows than other heads of their sequence are so in any case.
     """
 
     keep: Tensor | None = None

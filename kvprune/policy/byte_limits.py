@@ -14,6 +14,7 @@ from kvprune.policy.budget import Budget
 from kvprune.policy.shares import Share
 from kvprune.policy.step import Step
 from kvprune.table.basis import lanes_of
+from kvprune.table.flat import index_bytes
 from kvprune.table.quantize import Codec
 from kvprune.table.token_table import TokenTable
 
@@ -48,7 +49,8 @@ class ByteLimits:
         """
         heads, exact = table.kv_heads * step.heads.size, self.prices(table)[EXACT]
         full = step.half_bytes / (step.layers * table.batch_size)  # of a token, in all heads of a layer
-        overhead = sum(dim // lanes_of(dim) for dim in table.dims[:2]) * len(self.codecs) * heads  # widths
+        widths = sum(dim // lanes_of(dim) for dim in table.dims[:2]) * len(self.codecs) * heads
+        overhead = max(widths, index_bytes(1) * heads)  # the latter where nothing is packed, whoever has the heads
         limits = []
         for tokens in step.prompt_tokens:
             size = self.budget.amount * full

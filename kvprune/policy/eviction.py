@@ -66,7 +66,7 @@ class Eviction(Ranking):
 
         surplus: rows above what a head may hold, where the capacity does not say that.
         """
-        all_over = isinstance(surplus, int)  # then every head has as many rows too many as any other
+        all_over = isinstance(surplus, int) and surplus == excess  # every head has as many rows too many as any other
         scores = self._compared(table, step, capacity)
         if excess == 1 and (table.dense or all_over) and not self.refines:
             window = self._window(table, step, capacity)
@@ -157,6 +157,10 @@ class Eviction(Ranking):
         surplus = tuple(max(0, -((most - here) // table.kv_heads)) for most, here in zip(given, rows, strict=True))
         excess = max(surplus)
         if not table.is_ragged:  # every sequence gives up as many slots, rows or empty ones
+            beyond = table.length + -max(given) // table.kv_heads
+            if beyond > excess and not table.packed:  # slots that are empty everywhere take bytes as well
+                empty_everywhere = int((table.positions < 0).sum(-1).min())
+                excess = max(excess, min(beyond, empty_everywhere + min(surplus)))
             slots = (table.length - here // table.kv_heads for here in rows)
             excess = min(excess, *(most + empty for most, empty in zip(surplus, slots, strict=True)))
         if not excess:

@@ -55,7 +55,7 @@ class Share:
         return tokens
 
     def normalized(self, scores: Tensor, candidates: Tensor) -> Tensor:
-        """Scores `[B, H, rows]` float32 for comparing heads. candidates: bool, rows that are not kept anyway."""
+        """Scores `[B, H, rows]` for comparing heads, as exact as they come. candidates: bool, rows not kept anyway."""
         return scores
 
     def counts(self, ranks: Tensor, capacity: Tensor) -> Tensor:
@@ -169,13 +169,13 @@ class Adaptive(Share):
         known = torch.where(finite, scores, 0.0).double()  # a sum over many rows is to be that of each head alone
         if self.normalize == "max":
             scale = known.masked_fill(~finite, -math.inf).amax(-1, keepdim=True)
-            return (scores / _divisor(scale)).float()
+            return (scores / _divisor(scale)).to(scores.dtype)
         if self.normalize == "sum":
-            return (scores / _divisor(known.sum(-1, keepdim=True))).float()
+            return (scores / _divisor(known.sum(-1, keepdim=True))).to(scores.dtype)
         count = finite.sum(-1, keepdim=True).clamp(min=1)
         mean = known.sum(-1, keepdim=True) / count
         variance = torch.where(finite, known - mean, 0.0).square().sum(-1, keepdim=True) / count
-        return ((scores - mean) / _divisor(variance.sqrt())).float()
+        return ((scores - mean) / _divisor(variance.sqrt())).to(scores.dtype)
 
     def counts(self, ranks: Tensor, capacity: Tensor) -> Tensor:
         heads = ranks.shape[1]

@@ -22,7 +22,7 @@ normalised Hadamard matrix, in blocks where D is no power of 2; where nobody ask
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -85,6 +85,30 @@ class Coordinates:
         """The same of these tensors."""
         return Coordinates(self.dim, *(tensors.get(name) for name in ("matrix", "span", "mean", "spectrum")))
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Coordinates:
+        """The same of its tensors, changed."""
+        return self.of_tensors({name: change(each) for name, each in self.tensors().items()})
+
+    def where(self, sequences: Tensor, other: Coordinates) -> Coordinates:
+        """Of these sequences, bool `[B]`, what others have, and of all others the same as here."""
+        told = next((each for each in (self, other) if each.mean is not None), None)
+        if told is None or told.mean is None:
+            return self
+        heads, matrices = told.mean.shape[:2], self.matrix is not None or other.matrix is not None
+        pairs = zip(*(each._written_out(heads, matrices, sequences.device) for each in (self, other)), strict=True)
+        chosen = [torch.where(sequences.view(-1, *(1,) * (mine.ndim - 1)), its, mine) for mine, its in pairs]
+        return Coordinates(self.dim, *chosen) if matrices else Coordinates(self.dim, mean=chosen[0])
+
+    def _written_out(self, heads: tuple[int, ...], matrices: bool, device: torch.device) -> tuple[Tensor, ...]:
+        """Its tensors in their order, with what is so where there are none: a Hadamard matrix, no mean; or the mean."""
+        mean = torch.zeros(*heads, self.dim, dtype=torch.float16, device=device) if self.mean is None else self.mean
+        if not matrices:
+            return (mean,)
+        if self.matrix is None or self.span is None or self.spectrum is None:
+            matrix, span = in_8_bits(hadamard(self.dim, device).expand(*heads, -1, -1))
+            return matrix, span, mean, span.new_zeros(*heads, self.dim // lanes_of(self.dim))
+        return self.matrix, self.span, mean, self.spectrum
+
     def turning(self, device: torch.device) -> Tensor:
         """M, float32, `[B, Hkv, D, D]` or `[D, D]`."""
         if self.matrix is None or self.span is None:
@@ -118,11 +142,17 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Basis:
-    """Of the keys and values of a layer. estimated: whether any matrix of it is of numbers that a model has made."""
+    """Of the keys and values of a layer. own: which sequences have matrices of numbers that a model has made, bool
+    `[B]`; None for none."""
 
     keys: Coordinates
     values: Coordinates
-    estimated: bool = False
+    own: Tensor | None = None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether there are matrices, of any sequence."""
+        return self.keys.matrix is not None
 
     @classmethod
     def fixed(cls, key_dim: int, value_dim: int) -> Basis:
@@ -142,7 +172,7 @@ class Basis:
             spectrum = torch.zeros(*heads, dim // lanes_of(dim), dtype=torch.float32, device=span.device)
             return Coordinates(dim, matrix.repeat(*heads, 1, 1), span.repeat(*heads, 1), mean, spectrum)
 
-        return cls(copies(*keys), copies(*values), estimated=True)
+        return cls(copies(*keys), copies(*values), torch.ones(heads[:1], dtype=torch.bool, device=keys[1].device))
 
     @classmethod
     def estimate(
@@ -166,27 +196,32 @@ class Basis:
         grouped = queries.unflatten(1, (heads, -1))
         of_keys: list[_Part] = []
         of_values: list[_Part] = []
-        told, most = False, 0
+        told, most = [False] * batch, 0
         for row in range(batch):
             for head in range(heads):
                 mine = held[row, head]
                 sampled = _finite(_some(keys[row, head][mine])), _finite(_some(values[row, head][mine]))
                 own = _finite(torch.cat([_some(each[asked[row]]) for each in grouped[row, head]]))
                 enough = len(sampled[0]) >= 2 * max(keys.shape[3], values.shape[3]) and len(own) > 0
-                told, most = told or enough, max(most, len(sampled[0]))
+                told[row] |= enough
+                most = max(most, len(sampled[0]))
                 if enough and rotate is not None:
                     for parts, each in zip((of_keys, of_values), rotate(*sampled, own), strict=True):
                         parts.append(_alike(each))
                     continue
                 of_keys.append(_principal(sampled[0], own.T @ own / max(len(own), 1), enough, mixed))
                 of_values.append(_principal(sampled[1], None, enough, mixed))
-        if not told and most < _LEAST_ROWS:
-            return cls.fixed(keys.shape[3], values.shape[3])
-        return cls(_stacked(of_keys, heads, told), _stacked(of_values, heads, told), told)
+        if not any(told):
+            if most < _LEAST_ROWS:
+                return cls.fixed(keys.shape[3], values.shape[3])
+            return cls(_stacked(of_keys, heads, False), _stacked(of_values, heads, False))
+        own = torch.tensor(told, device=keys.device)
+        return cls(_stacked(of_keys, heads, True), _stacked(of_values, heads, True), own)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of it, by name."""
-        return {f"{name}_{kind}": tensor for kind, part in self._parts() for name, tensor in part.tensors().items()}
+        parts = {f"{name}_{kind}": tensor for kind, part in self._parts() for name, tensor in part.tensors().items()}
+        return parts if self.own is None else parts | {"own": self.own}
 
     @property
     def nbytes(self) -> int:
@@ -194,9 +229,6 @@ class Basis:
 
     def _parts(self) -> Iterator[tuple[str, Coordinates]]:
         yield from (("keys", self.keys), ("values", self.values))
-
-    def _each(self, made: dict[str, Coordinates]) -> Basis:
-        return replace(self, keys=made["keys"], values=made["values"])
 
     # -- it goes where its table goes --------------------------------------------------------------------------------
 
@@ -206,18 +238,24 @@ class Basis:
 
     def of_head(self, sequence: int, head: int) -> Basis:
         """Of one sequence and head, in storage of its own."""
-        return self._changed(lambda tensor: tensor[sequence : sequence + 1, head : head + 1].clone())
+        alone = self._changed(lambda tensor: tensor[sequence : sequence + 1])
+        keys, values = (part.changed(lambda tensor: tensor[:, head : head + 1]) for _, part in alone._parts())
+        return Basis(keys, values, alone.own).clone()
 
     def clone(self) -> Basis:
         return self._changed(torch.clone)
 
+    def where(self, sequences: Tensor, other: Basis) -> Basis:
+        """Of these sequences, bool `[B]`, what another basis has, and of all others the same as here."""
+        keys, values = self.keys.where(sequences, other.keys), self.values.where(sequences, other.values)
+        if self.own is None and other.own is None:
+            return Basis(keys, values)
+        mine, its = (torch.zeros_like(sequences) if each.own is None else each.own for each in (self, other))
+        return Basis(keys, values, torch.where(sequences, its, mine))
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Basis:
-        return self._each(
-            {
-                kind: part.of_tensors({name: change(each) for name, each in part.tensors().items()})
-                for kind, part in self._parts()
-            }
-        )
+        keys, values = (part.changed(change) for _, part in self._parts())
+        return Basis(keys, values, None if self.own is None else change(self.own))
 
     def state(self) -> State:
         return State({"estimated": self.estimated}, self.tensors())
@@ -225,7 +263,7 @@ class Basis:
     @classmethod
     def restored(cls, saved: Saved, heads: tuple[int, ...], key_dim: int, value_dim: int) -> Basis:
         """The basis of a `state`. heads: `(B, Hkv)`. Raises CacheError."""
-        fixed, made, estimated = cls.fixed(key_dim, value_dim), {}, saved.flag("estimated")
+        fixed, made, estimated = cls.fixed(key_dim, value_dim), dict[str, Coordinates](), saved.flag("estimated")
         if not estimated and not saved.has("mean_keys"):
             return fixed
         for kind, part in fixed._parts():
@@ -244,7 +282,11 @@ class Basis:
             if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise saved.refused(f"has numbers of its {kind} that are not finite")
             made[kind] = part.of_tensors(tensors)
-        return replace(fixed._each(made), estimated=estimated)
+        if not estimated:
+            return cls(made["keys"], made["values"])
+        every = torch.ones(heads[:1], dtype=torch.bool, device=saved.device)  # as older files have it
+        own = saved.tensor("own", heads[:1], torch.bool) if saved.has("own") else every
+        return cls(made["keys"], made["values"], own)
 
 
 def _some(rows: Tensor) -> Tensor:

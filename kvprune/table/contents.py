@@ -75,11 +75,35 @@ class Contents:
         """Logical positions, `[B, Hkv, length]` int32; -1 where a slot is empty. A view."""
         return self._storage.rows("positions")
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there are slots that hold nothing in any head. Waits for the device where slots are empty."""
+        return not self.dense and self.length > int((self.positions >= 0).sum(-1).max())
+
     def row_totals(self) -> tuple[int, ...]:
         """Rows of each sequence in all heads here. Waits for the device where slots are empty."""
         if self.dense:
             return (self.length * self.kv_heads,) * self.batch_size
         return tuple((self.positions >= 0).sum((1, 2)).tolist())
+
+    @property
+    def newest_exact(self) -> int:
+        """How many of the newest rows of every head are in full precision, without a gap; 0 where a slot is empty.
+
+        Waits for the device where rows are packed.
+        """
+        if not self.dense:
+            return 0
+        if not self.packed:
+            return self.length
+        newest = self.positions[:, :, : self.packed_length].amax(-1, keepdim=True)
+        return int((self.positions[:, :, self.packed_length :] > newest).sum(-1).min())
+
+    @property
+    def may_learn(self) -> Tensor:
+        """Of which sequences nothing is packed, and no basis was estimated, bool `[B]`."""
+        packed = (self.positions[:, :, : self.packed_length] >= 0).flatten(1).any(1)
+        return ~packed if self.basis is None or self.basis.own is None else ~(packed | self.basis.own)
 
     def newest_keys(self, count: int) -> Tensor:
         """Of the rows that were appended last, `[B, Hkv, count, D]`; none of them has been packed, or moved."""

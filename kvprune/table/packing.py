@@ -60,11 +60,15 @@ def keep(tiers: list[PackedRows], kept: Tensor) -> list[Tensor]:
     return order
 
 
-def turn(tiers: list[PackedRows], basis: Basis) -> None:
-    """Let rows of codes know the basis of the table that they are in; changes them."""
+def turn(tiers: list[PackedRows], basis: Basis, *, widen: bool = False) -> None:
+    """Let rows of codes know the basis of the table that they are in; changes them.
+
+    widen: whether it is another one for sequences that have no rows among them yet, and may have other widths.
+    """
     for tier in tiers:
         if isinstance(tier, RotatedRows):
             tier.basis = basis
+            tier.tensors |= tier.widths() if widen else {}
 
 
 def restored(

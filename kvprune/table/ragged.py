@@ -26,7 +26,7 @@ from kvprune.table.basis import Basis
 from kvprune.table.flat import Flat
 from kvprune.table.quantize import Codec
 from kvprune.table.ragged_contents import RaggedContents
-from kvprune.table.rows import EMPTY, picked
+from kvprune.table.rows import EMPTY, picked, true_rows
 from kvprune.table.storage import is_of_all_slots
 from kvprune.table.token_table import TokenTable
 
@@ -222,11 +222,16 @@ class RaggedTable(RaggedContents):
         for number, head in enumerate(self.heads):
             head.quantize((codec, slots[number][None, None]) for codec, slots in of_codecs)
         if any(head.packed for head in self.heads):
+            for head in self.heads:  # one that has packed nothing now still has its padding
+                if not head.dense:
+                    head.compact(true_rows(head.positions >= 0))
             self._leave_flat()
 
-    def turn(self, basis: Basis) -> None:
+    def turn(self, basis: Basis, sequences: Tensor | None = None) -> None:
         for number, head in enumerate(self.heads):
-            head.turn(basis.of_head(*divmod(number, self.kv_heads)))
+            row, own = divmod(number, self.kv_heads)
+            if sequences is None or bool(sequences[row]):
+                head.turn(basis.of_head(row, own))
 
     # -- in which memory it is -------------------------------------------------------------------------------------
 
@@ -301,15 +306,15 @@ class RaggedTable(RaggedContents):
         return table
 
 
-def keep_rows(table: TokenTable, slots: Tensor, room: int) -> TokenTable:
+def keep_rows(table: TokenTable, slots: Tensor, room: int, *, apart: bool = False) -> TokenTable:
     """The table with just these slots, LongTensor `[B, Hkv, rows]`, -1 for none: the same one, or one of other heads.
 
     Where heads of a sequence keep different numbers of rows, it is a `RaggedTable` from then on. Changes the table.
-    room: spare slots behind the rows of every head.
+    room: spare slots behind the rows of every head. apart: whether it is that too where sequences differ.
     """
     if not isinstance(table, RaggedTable):
         counts = (slots >= 0).sum(-1)
-        if not bool((counts != counts[:, :1]).any()):
+        if not bool((counts != (counts[:1, :1] if apart else counts[:, :1])).any()):
             table.compact(slots, room)
             return table
         return RaggedTable.of(table, slots, room)
@@ -324,8 +329,16 @@ def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], *, apart
     find that out waits for the device.
     """
     if apart and not isinstance(table, RaggedTable) and _pads(table, [(slots >= 0).sum(-1) for _, slots in parts]):
-        every = torch.arange(table.length, device=table.positions.device).expand(table.positions.shape)
-        table = RaggedTable.of(table, every, 0)
+        held, packed = table.positions >= 0, table.packed_length
+        every = torch.arange(table.length, device=held.device).expand(held.shape)
+        table = RaggedTable.of(table, every.masked_fill(~held, EMPTY), 0)
+        # Empty slots have gone, and those of rows in full precision are counted from the end.
+        loose = held[:, :, packed:]
+        moved = table.length - loose.sum(-1, keepdim=True) + loose.cumsum(-1) - 1
+        parts = [
+            (codec, moved.gather(2, (slots - packed).clamp(min=0)).masked_fill(slots < 0, EMPTY))
+            for codec, slots in parts
+        ]
     table.quantize(parts)
     return table
 
@@ -334,7 +347,7 @@ def _pads(table: TokenTable, packed: list[Tensor]) -> bool:
     """Whether heads that pack so many rows by each codec, `[B, Hkv]`, would take padding for each other."""
     loose = (table.positions[:, :, table.packed_length :] >= 0).sum(-1)
     counts = torch.stack([*packed, loose - torch.stack(packed).sum(0)])  # [codecs + 1, B, Hkv]
-    return bool((counts != counts[:, :, :1]).any() | (counts.amax((1, 2)).sum() > counts.sum(0).amax()))
+    return bool((counts != counts[:, :1, :1]).any())
 
 
 def _alone(table: TokenTable, row: int, head: int) -> TokenTable:

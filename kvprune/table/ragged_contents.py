@@ -70,6 +70,15 @@ class RaggedContents(TokenTable):
         """Of one head; each has its own."""
         return self.heads[0].basis
 
+    @property
+    def may_learn(self) -> Tensor:
+        every = torch.cat([head.may_learn for head in self.heads])
+        return every.view(self.batch_size, self.kv_heads).all(1)
+
+    @property
+    def has_gaps(self) -> bool:
+        return any(head.has_gaps for head in self.heads)
+
     def row_totals(self) -> tuple[int, ...]:
         if not all(head.dense for head in self.heads):
             return tuple((self.positions >= 0).sum((1, 2)).tolist())

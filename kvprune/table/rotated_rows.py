@@ -66,7 +66,7 @@ class RotatedCodec(Codec):
     def block_bytes(self, key_dim: int, value_dim: int) -> int:
         """What a table holds of this codec beside rows: widths, and the basis."""
         dims = (key_dim, value_dim)
-        return sum(dim * dim + 6 * dim + 5 * (dim // lanes_of(dim)) for dim in dims)
+        return 1 + sum(dim * dim + 6 * dim + 5 * (dim // lanes_of(dim)) for dim in dims)
 
 
 class RotatedRows(PackedRows):
@@ -113,6 +113,14 @@ class RotatedRows(PackedRows):
 
     def _like(self, tensors: dict[str, Tensor]) -> RotatedRows:
         return RotatedRows(self.codec, self.key_dim, self.value_dim, tensors, self.basis)
+
+    def widths(self) -> dict[str, Tensor]:
+        """Those that the basis asks for, by the names of their tensors."""
+        codes = self.tensors["key_codes"]
+        return {
+            f"{kind}_widths": coordinates.widths(self.codec.bits_of(kind), tuple(codes.shape[:2]), codes.device)
+            for kind, coordinates in (("key", self.basis.keys), ("value", self.basis.values))
+        }
 
     # -- rows move, and are not decoded ------------------------------------------------------------------------------
 

@@ -64,6 +64,12 @@ class SplitRows(PackedRows):
         other.bytes_read, other.bytes_held = self.bytes_read, self.bytes_held
         return other
 
+    def of_head(self, sequence: int, head: int) -> PackedRows:
+        alone = super().of_head(sequence, head)
+        if sequence or head:  # the first one goes on with what all have read
+            alone.bytes_read = alone.bytes_held = 0  # type: ignore[attr-defined]
+        return alone
+
     def state(self) -> State:
         state = super().state()
         state.facts["read"] = [self.bytes_read, self.bytes_held]

@@ -278,10 +278,10 @@ class TokenTable(Contents):
             self._close_up(self.positions >= 0)
         self._closed_length = self.length
 
-    def turn(self, basis: Basis) -> None:
-        """Pack rows in these coordinates from now on; those that are packed must be in them. Changes the table."""
-        self.basis = basis
-        packing.turn(self.packed, basis)
+    def turn(self, basis: Basis, sequences: Tensor | None = None) -> None:
+        """Pack rows in a basis from now on: what is packed is in it, or these sequences' are not. Changes the table."""
+        self.basis = basis if sequences is None else (self.basis or Basis.fixed(*self._dims())).where(sequences, basis)
+        packing.turn(self.packed, self.basis, widen=sequences is not None)
 
     def _close_up(self, kept: Tensor) -> None:
         """Keep these slots, bool `[B, Hkv, length]`: packed rows move as they are, and memory is freed."""
