@@ -13,6 +13,7 @@ from kvprune.policies import (
     KIVI,
     OSCAR,
     TOVA,
+    Bits,
     CriticalKV,
     DropKV,
     ExpectedAttention,
@@ -116,7 +117,16 @@ zipcache = st.builds(
     group=groups,
     seed=seeds,
 )
-kivi = st.builds(KIVI, bits=bits, group_size=st.integers(1, 8), residual=st.integers(0, 8), rotate=st.booleans())
+kivi = st.one_of(
+    st.builds(KIVI, bits=bits, group_size=st.integers(1, 8), residual=st.integers(0, 8), rotate=st.booleans()),
+    st.builds(
+        KIVI,
+        bits=st.sampled_from([4, 8]),
+        group_size=st.integers(1, 8),
+        residual=st.integers(0, 8),
+        theta=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    ),
+)
 ageing = st.builds(
     lambda kind, **drawn: kind(**drawn),
     st.sampled_from([Spectral, Spectral, OSCAR, TurboQuant]),
@@ -166,3 +176,20 @@ def chains(draw: st.DrawFn) -> Policy:
     if len(links) > 1:
         return Chain(tuple(links))
     return links[0] if links else Full()
+
+
+@st.composite
+def bits_policies(draw: st.DrawFn) -> Policy:
+    """`Bits` by any scores, alone or behind a policy that evicts."""
+    score = draw(st.one_of(a2sf(in_bytes=False), h2o(in_bytes=False), snapkv, tova(in_bytes=False), by_keys))
+    policy = Bits(
+        draw(st.one_of(fractions, st.integers(20, 100), st.integers(6, 40).map(lambda thousands: f"{thousands}kB"))),
+        score=score,
+        power=draw(st.sampled_from([0.5, 1, 2])),
+        widths=tuple(draw(st.lists(bits, max_size=4, unique=True))),
+        share=draw(between_heads),
+        sinks=draw(st.integers(0, 2)),
+        recent=draw(st.integers(0, 3)),
+        aged_bits=draw(bits),
+    )
+    return H2O(14, sinks=0, recent=2) | policy if draw(st.sampled_from([False, False, True])) else policy

@@ -15,8 +15,9 @@ from torch import Tensor
 class Masked:
     """A stock model whose full-attention layers see what they are told to, and whose attention can be looked at."""
 
-    def __init__(self, family: str) -> None:
-        self.model = build(family, dtype=torch.float64)
+    def __init__(self, family: str, **shape: Any) -> None:
+        """shape: what the config of the family has otherwise."""
+        self.model = build(family, dtype=torch.float64, **shape)
         self.model.set_attn_implementation("eager")
         config = self.model.config
         self.kv_heads, self.group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from masked import Masked
 from torch import Tensor
 
 from kvprune import Eviction
-from kvprune.policies import A2SF, H2O, TOVA, StreamingLLM
+from kvprune.policies import A2SF, H2O, TOVA, Bits, StreamingLLM
 
 Rows = list[list[list[list[int]]]]
 """Positions of kept rows, ascending: `[layer][sequence][KV head]`."""
@@ -73,15 +74,15 @@ RULES: dict[type, Rule] = {
 }
 
 
-def recent_tokens(policy: Eviction, capacity: int) -> int:
+def recent_tokens(policy: Eviction | Bits, capacity: int) -> int:
     if isinstance(policy.recent, float):
         return math.ceil(Fraction(str(policy.recent)) * capacity)
     return policy.recent
 
 
-def capacity_of(policy: Eviction, prompt_tokens: int) -> int | None:
+def capacity_of(policy: Eviction | Bits, prompt_tokens: int) -> int | None:
     """Rows that a KV head may keep; None for a budget in bytes."""
-    if isinstance(policy.budget, str):
+    if isinstance(policy, Bits) or isinstance(policy.budget, str):
         return None
     if isinstance(policy.budget, int):
         return policy.budget
@@ -105,6 +106,8 @@ class History:
     left: list[list[list[float]]] = field(init=False)
     """How many tokens there were when a row left; infinite while it is here."""
     score: list[Scores] = field(init=False)
+    heads: list[set[int]] | None = None
+    """Of every layer the KV heads that the sequence has in it, where some have stopped; None if nobody knows."""
 
     def __post_init__(self) -> None:
         self.left, self.score = ([[[] for _ in range(self.kv_heads)] for _ in range(self.layers)] for _ in range(2))
@@ -130,6 +133,8 @@ class History:
             for head in layer:
                 del head[tokens:]
         self.prompt_tokens = min(self.prompt_tokens, tokens)
+        if not tokens:
+            self.heads = None  # it begins anew
         return dropped
 
     def kept(self, layer: int, head: int) -> list[int]:
@@ -154,7 +159,7 @@ class SlowCache:
     def __init__(self, model: Masked, links: Sequence[Any], *, exact: bool, rule: Rule | None = None) -> None:
         """exact: whether rows keep their precision, and a prompt all of its tokens, so that logits can be foretold."""
         self.model, self.exact = model, exact
-        self.evicting = tuple(link for link in links if isinstance(link, Eviction))
+        self.evicting = tuple(link for link in links if isinstance(link, Eviction | Bits))
         self.rule = rule
         self.reset()
 
@@ -165,7 +170,7 @@ class SlowCache:
         self.shown = 0  # columns that layers have seen: all but those that a prompt filter kept from them
         self.oldest = 0  # of these, that sliding windows still hold
         self.recording = False
-        self.due: list[Eviction] = []
+        self.due: list[Eviction | Bits] = []
 
     def fork(self) -> SlowCache:
         return copy.deepcopy(self, {id(shared): shared for shared in (self.model, self.evicting)})
@@ -268,7 +273,8 @@ class SlowCache:
         """Update the scores by the newest columns, without those that wait."""
         if self.rule is None or attended is None:
             return
-        policy = self.evicting[0]
+        first = self.evicting[0]
+        policy: Any = first.scorer if isinstance(first, Bits) else first
         for row, each in enumerate(self.sequences):
             tokens = len(each.ids)
             queries = slice(tokens - each.newest(columns), tokens - each.newest(waiting))
@@ -279,7 +285,7 @@ class SlowCache:
 
     # -- rows that stay --------------------------------------------------------------------------------------------
 
-    def check(self, found: Rows, due: Sequence[Eviction] = ()) -> None:
+    def check(self, found: Rows, due: Sequence[Eviction | Bits] = ()) -> None:
         """Compare with the rows that the cache keeps, after these links of its chain have decided."""
         for layer, sequences in enumerate(found):
             for each, heads in zip(self.sequences, sequences, strict=True):
@@ -290,7 +296,7 @@ class SlowCache:
                         each.left[layer][head][position], self.last_eviction = len(each.ids), self.seen
 
     def _check_head(
-        self, each: History, before: list[int], kept: list[int], score: list[float], due: Sequence[Eviction]
+        self, each: History, before: list[int], kept: list[int], score: list[float], due: Sequence[Eviction | Bits]
     ) -> None:
         assert kept == sorted(set(kept))
         assert set(kept) <= set(before), "a row came back, or is of no token"
@@ -303,7 +309,8 @@ class SlowCache:
             window = len(each.ids) - recent_tokens(link, limit or 1)
             always &= {position for position in before if position < link.sinks or position >= window}
         assert always <= set(kept), "a sink or a recent token is gone"
-        if self.rule is None or None in limits:
+        in_bytes = any(limit is None and not isinstance(link, Bits) for link, limit in zip(due, limits, strict=True))
+        if self.rule is None or in_bytes:
             return
         best_first = sorted(set(before) - always, key=lambda position: (score[position], position), reverse=True)
         expected = always.union(best_first[: len(kept) - len(always)])
@@ -347,15 +354,23 @@ class SlowCache:
 
 
 class StoppingCache(SlowCache):
-    """The same of a policy that lets tokens stop before the last of two layers: which ones, the cache is asked.
+    """The same of a policy that lets tokens, or heads, stop before the last layer: which ones, the cache is asked.
 
-    goes_on: of so many tokens of a first prompt, how many the last layer has. always: whether it decides anew after
-    every token; else only after prompts.
+    links: what follows it. goes_on: of so many tokens of a first prompt, how many every layer has. heads: how many KV
+    heads every layer has. always: whether it decides anew after every token; else only after prompts.
     """
 
-    def __init__(self, model: Masked, goes_on: Callable[[int], int], *, always: bool) -> None:
-        super().__init__(model, (), exact=False)
-        self.goes_on, self.always = goes_on, always
+    def __init__(
+        self,
+        model: Masked,
+        links: Sequence[Any],
+        goes_on: Callable[[int], Sequence[int]],
+        heads: Sequence[int],
+        *,
+        always: bool,
+    ) -> None:
+        super().__init__(model, links, exact=False)
+        self.goes_on, self.most_heads, self.always = goes_on, heads, always
         self.came: list[int] = []  # tokens of each sequence, in a step that lets some stop
 
     def step(
@@ -367,24 +382,43 @@ class StoppingCache(SlowCache):
         self.came = []
         return result
 
-    def check(self, found: Rows, due: Sequence[Eviction] = ()) -> None:
+    def check(self, found: Rows, due: Sequence[Eviction | Bits] = ()) -> None:
+        for row in range(len(self.sequences)):
+            self._take_heads(row, found)
         for layer, sequences in enumerate(found if self.came else ()):
             for each, heads, came in zip(self.sequences, sequences, self.came, strict=True):
                 self._take(each, layer, heads, came)
         super().check(found, due)
 
+    def _take_heads(self, row: int, found: Rows) -> None:
+        """Those that a sequence begins with are as many as they should be, some of those below, and stay."""
+        each = self.sequences[row]
+        if not each.ids:
+            return
+        there = [{head for head, kept in enumerate(layer[row]) if kept} for layer in found]
+        if each.heads is None:
+            if self.came and self.came[row] == len(each.ids):
+                assert [len(heads) for heads in there] == list(self.most_heads)
+                assert all(above <= below for below, above in pairwise(there))
+            each.heads = there
+        assert there == each.heads
+        for rows, left in zip(each.left, there, strict=True):
+            for head in set(range(len(rows))) - left:
+                rows[head] = [0.0] * len(each.ids)
+
     def _take(self, each: History, layer: int, heads: list[list[int]], came: int) -> None:
         tokens = len(each.ids)
-        before = {*each.kept(layer, 0)}
-        assert all(kept == heads[0] for kept in heads)
-        assert set(heads[0]) <= set(range(tokens))
-        if layer == 0:
-            assert len(heads[0]) == tokens
-        elif came:
-            assert tokens - 1 in heads[0]
-            if came == tokens:
-                assert len(heads[0]) == self.goes_on(tokens)
-        if set(heads[0]) != before:  # where the new tokens are already
-            self.last_eviction = self.seen
         for head, kept in enumerate(heads):
+            assert set(kept) <= set(range(tokens))
+            if each.heads is None or head not in each.heads[layer]:
+                continue
+            if not self.evicting:
+                assert kept == next(filter(None, heads), [])
+                assert len(kept) == tokens or layer
+            if came:
+                assert tokens - 1 in kept
+            if came == tokens and not self.evicting:
+                assert len(kept) == self.goes_on(tokens)[layer]
+            if set(kept) != {*each.kept(layer, head)}:  # where the new tokens are already
+                self.last_eviction = self.seen
             each.left[layer][head] = [math.inf if position in kept else 0.0 for position in range(tokens)]

@@ -28,18 +28,20 @@ from families import (
     sequence,
     stepwise,
 )
+from held import EXACT, held_by
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvprune import Eviction, Policy, Step, TokenTable
+from kvprune import Adaptive, Everywhere, Eviction, Policy, Step, TokenTable, Uniform
 from kvprune.cache.models import cache_argument
 from kvprune.policies import (
     A2SF,
     H2O,
     KIVI,
     TOVA,
+    Bits,
     ExpectedAttention,
     KeyDiff,
     Keyformer,
@@ -423,6 +425,25 @@ def test_no_number_in_a_score_evicts_what_is_always_kept(setup, value, lengths, 
             assert_sinks_and_recent(setup, pruned, row, length + fed, capacity)
             size = min(length + fed - waiting, capacity) + waiting
             assert [len(head) for layer in kept_everywhere(pruned, row) for head in layer] == [size] * 4
+        assert logits[:, -1].isfinite().all()
+
+
+@pytest.mark.parametrize("share", [Uniform(), Adaptive(0.3, normalize="z"), Everywhere()], ids=str)
+@given(
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+    lengths=batches,
+    positions=st.lists(st.integers(0, 45), max_size=45),
+    seed=seeds,
+)
+def test_no_number_in_a_score_packs_what_is_always_exact(share, value, lengths, positions, seed):
+    """Nor drops it: sinks and what was recent at the end of a prompt have their 16 bits, and logits are numbers."""
+    policy = Bits(0.7, score=poisoned(H2O(), value, positions), share=share, sinks=2, recent=3)
+    pruned = PrunedCache(model(), policy)
+    for logits in stepwise(model(), prompt_and_more(lengths, 2, seed=seed), pruned, [max(lengths), 1, 1]):
+        for held in held_by(pruned):
+            for row, length in enumerate(lengths):
+                always = [*range(min(2, length)), *range(max(0, length - 3), length)]
+                assert bool((held.bits[row, :, always] == EXACT).all())
         assert logits[:, -1].isfinite().all()
 
 
