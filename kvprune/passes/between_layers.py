@@ -54,7 +54,6 @@ class Between:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         hidden = given["hidden_states"]
         if not self.index:
-            cache.begins_pass()  # refuses one that was interrupted, before its counts are taken for a mask's fault
             cache.expect(None, None)  # what a pass that failed before its first keys has left there
             cache.trip = cache.cascade.trip(cache, hidden, given.get("attention_mask"))
         if cache.trip is None:

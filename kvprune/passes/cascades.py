@@ -88,6 +88,7 @@ class Cascade(Policy, ABC):
 
     def trip(self, cache: Any, hidden: Tensor, mask: Any) -> Trip | None:
         """What a forward pass on such a cache becomes, before its first layer; None if nothing is to stop in it."""
+        cache.begins_pass()  # refuses one that was interrupted, before its counts are taken for a fault of the mask
         layer = cache.layers[0]
         if layer.record_past or (layer.table is not None and layer.table.batch_size != len(hidden)):
             return None  # the cache has an error for another batch
