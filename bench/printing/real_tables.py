@@ -24,7 +24,7 @@ SAME = {"gemfilter:layer=2,keep_last=3": "gemfilter"}
 AHEAD = "kernel_size=27,ahead=23"
 FIRST = (
     *(f"{name}:{AHEAD}" for name in ("dropkv", "snapkv", "a2sf", "adakv")), "snapkv", "tova", "h2o", "streaming_llm",
-    "kvzip", "keydiff", "leverage", "kivi:bits=4", "spectral:bits=4",
+    "kvzip", "keydiff", "leverage", "kivi:bits=4", "spectral:bits=4", "spectral", "kivi:bits=2",
 )  # fmt: skip
 FIGURES = ("score", "tokens_right", "nll_change", "kl", "agreement")
 ALIKE = "An error of 0 says that all of these prompts were alike: of n alike, up to 3 in n others may not be."
