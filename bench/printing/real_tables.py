@@ -190,9 +190,11 @@ def overview(rows: Sequence[Row], only: Sequence[str] = ()) -> Table | None:
     return shown
 
 
-def on_bytes(rows: Sequence[Row]) -> Table | None:
-    """The same needles, everyone in a cache of 16 bits a number: rows against bits at as many bytes."""
-    chosen = [row for row in rows if row.get("kind") == "single" and row["length"] == 1000 and row["answer_tokens"] > 1]
+def on_bytes(rows: Sequence[Row], length: int) -> Table | None:
+    """Needles, everyone in a cache of 16 bits a number: rows against bits at as many bytes."""
+    chosen = [
+        row for row in rows if row.get("kind") == "single" and row["length"] == length and row["answer_tokens"] > 1
+    ]
     known, unknown = (Found(_held(chosen, "bfloat16"), question) for question in ("known", "unknown"))
     full = list(Found([row for row in chosen if row["policy"] == FULL], "known").full.values())
     lines = []
@@ -202,8 +204,10 @@ def on_bytes(rows: Sequence[Row]) -> Table | None:
         lines.append((keeps, [-_mean([row["tokens_right"] for row in cell]) for cell in cells], name, cells))
     if not lines:
         return None
+    digits = [str(each) for each in sorted({row["answer_tokens"] for row in _held(chosen, "bfloat16")})]
+    named = ", ".join(digits[:-1]), digits[-1]
     shown = table(
-        "A number of 3, 7 or 20 digits in 1,000 tokens, at as many bytes",
+        f"A number of {' or '.join(filter(None, named))} digits in {length:,} tokens, at as many bytes",
         "The share of its digits that was written, ± standard error (prompts in which all of them were). Caches are "
         "bfloat16, the model computes in float32. Eviction is given a share of the rows, `Bits` of the bytes. bytes: "
         "at the end of the answer, everything included, of a full cache in 16 bits, at each of the budgets; those that "
@@ -390,7 +394,7 @@ def _apart(difference: float, first: float | None, second: float | None) -> int:
 
 def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> dict[str, list[Table]]:
     """By their place in the report; those of which nothing has been measured are left out."""
-    at_equal_bytes, rows = on_bytes(rows), _held(rows, None)
+    at_equal_bytes, rows = [on_bytes(rows, length) for length in (1000, 2000)], _held(rows, None)
     kinds = sorted(
         {(row["kind"], row["length"]) for row in rows if "kind" in row},
         key=lambda kind: (("single", "multi-key", "multi-value").index(kind[0]), kind[1]),
@@ -399,7 +403,7 @@ def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> d
     parts: dict[str, Iterable[Table | None]] = {
         "overview": [overview(rows)],
         "first": [overview(rows, FIRST)],
-        "bytes": [at_equal_bytes],
+        "bytes": at_equal_bytes,
         **{
             f"needles {question}": [needles(rows, question, kind, length) for kind, length in kinds]
             for question in questions
