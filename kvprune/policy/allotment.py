@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -74,25 +76,73 @@ class Rows:
 
     def bits(self, theta: Tensor) -> Tensor:
         """Of every row, int64 `[B, Hkv, rows]`. theta: float64, broadcastable."""
-        widths, begins = steps({bits: self.prices[bits] for bits in (*self.offered, EXACT)})
-        device = self.weights.device
-        worth = self.weights / theta
-        number = torch.bucketize(worth, torch.tensor(begins, dtype=torch.float64, device=device), right=True)
-        bits = torch.tensor(widths, device=device)[number]
-        stays = torch.zeros(EXACT + 1, dtype=torch.float64, device=device)
-        for width, price in self.prices.items():
-            stays[width] = price / (1 - error(width))
-        bits = torch.where(self.packed > 0, self.packed * (worth >= stays[self.packed]), bits)
+        widths, begins = self._steps
+        number = torch.zeros_like(self.packed)
+        for begin in begins:
+            number += self.weights >= begin * theta
+        bits = torch.tensor(widths, device=self.weights.device)[number]
+        bits = torch.where(self.packed > 0, self.packed * (self._packed_weights >= theta), bits)
         bits = torch.where(self.always, self.packed + EXACT * (self.packed == 0), bits)
         bits = bits * self.there
         return bits if self.least is None else torch.maximum(bits, self.least)
 
-    def sizes(self, bits: Tensor) -> Tensor:
-        """Bytes of every head, float64 `[B, Hkv]`."""
-        prices = torch.zeros(EXACT + 1, dtype=torch.float64, device=bits.device)
+    def bytes_at(self, theta: Tensor) -> Tensor:
+        """Bytes of every head with these bits, float64 `[B, Hkv]`: the rows are counted that a theta gives a step."""
+        if self.least is not None:
+            return self.sizes(self.bits(theta))
+        total = self._always_bytes.clone()
+        widths, begins = self._steps
+        for (before, after), begin in zip(pairwise(widths), begins, strict=True):
+            more = self.prices[after] - (self.prices[before] if before else 0)
+            total += more * (self._loose_weights >= begin * theta).sum(-1)
+        if self._any_packed:
+            total += ((self._packed_weights >= theta) * self._packed_prices).sum(-1)
+        return total
+
+    @cached_property
+    def _steps(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        return steps({bits: self.prices[bits] for bits in (*self.offered, EXACT)})
+
+    @cached_property
+    def _loose_weights(self) -> Tensor:
+        """Of rows in full precision that are asked what they are worth; of others what no theta gives anything."""
+        return self.weights.masked_fill(~self.there | self.always | (self.packed > 0), -1.0)
+
+    @cached_property
+    def _any_packed(self) -> bool:
+        return bool((self.packed > 0).any())
+
+    @cached_property
+    def _packed_weights(self) -> Tensor:
+        """Of packed rows s over the s / theta from which they stay: where theta is no more than that, they do."""
+        stays = torch.ones(EXACT + 1, dtype=torch.float64, device=self.weights.device)
+        for width, price in self.prices.items():
+            stays[width] = price / (1 - error(width))
+        return self.weights / stays[self.packed]
+
+    @cached_property
+    def _packed_prices(self) -> Tensor:
+        """Bytes of the packed rows that are asked what they are worth, float64; 0 of others."""
+        asked = self.there & ~self.always & (self.packed > 0)
+        return self._price_of_bits[self.packed] * asked
+
+    @cached_property
+    def _always_bytes(self) -> Tensor:
+        """Bytes of every head that no theta takes, float64 `[B, Hkv]`."""
+        kept = (self.packed + EXACT * (self.packed == 0)) * (self.always & self.there)
+        return self.sizes(kept)
+
+    @cached_property
+    def _price_of_bits(self) -> Tensor:
+        """By bits, float64 `[17]`; 0 of a row that is not there."""
+        prices = torch.zeros(EXACT + 1, dtype=torch.float64, device=self.weights.device)
         for width, price in self.prices.items():
             prices[width] = price
-        return prices[bits].sum(-1)
+        return prices
+
+    def sizes(self, bits: Tensor) -> Tensor:
+        """Bytes of every head, float64 `[B, Hkv]`."""
+        return self._price_of_bits[bits].sum(-1)
 
 
 def weights_of(scores: Tensor, positions: Tensor, power: float) -> Tensor:
@@ -116,17 +166,13 @@ def allotted(
     every = [rows.bits(nothing.to(rows.weights.device)) for rows in tables]
     low = [torch.full_like(limit, -260.0) for limit in limits]  # theta = 2^-260: nobody goes
     high = [torch.full_like(limit, 300.0) for limit in limits]  # everybody goes
-    fits = [used <= limit for used, limit in zip(total(_sizes(tables, every)), limits, strict=True)]
+    sizes = [rows.sizes(each) for rows, each in zip(tables, every, strict=True)]
+    fits = [used <= limit for used, limit in zip(total(sizes), limits, strict=True)]
     for _ in range(_HALVINGS):
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        bits = [rows.bits(torch.exp2(each)[..., None]) for rows, each in zip(tables, middle, strict=True)]
-        used = total(_sizes(tables, bits))
+        used = total([rows.bytes_at(torch.exp2(each)[..., None]) for rows, each in zip(tables, middle, strict=True)])
         for number, (size, limit, each) in enumerate(zip(used, limits, middle, strict=True)):
             high[number] = torch.where(size <= limit, each, high[number])
             low[number] = torch.where(size <= limit, low[number], each)
     bits = [rows.bits(torch.exp2(each)[..., None]) for rows, each in zip(tables, high, strict=True)]
     return [torch.where(fit[..., None], all_, own) for fit, all_, own in zip(fits, every, bits, strict=True)]
-
-
-def _sizes(tables: Sequence[Rows], bits: Sequence[Tensor]) -> list[Tensor]:
-    return [rows.sizes(each) for rows, each in zip(tables, bits, strict=True)]
