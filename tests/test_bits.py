@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -87,6 +88,25 @@ def test_no_choice_of_as_many_bytes_has_less_error(weights, room, offered, data)
     for choice in product(*[(0, own) if own else (0, *offered, EXACT) for own in packed]):
         size, total = of(choice)
         assert size > used or total >= least * (1 - 1e-9)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.floats(1e-6, 1e6), st.sampled_from([0, 0, 2, 8]), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=9,
+    ),
+    least=st.none() | st.sampled_from([0, 2, EXACT]),
+    theta=st.floats(-40, 40),
+)
+def test_bytes_are_counted_as_the_bits_of_rows_take_them(rows, least, theta):
+    weights, packed, always, there = zip(*rows, strict=True)
+    table = of_rows(list(weights), list(packed), {2: 44, 4: 76, 8: 140, EXACT: 264}, (2, 4))
+    table = replace(table, always=torch.tensor([[always]]), there=torch.tensor([[there]]))
+    if least is not None:
+        table = replace(table, least=torch.full_like(table.packed, least))
+    asked = torch.tensor([[[2.0**theta]]], dtype=torch.float64)
+    assert torch.equal(table.bytes_at(asked), table.sizes(table.bits(asked)))
 
 
 def test_rows_of_equal_score_go_by_recency():

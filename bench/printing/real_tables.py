@@ -160,7 +160,7 @@ def needles(rows: Sequence[Row], question: str, kind: str, length: int) -> Table
 
 def overview(rows: Sequence[Row], only: Sequence[str] = ()) -> Table | None:
     """Single needles of 1,000 tokens whose answers are numbers: a line for every policy, what keeps all last."""
-    chosen = [row for row in rows if row.get("kind") == "single" and row["length"] == 1000 and row["answer_tokens"] > 1]
+    chosen = _numbers(rows, 1000)
     known, unknown = (Found(chosen, question) for question in ("known", "unknown"))
     columns = ((known, "0.25"), (known, "0.1"), (unknown, "0.25"), (unknown, "0.1"))
     lines = []
@@ -190,11 +190,15 @@ def overview(rows: Sequence[Row], only: Sequence[str] = ()) -> Table | None:
     return shown
 
 
+def _numbers(rows: Sequence[Row], length: int) -> list[Row]:
+    """Those of single needles that are numbers, in prompts of so many tokens."""
+    single = (row for row in rows if row.get("kind") == "single" and row["length"] == length)
+    return [row for row in single if row["answer_tokens"] > 1]
+
+
 def on_bytes(rows: Sequence[Row], length: int) -> Table | None:
     """Needles, everyone in a cache of 16 bits a number: rows against bits at as many bytes."""
-    chosen = [
-        row for row in rows if row.get("kind") == "single" and row["length"] == length and row["answer_tokens"] > 1
-    ]
+    chosen = _numbers(rows, length)
     known, unknown = (Found(_held(chosen, "bfloat16"), question) for question in ("known", "unknown"))
     full = list(Found([row for row in chosen if row["policy"] == FULL], "known").full.values())
     lines = []

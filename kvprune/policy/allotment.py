@@ -82,12 +82,12 @@ class Rows:
             number += self.weights >= begin * theta
         bits = torch.tensor(widths, device=self.weights.device)[number]
         bits = torch.where(self.packed > 0, self.packed * (self._packed_weights >= theta), bits)
-        bits = torch.where(self.always, self.packed + EXACT * (self.packed == 0), bits)
+        bits = torch.where(self.always, self._as_they_are, bits)
         bits = bits * self.there
         return bits if self.least is None else torch.maximum(bits, self.least)
 
     def bytes_at(self, theta: Tensor) -> Tensor:
-        """Bytes of every head with these bits, float64 `[B, Hkv]`: the rows are counted that a theta gives a step."""
+        """`sizes` of the `bits` of a theta, which are not made: what is counted are rows that take a step."""
         if self.least is not None:
             return self.sizes(self.bits(theta))
         total = self._always_bytes.clone()
@@ -127,10 +127,14 @@ class Rows:
         return self._price_of_bits[self.packed] * asked
 
     @cached_property
+    def _as_they_are(self) -> Tensor:
+        """Bits of the rows now, int64 `[B, Hkv, rows]`."""
+        return self.packed + EXACT * (self.packed == 0)
+
+    @cached_property
     def _always_bytes(self) -> Tensor:
         """Bytes of every head that no theta takes, float64 `[B, Hkv]`."""
-        kept = (self.packed + EXACT * (self.packed == 0)) * (self.always & self.there)
-        return self.sizes(kept)
+        return self.sizes(self._as_they_are * (self.always & self.there))
 
     @cached_property
     def _price_of_bits(self) -> Tensor:

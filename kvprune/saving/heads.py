@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,9 +13,10 @@ from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import CacheError
 from kvprune.policy.base import Policy
+from kvprune.saving import measured
 from kvprune.saving.fingerprint import differences, fingerprint
 
-FORMAT = "kvprune.heads"
+_FORMAT, _WHAT = "kvprune.heads", "scores of heads"
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,7 @@ class HeadScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a file, JSON. Raises CacheError where it cannot be written."""
-        text = json.dumps({"format": FORMAT, "version": 1, "scores": self.scores, "model": self.model}, indent=1)
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CacheError(f"the scores of heads cannot be saved to {path}: {error}.") from error
+        measured.write(path, _WHAT, _FORMAT, {"scores": self.scores, "model": self.model})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None, *, trust_model: bool = False) -> Self:
@@ -72,13 +67,9 @@ class HeadScores:
 
         Raises CacheError for a file that is none or of another model. trust_model: as of `PrunedCache.load`.
         """
-        try:
-            read = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CacheError(f"{path} cannot be loaded: {error}.") from error
-        known = isinstance(read, dict) and read.get("format") == FORMAT and read.get("version") == 1
-        if not known or not _are_scores(read.get("scores")) or not isinstance(read.get("model"), dict):
-            raise CacheError(f"{path} cannot be loaded: it holds no scores of heads that this kvprune saved.")
+        read = measured.read(path, _WHAT, _FORMAT)
+        if not _are_scores(read.get("scores")):
+            raise CacheError(f"{path} cannot be loaded: its scores of heads are damaged.")
         if model is not None and (told := differences(read["model"], fingerprint(model), trust_model=trust_model)):
             raise CacheError(f"{path} cannot be loaded: it is of another model, {'; '.join(told)}.")
         return cls(tuple(tuple(float(score) for score in layer) for layer in read["scores"]), read["model"])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import inspect
-import json
 import math
 import os
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -22,13 +20,14 @@ from kvprune.cache.pruned_cache import PrunedCache
 from kvprune.errors import CacheError, PolicyError
 from kvprune.policy.base import Policy
 from kvprune.policy.step import Step
+from kvprune.saving import measured
 from kvprune.saving.fingerprint import differences, fingerprint
 from kvprune.saving.weights import as_bytes
 from kvprune.table.basis import Basis, in_8_bits
 from kvprune.table.spreading import spread, weighed_values
 from kvprune.table.token_table import TokenTable
 
-FORMAT = "kvprune.rotations"
+_FORMAT = "kvprune.rotations"
 _MOST_TURNED = 0.1  # that R^T R is off from one, in any number; 8 bits leave it 0.02 off
 
 
@@ -115,11 +114,7 @@ class Rotations(tuple[tuple[str, str], ...]):
         """Write them to a file, JSON. Raises CacheError where that cannot be, or nobody knows of which model."""
         if self.model is None:
             raise CacheError("nobody has said of which model these rotations are: save what Rotations.measure returns.")
-        text = json.dumps({"format": FORMAT, "version": 1, "layers": self, "model": self.model}, indent=1)
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CacheError(f"the rotations cannot be saved to {path}: {error}.") from error
+        measured.write(path, "rotations", _FORMAT, {"layers": self, "model": self.model})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None, *, trust_model: bool = False) -> Self:
@@ -130,13 +125,7 @@ class Rotations(tuple[tuple[str, str], ...]):
 
         Raises CacheError for a file that is none or of another model.
         """
-        try:
-            read = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CacheError(f"{path} cannot be loaded: {error}.") from error
-        known = isinstance(read, dict) and (read.get("format"), read.get("version")) == (FORMAT, 1)
-        if not known or not isinstance(read.get("model"), dict):
-            raise CacheError(f"{path} cannot be loaded: it holds no rotations that this kvprune saved.")
+        read = measured.read(path, "rotations", _FORMAT)
         try:
             rotations = cls(read.get("layers"), read["model"])
         except PolicyError as error:

@@ -211,12 +211,11 @@ class Basis:
                     continue
                 of_keys.append(_principal(sampled[0], own.T @ own / max(len(own), 1), enough, mixed))
                 of_values.append(_principal(sampled[1], None, enough, mixed))
-        if not any(told):
-            if most < _LEAST_ROWS:
-                return cls.fixed(keys.shape[3], values.shape[3])
-            return cls(_stacked(of_keys, heads, False), _stacked(of_values, heads, False))
-        own = torch.tensor(told, device=keys.device)
-        return cls(_stacked(of_keys, heads, True), _stacked(of_values, heads, True), own)
+        if not any(told) and most < _LEAST_ROWS:
+            return cls.fixed(keys.shape[3], values.shape[3])
+        of_any = any(told)
+        whose = torch.tensor(told, device=keys.device) if of_any else None
+        return cls(_stacked(of_keys, heads, of_any), _stacked(of_values, heads, of_any), whose)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of it, by name."""
