@@ -115,6 +115,7 @@ def entries(
 PRESSES = (
     "SnapKV", "SnapKV, window 32, kernel 7", "TOVA", "StreamingLLM", "KeyDiff", "Knorm", "AdaKV(SnapKV)",
     "CriticalAdaKV(SnapKV)", "ExpectedAttention", "AdaKV(ExpectedAttention)", "PyramidKV", "KVzip",
+    "AdaKV(SnapKV, window 32, kernel 7)", "CriticalAdaKV(SnapKV, window 32, kernel 7)", "PyramidKV, window 8, kernel 7",
 )  # fmt: skip
 PRESS_WORKER = Path(__file__).parent / "subjects" / "press_together.py"
 

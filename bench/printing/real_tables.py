@@ -31,6 +31,9 @@ ALIKE = "An error of 0 says that all of these prompts were alike: of n alike, up
 # A policy, and the press of kvpress with its method and its settings.
 PAIRS = (
     ("snapkv", "kvpress SnapKV, window 32, kernel 7"),
+    ("adakv", "kvpress AdaKV(SnapKV, window 32, kernel 7)"),
+    ("critical_adakv", "kvpress CriticalAdaKV(SnapKV, window 32, kernel 7)"),
+    ("pyramidkv", "kvpress PyramidKV, window 8, kernel 7"),
     ("tova", "kvpress TOVA"),
     ("streaming_llm", "kvpress StreamingLLM"),
     ("keydiff", "kvpress KeyDiff"),

@@ -51,15 +51,21 @@ def _press(name: str, ratio: float) -> Any:
     def snapkv() -> Any:
         return k.SnapKVPress(ratio)
 
+    def as_ours() -> Any:
+        return k.SnapKVPress(ratio, window_size=32, kernel_size=7)
+
     def expected() -> Any:
         return k.ExpectedAttentionPress(ratio, epsilon=EPSILON)
 
     made = {
         "SnapKV": snapkv,
-        "SnapKV, window 32, kernel 7": lambda: k.SnapKVPress(ratio, window_size=32, kernel_size=7),
+        "SnapKV, window 32, kernel 7": as_ours,
         "PyramidKV": lambda: k.PyramidKVPress(ratio),
+        "PyramidKV, window 8, kernel 7": lambda: k.PyramidKVPress(ratio, window_size=8, kernel_size=7),
         "AdaKV(SnapKV)": lambda: k.AdaKVPress(snapkv()),
+        "AdaKV(SnapKV, window 32, kernel 7)": lambda: k.AdaKVPress(as_ours()),
         "CriticalAdaKV(SnapKV)": lambda: k.CriticalAdaKVPress(snapkv()),
+        "CriticalAdaKV(SnapKV, window 32, kernel 7)": lambda: k.CriticalAdaKVPress(as_ours()),
         "TOVA": lambda: k.TOVAPress(ratio),
         "StreamingLLM": lambda: k.StreamingLLMPress(ratio),
         "Knorm": lambda: k.KnormPress(ratio),
