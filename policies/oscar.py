@@ -56,7 +56,7 @@ class OSCAR(Aging):
             self.rotations.check(model, cache.pruned_layers)
         super().attach(cache, model)
 
-    def packed(self, bits: int, value_bits: int | None = None) -> RotatedCodec:
+    def packed(self, bits: float, value_bits: float | None = None) -> RotatedCodec:
         return RotatedCodec(bits, value_bits=value_bits, key_clip=self.key_clip, value_clip=self.value_clip)
 
     def observe(self, table: TokenTable, step: Step) -> None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 
+from torch import Tensor
+
+from kvprune.errors import PolicyError
 from kvprune.policy.aging import Aging, learn_basis
 from kvprune.policy.base import Step
+from kvprune.policy.budget import share
+from kvprune.policy.settings import check_number
+from kvprune.table.quantize import BITS, Codec, is_average
+from kvprune.table.rotated_rows import RotatedCodec
+from kvprune.table.rows import EMPTY, true_rows
 from kvprune.table.token_table import TokenTable
+
+_MORE = 2  # bits of outliers
 
 
 @dataclass(frozen=True)
@@ -15,19 +26,74 @@ class Spectral(Aging):
 
     Keys of a head, their mean taken out, become uncorrelated components in a basis in which an error of any of them
     moves the head's logits by its eigenvalue lambda_i: components of large lambda get more bits than those of small,
+    one after another, each where it takes most of
 
-        bits_i = max(0, 1/2 log2(lambda_i / theta)),     as many on average as `bits` says
+        sum over i of  lambda_i D(bits_i),     D(b) what b bits leave of a component of variance 1
 
-    and likewise values, for the error of the output. See `kvprune/table/basis.py` for the formula, and for who did so
-    before: here, the prompt's own queries, keys and values tell, and no file. From 4 bits on, components that share a
-    width are mixed, so that what is extraordinary in one is spread over 16. A prompt of fewer than two times as many
-    tokens as a key has numbers tells no more than the mean, and its rows are turned by a Hadamard matrix.
+    until they have as many on average as `bits` says; and likewise values, for the error of the output. See
+    `kvprune/table/basis.py` for the formula, and for who did so before: here, the prompt's own queries, keys and values
+    tell, and no file. From 3 bits on, components that share a width are mixed, so that what is extraordinary in one is
+    spread over 16. A prompt of fewer than two times as many tokens as a key has numbers tells no more than the mean,
+    and its rows are turned by a Hadamard matrix.
+
+    What is unlike the rest of a text, such as numbers in prose, is what a later question asks for, and lies far out in
+    these coordinates, where few bits lose most: of the rows of a head, the share `outliers` of largest leverage
+    |z_k|^2 / D + |z_v|^2 / Dv, with z the components at variance 1, gets `outlier_bits`. On SmolLM2 these are among the
+    tenth of the rows that holds nine of ten digits of a number.
 
     A row has one scale, and shares nothing with other rows: any may be evicted. The basis costs as many bytes as D / 2
     tokens of the head in 16 bits.
+
+    Settings (beside those of `Aging`):
+        outliers: a share of rows, from 0 to 1, rounded up, of every head and of all that are packed together. They are
+            more bits than `bits` says, which is of the others. outlier_bits: theirs, from 2 to 8; None for two more
+            than others of their layer have. Where all have as many anyway, there are no outliers.
     """
+
+    _: KW_ONLY
+    outliers: float = 0.1
+    outlier_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("outliers", self.outliers, low=0, high=1)
+        if self.outlier_bits is not None and not is_average(self.outlier_bits):
+            raise PolicyError(
+                f"outlier_bits={self.outlier_bits!r} is not supported: choose a number from 2 to 8, or outliers=0."
+            )
+
+    def of_outliers(self, codec: Codec) -> RotatedCodec | None:
+        """How outliers among rows of a codec are packed; None where they have as many bits as all."""
+        bits = min(codec.bits + _MORE, BITS[-1]) if self.outlier_bits is None else self.outlier_bits
+        return self.packed(bits) if self.outliers and bits > codec.bits else None
+
+    def _with_outliers(self, codecs: tuple[Codec, ...]) -> tuple[Codec, ...]:
+        also = (self.of_outliers(codec) for codec in codecs)
+        return tuple(dict.fromkeys((*codecs, *(codec for codec in also if codec is not None))))
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        return self._with_outliers(super().codecs)
+
+    def codecs_at(self, depth: int, layers: int) -> tuple[Codec, ...]:
+        return self._with_outliers(super().codecs_at(depth, layers))
 
     def observe(self, table: TokenTable, step: Step) -> None:
         codec = self.codec(step.depth, step.layers)
         if codec is not None:
             learn_basis(table, step, codec.bits)
+
+    def parted(self, table: TokenTable, codec: Codec, slots: Tensor) -> tuple[tuple[Codec, Tensor], ...]:
+        of_outliers = self.of_outliers(codec)
+        if of_outliers is None:
+            return super().parted(table, codec, slots)
+        there = slots >= 0
+        leverage = table.leverage().gather(2, (slots - table.packed_length).clamp(min=0)).masked_fill(~there, -1.0)
+        rank = leverage.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # of equal ones, the older first
+        far = there & (rank < share(self.outliers, there.sum(-1, keepdim=True)))
+
+        def of(rows: Tensor) -> Tensor:
+            own = true_rows(rows)
+            return slots.gather(2, own.clamp(min=0)).masked_fill(own < 0, EMPTY)
+
+        return (codec, of(there & ~far)), (of_outliers, of(far))

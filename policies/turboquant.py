@@ -27,10 +27,10 @@ class TurboQuant(Aging):
     Settings: as of `Spectral`, with bits=4 and two exact layers at either end.
     """
 
-    bits: int = 4
+    bits: float = 4
     _: KW_ONLY
     edge_layers: int = 2
-    edge_bits: int = 16
+    edge_bits: float = 16
 
-    def packed(self, bits: int, value_bits: int | None = None) -> RotatedCodec:
+    def packed(self, bits: float, value_bits: float | None = None) -> RotatedCodec:
         return RotatedCodec(bits, value_bits=value_bits, normal=True)

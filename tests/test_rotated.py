@@ -27,8 +27,8 @@ from kvprune.cache.layer import PrunedLayer
 from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, cpu
 from kvprune.kernels.cpu.kernels import CPU
-from kvprune.policies import H2O, KIVI, OSCAR, Spectral, ZipCache
-from kvprune.table.basis import Basis, hadamard, lanes_of
+from kvprune.policies import H2O, KIVI, OSCAR, Spectral, TurboQuant, ZipCache
+from kvprune.table.basis import LEFT, Basis, hadamard, lanes_of
 from kvprune.table.packed_rows import Stretch
 from kvprune.table.rotated_codes import PARTS, STEPS, code_bytes, nearest
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
@@ -107,17 +107,30 @@ def test_components_hang_together_with_no_other_group_and_cost_their_eigenvalue(
             assert (part.matrix.abs().amax(2) == 127).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dim", [32, 80])
+def test_what_is_left_is_that_of_a_logistic_distribution():
+    """Of variance 1, at the even steps, by a sum over a fine grid."""
+    grid = np.linspace(-60, 60, 1_200_001)
+    spread = np.sqrt(3) / np.pi
+    density = 1 / np.cosh(grid / (2 * spread)) ** 2
+    density /= density.sum()
+    assert LEFT[0] == pytest.approx((density * grid**2).sum()) == 1
+    for width in range(1, 9):
+        middle = (2**width - 1) / 2
+        codes = np.clip(np.rint(grid / STEPS[width] + middle), 0, 2 * middle)
+        assert (density * (grid - (codes - middle) * STEPS[width]) ** 2).sum() == pytest.approx(LEFT[width], abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 4, 8])
+@pytest.mark.parametrize("dim", [32, 64, 80])
 def test_bits_go_where_the_next_one_helps_most(bits, dim):
-    """One bit after another, greedily, none beyond eight."""
+    """One bit after another, greedily, none beyond eight; as many as fit."""
     queries, keys, values = tokens(1, 1, 200, (dim, dim))
     part = basis_of(queries, keys, values).keys
     widths = [0] * (dim // lanes_of(dim))
     spectrum = part.spectrum[0, 0].tolist()
-    for _ in range(bits * len(widths)):
-        gains = [gain - 2 * width if width < 8 else -np.inf for gain, width in zip(spectrum, widths, strict=True)]
-        widths[int(np.argmax(gains))] += 1
+    for _ in range(int(bits * len(widths))):
+        taken = [0 if width == 8 else LEFT[width] - LEFT[width + 1] for width in widths]
+        widths[int(np.argmax(2 ** np.array(spectrum) * taken))] += 1
     assert part.widths(bits, (1, 1), keys.device)[0, 0].tolist() == widths
 
 
@@ -218,7 +231,7 @@ def read_codes(row: bytes, widths: list[int], dim: int) -> list[int]:
 
 @pytest.mark.parametrize("dims", [(8, 8), (32, 16), (48, 8), (6, 5)], ids=str)
 @pytest.mark.parametrize("estimated", [False, True])
-@pytest.mark.parametrize(("bits", "value_bits"), [(2, None), (3, 2), (4, None), (8, 4)])
+@pytest.mark.parametrize(("bits", "value_bits"), [(2, None), (3, 2), (2.5, 4), (4, None), (8, 4)])
 def test_rows_are_those_of_the_formula(bits, value_bits, dims, estimated):
     """Codes read bit by bit; within half a step of z but at the ends; the scale is the best of those tried."""
     queries, keys, values = tokens(1, 1, 100, dims)
@@ -232,7 +245,7 @@ def test_rows_are_those_of_the_formula(bits, value_bits, dims, estimated):
         mean = np.zeros(part.dim) if part.mean is None else part.mean[0, 0].double().numpy()
         lanes = lanes_of(part.dim)
         widths = np.repeat(packed.tensors[f"{kind}_widths"][0, 0].tolist(), lanes)
-        assert widths.sum() == codec.bits_of(kind) * part.dim
+        assert widths.sum() == int(codec.bits_of(kind) * (part.dim // lanes)) * lanes
         steps, middle = np.array(STEPS)[widths], (2.0**widths - 1) / 2
         for at in range(0, 100, 9):
             codes = np.array(
@@ -320,14 +333,82 @@ def test_what_is_packed_when():
         step(layer, tuple(part[:, :, at : at + 1] for part in given))
         packed_rows = (at + 1 - 3 - 10) // 32 * 32
         assert layer.table.packed_length == packed_rows
-        assert layer.table.positions[0, 0, :packed_rows].tolist() == list(range(3, 3 + packed_rows))
-    assert [tier.codec for tier in layer.table.packed] == [RotatedCodec(2)]
-    assert policy.codecs == (RotatedCodec(8), RotatedCodec(2))
-    exact = Spectral(2, edge_layers=2, edge_bits=16)
+        assert layer.table.positions[0, 0, :packed_rows].sort().values.tolist() == list(range(3, 3 + packed_rows))
+    assert {tier.codec for tier in layer.table.packed} == {RotatedCodec(2), RotatedCodec(4)}
+    assert policy.codecs == (RotatedCodec(8), RotatedCodec(2), RotatedCodec(4))
+    assert Spectral(2.5, edge_layers=1).codecs == tuple(map(RotatedCodec, (4, 2.5, 6, 4.5)))
+    assert policy.codecs_at(0, 3) == (RotatedCodec(8),)
+    assert policy.codecs_at(1, 3) == (RotatedCodec(2), RotatedCodec(4))
+    exact = Spectral(2, edge_layers=2, edge_bits=16, outliers=0)
     assert exact.codecs == (RotatedCodec(2),)
     assert exact.codec(1, 9) is None
     assert exact.codec(7, 9) is None
-    assert Spectral(2, edge_layers=10**9).codecs == (RotatedCodec(4), RotatedCodec(2))
+    assert Spectral(2, edge_layers=10**9).codecs == tuple(map(RotatedCodec, (4, 2, 6)))
+    assert Spectral(4, outlier_bits=4).codecs == Spectral(4, outliers=0).codecs == (RotatedCodec(4),)
+
+
+@pytest.mark.parametrize("residual", [0, 50])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.33])
+def test_rows_of_most_leverage_have_more_bits(share, residual):
+    """Of every head the share, rounded up, of largest |z_k|^2 / D + |z_v|^2 / Dv, as numpy has it of the prompt."""
+    given = tokens(1, 2, 200, (16, 8))
+    policy = Spectral(2.5, sinks=4, residual=residual, outliers=share, outlier_bits=6)
+    layer = PrunedLayer(policy, 0)
+    step(layer, given)
+    table, packed_rows = layer.table, (200 - 4 - residual) // 32 * 32
+    expected = -(-round(1000 * share) * packed_rows // 1000)
+    for head in range(2):
+        leverage = np.zeros(packed_rows)
+        for exact, part in ((given[1], table.basis.keys), (given[2], table.basis.values)):
+            centred = (exact[0, head, 4 : 4 + packed_rows] - part.mean[0, head]).double().numpy()
+            numbers = np.linalg.solve(part.turning(exact.device)[0, head].double().numpy(), centred.T)
+            leverage += (numbers**2).mean(0)
+        far = {4 + int(row) for row in (-leverage).argsort()[:expected]}
+        positions, bits = table.positions[0, head, :packed_rows], table.code_bits()[0, head]
+        assert set(positions[bits == 6].tolist()) == far
+        assert set(positions[bits == 2].tolist()) == set(range(4, 4 + packed_rows)) - far
+
+
+def test_what_few_rows_say_loses_least():
+    """Rows unlike all others, which a later question asks for, are where few bits lose most."""
+    random = torch.Generator().manual_seed(1)
+    queries, keys, values = (torch.randn(1, heads, 400, 64, generator=random) for heads in (2, 1, 1))
+    keys *= torch.logspace(0.5, -0.5, 64)
+    strange = torch.arange(20, 380, 20)
+    keys[:, :, strange, 32:] += 2 * torch.randn(len(strange), 32, generator=random)
+
+    def errors(policy: Spectral) -> tuple[float, float]:
+        """Of rows that are strange, and of all others."""
+        layer = PrunedLayer(policy, 0)
+        step(layer, (queries, keys, values))
+        order = layer.table.positions[0, 0].argsort()
+        error = (layer.table.all_keys()[0, 0, order] - keys[0, 0]).square().sum(-1)
+        return float(error[strange].mean()), float(error[~torch.isin(torch.arange(400), strange)].mean())
+
+    few, (many_strange, many) = errors(Spectral(2, residual=0)), errors(Spectral(2, residual=0, outliers=0))
+    assert many_strange > 2 * many
+    assert few[0] < 0.2 * many_strange
+    assert few[1] <= many
+
+
+@pytest.mark.parametrize(("bits", "whole"), [(2.25, 2.25), (2.6, 2.5), (4.99, 4.75), (8, 8), (np.float32(3.5), 3.5)])
+@pytest.mark.parametrize("make", [Spectral, TurboQuant, OSCAR], ids=lambda kind: kind.__name__)
+def test_bits_in_quarters(make, bits, whole):
+    """64 numbers in four groups, each of whole bits: what there is not is not taken, and bytes are those there are."""
+    given = tokens(1, 2, 200, (64, 64))
+    settings = {"outliers": 0} if make is Spectral else {"edge_layers": 0} if make is TurboQuant else {}
+    layer = PrunedLayer(make(bits, residual=0, sinks=0, **settings), 0)
+    step(layer, given)
+    (tier,) = layer.table.packed
+    for kind in ("key", "value"):
+        assert (tier.tensors[f"{kind}_widths"].sum(-1) == 4 * whole).all()
+        assert tier.tensors[f"{kind}_codes"].shape[3] == 8 * whole == code_bytes(64, bits)
+    assert len(tier) == 192
+    held = sum(tensor.untyped_storage().nbytes() for tensor in tier.tensors.values())
+    assert held == 2 * (192 * tier.codec.row_bytes(64, 64) + 8)
+    if make is Spectral:  # the others cut off what is extraordinary
+        error = (tier.decoded()[0] - given[1][:, :, :192]).norm() / given[1].norm()
+        assert error < 2.0**-whole
 
 
 def test_layers_that_pack_nothing_hold_no_basis():
@@ -516,16 +597,18 @@ def test_beams_and_assisted_decoding_and_half_precision():
 def test_settings_that_cannot_be():
     """Each says what was wrong, and what to write."""
     for make in (
-        lambda: Spectral(5), lambda: Spectral(value_bits=1), lambda: Spectral(edge_bits=5), lambda: Spectral(sinks=-1),
-        lambda: KIVI(rotate=1), lambda: ZipCache(rotate="yes"), lambda: RotatedCodec(2, value_bits=7),
+        lambda: Spectral(9), lambda: Spectral(value_bits=1), lambda: Spectral(edge_bits=15), lambda: Spectral(sinks=-1),
+        lambda: Spectral(True), lambda: Spectral("2"), lambda: Spectral(float("nan")), lambda: Spectral(None),
+        lambda: Spectral(outliers=1.5), lambda: Spectral(outlier_bits=16), lambda: KIVI(2.5),
+        lambda: KIVI(rotate=1), lambda: ZipCache(rotate="yes"), lambda: RotatedCodec(2, value_bits=1.5),
     ):  # fmt: skip
-        with pytest.raises(PolicyError, match=r"not supported|True or False|at least 0"):
+        with pytest.raises(PolicyError, match=r"not supported|True or False|at least 0|from 0 to 1"):
             make()
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (32, 128)], ids=str)
 @pytest.mark.parametrize("estimated", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 4, 8])
 @pytest.mark.parametrize("group", [1, 3, 7])
 def test_compiled_loops_are_the_twin_of_pytorch(dims, estimated, bits, group):
     """Of every width, over several parts of a tier, with holes, several tiers, and rows in full precision."""

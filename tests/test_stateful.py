@@ -651,6 +651,7 @@ FOLLOWERS: dict[str, Policy | None] = {
     "turboquant": TurboQuant(8, residual=2, sinks=1, edge_layers=0),
     "oscar": OSCAR(4, residual=2, sinks=1, key_clip=1, value_clip=1),
     "spectral": Spectral(8, residual=2, sinks=1),
+    "outliers": Spectral(6, residual=2, sinks=1, outliers=0.3, outlier_bits=8),
     "h2o-halves": H2O(12, sinks=1, recent=2) | KIVI(4, group_size=2, residual=1, theta=0.1),
     "bits": Bits(0.8, score=H2O(), share=Uniform(), sinks=1, recent=2),
 }

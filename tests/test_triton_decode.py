@@ -301,6 +301,7 @@ ROTATED = {
     "2 bits": RotatedCodec(2),
     "3 and 2 bits": RotatedCodec(3, value_bits=2),
     "8 and 4 bits": RotatedCodec(8, value_bits=4),
+    "2.5 bits": RotatedCodec(2.5),
     "normal levels": RotatedCodec(3, normal=True),
     "clipped": RotatedCodec(4, key_clip=0.9, value_clip=0.95),
 }

@@ -241,7 +241,7 @@ def test_nothing_is_held_beside_rows_of_turboquant():
 def test_settings_that_cannot_be():
     """Each says what was wrong, and what to write."""
     for make in (
-        lambda: TurboQuant(5), lambda: TurboQuant(edge_layers=-1), lambda: OSCAR(key_clip=1.5),
+        lambda: TurboQuant(1.5), lambda: TurboQuant(edge_layers=-1), lambda: OSCAR(key_clip=1.5),
         lambda: OSCAR(value_clip=None), lambda: RotatedCodec(2, key_clip=-0.1),
         lambda: RotatedCodec(2, normal=True, key_clip=0.9),
     ):  # fmt: skip

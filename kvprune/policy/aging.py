@@ -12,7 +12,7 @@ from kvprune.policy.base import Decision, Policy
 from kvprune.policy.settings import check_count
 from kvprune.policy.step import Step
 from kvprune.table.basis import Basis, Rotate
-from kvprune.table.quantize import Codec, is_width
+from kvprune.table.quantize import Codec, is_average
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
@@ -21,12 +21,12 @@ _EXACT = 16
 # First tokens, whose keys and values are like no others': in a basis made for those, they would lose most.
 ROTATED_SINKS = 4
 # From so many bits on, components that share a width are mixed: see basis.py.
-_MIXED = 4
+_MIXED = 3
 # Generated tokens that are packed together.
 _TOGETHER = 32
 
 
-def learn_basis(table: TokenTable, step: Step, bits: int, rotate: Rotate | None = None) -> None:
+def learn_basis(table: TokenTable, step: Step, bits: float, rotate: Rotate | None = None) -> None:
     """Take a sequence's basis from a prompt's queries, keys and values, once there are enough of them.
 
     bits: of keys, on average. rotate: as of `Basis.estimate`. It stays when rows have been packed in it: a later
@@ -69,28 +69,33 @@ class Aging(Policy):
     """Base of policies that keep every token, all but sinks and the newest at few bits, in the coordinates of a basis.
 
     Settings:
-        bits: of a number of a key, on average: 2, 3, 4 or 8. value_bits: of a value; None for as many.
+        bits: of a number of a key, on average, from 2 to 8. value_bits: of a value; None for as many. A group of 16
+            numbers has whole bits, so 64 of them have them in quarters: 2.6 is 2.5 there.
         sinks: first tokens that stay exact. residual: newest tokens that stay exact; 32 more may wait.
-        edge_layers: so many of the first layers, and of the last, get edge_bits. edge_bits: 2, 3, 4, 8, or 16 for full
+        edge_layers: so many of the first layers, and of the last, get edge_bits. edge_bits: from 2 to 8, or 16 for full
             precision.
     """
 
-    bits: int = 2
+    bits: float = 2
     _: KW_ONLY
-    value_bits: int | None = None
+    value_bits: float | None = None
     sinks: int = 4
     residual: int = 128
     edge_layers: int = 0
-    edge_bits: int = 4
+    edge_bits: float = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bits", "value_bits"):
+        for name in ("bits", "value_bits", "edge_bits"):
             bits = getattr(self, name)
-            if not is_width(bits) and (name == "bits" or bits is not None):
-                raise PolicyError(f"{name}={bits!r} is not supported: choose 2, 3, 4 or 8.")
-        if not is_width(self.edge_bits) and self.edge_bits != _EXACT:
-            raise PolicyError(f"edge_bits={self.edge_bits!r} is not supported: choose 2, 3, 4, 8, or 16 for exact.")
+            if bits is None and name == "value_bits":
+                continue
+            exact = name == "edge_bits" and bits == _EXACT
+            if not (is_average(bits) or exact):
+                also = ", or 16 for full precision" if name == "edge_bits" else ""
+                raise PolicyError(f"{name}={bits!r} is not supported: choose a number from 2 to 8{also}.")
+            if bits == int(bits):
+                object.__setattr__(self, name, int(bits))
         for name in ("sinks", "residual", "edge_layers"):
             check_count(name, getattr(self, name), least=0)
 
@@ -100,7 +105,7 @@ class Aging(Policy):
             return self.packed(self.bits, self.value_bits)
         return None if self.edge_bits == _EXACT else self.packed(self.edge_bits)
 
-    def packed(self, bits: int, value_bits: int | None = None) -> RotatedCodec:
+    def packed(self, bits: float, value_bits: float | None = None) -> RotatedCodec:
         """How rows are quantized at so many bits: at even levels around zero, unless a policy says otherwise."""
         return RotatedCodec(bits, value_bits=value_bits)
 
@@ -123,4 +128,8 @@ class Aging(Policy):
         if codec is None:
             return None
         slots = oldest(table, residual=self.residual, together=_TOGETHER, sinks=self.sinks)
-        return None if slots is None else Decision(quantize=((codec, slots),))
+        return None if slots is None else Decision(quantize=self.parted(table, codec, slots))
+
+    def parted(self, table: TokenTable, codec: Codec, slots: Tensor) -> tuple[tuple[Codec, Tensor], ...]:
+        """The slots `[B, Hkv, R]` of rows to pack, in the order of their positions, by codec: one for all here."""
+        return ((codec, slots),)

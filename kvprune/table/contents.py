@@ -116,10 +116,14 @@ class Contents:
         return values[:, :, values.shape[2] - count :]
 
     def code_bits(self) -> Tensor:
-        """Bits of the numbers of packed rows, int64 `[B, Hkv, packed_length]`; 0 where there is no row."""
-        bits = torch.tensor([tier.codec.bits for tier in self.packed for _ in range(len(tier))], dtype=torch.int64)
+        """Whole bits of the numbers of packed rows' keys, int64 `[B, Hkv, packed_length]`; 0 where there is no row."""
+        bits = torch.tensor([int(tier.codec.bits) for tier in self.packed for _ in range(len(tier))], dtype=torch.int64)
         positions = self.positions[:, :, : self.packed_length]
         return bits.to(positions.device).expand(positions.shape).masked_fill(positions < 0, 0)
+
+    def leverage(self) -> Tensor:
+        """`Basis.leverage` of the rows in full precision, float32 `[B, Hkv, length - packed_length]`."""
+        return (self.basis or Basis.fixed(*self._dims())).leverage(self.keys, self.values)
 
     def all_keys(self) -> Tensor:
         """Of every row, `[B, Hkv, length, D]`: packed ones are decoded, which takes as much memory for as long."""

@@ -32,6 +32,11 @@ def is_width(bits: object) -> bool:
     return isinstance(bits, Integral) and bits in BITS  # 4.0 is in BITS, too
 
 
+def is_average(bits: object) -> bool:
+    """Whether codes whose widths differ can have so many bits on average."""
+    return isinstance(bits, int | float) and not isinstance(bits, bool) and BITS[0] <= bits <= BITS[-1]
+
+
 @dataclass(frozen=True)
 class Codec:
     """How rows are quantized. Rows of one codec are stored together.

@@ -106,6 +106,9 @@ class RaggedContents(TokenTable):
             whole[self.packed_length - head.packed_length :] = head.code_bits()[0, 0]
         return made.unflatten(0, (-1, self.kv_heads))
 
+    def leverage(self) -> Tensor:
+        return self._padded([head.leverage() for head in self.heads], loose=True)
+
     def all_keys(self) -> Tensor:
         return self._padded([head.all_keys() for head in self.heads])
 

@@ -26,7 +26,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvprune.table.basis import lanes_of
+from kvprune.table.basis import bits_in_all, lanes_of
 from kvprune.table.quantize import rounded_down
 
 # Best steps of 0 to 8 bits for a Laplace distribution of variance 1, whose tails are those of keys.
@@ -43,10 +43,12 @@ _MOST_LEVELS = 256
 _ROUNDS = 200  # of Lloyd's iteration, from where it has little left to do
 
 
-def code_bytes(dim: int, bits: int) -> int:
+def code_bytes(dim: int, bits: float) -> int:
     """Bytes of the components of a row, `bits` each on average."""
-    lanes = lanes_of(dim)
-    return sum(-(-lanes * part // 8) for part in PARTS[bits]) * (dim // lanes)
+    lanes, in_all = lanes_of(dim), bits_in_all(dim, bits)
+    if lanes % 8 == 0:  # every bit of a group takes whole bytes
+        return in_all * lanes // 8
+    return sum(-(-lanes * part // 8) for part in PARTS[in_all])  # there is one group
 
 
 # -- levels ------------------------------------------------------------------------------------------------------------

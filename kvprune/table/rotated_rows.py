@@ -17,7 +17,7 @@ from kvprune.errors import PolicyError
 from kvprune.state import Saved, State
 from kvprune.table.basis import Basis, Coordinates, lanes_of
 from kvprune.table.packed_rows import PackedRows, Stretch
-from kvprune.table.quantize import Codec, is_width
+from kvprune.table.quantize import Codec, is_average
 from kvprune.table.rotated_codes import LARGEST, Places, Quantizer, clipped, code_bytes, nearest, normal
 from kvprune.table.rows import take_rows
 
@@ -26,20 +26,22 @@ from kvprune.table.rows import take_rows
 class RotatedCodec(Codec):
     """How rows are quantized in the coordinates of a basis.
 
-    bits: of a component of a key, on average, 2, 3, 4 or 8. value_bits: of a value; None for as many. normal: keys at
-    levels that are best for a normal distribution. key_clip, value_clip: quantiles of |z| at which rows are cut off,
-    which then have an offset. What a `Codec` says of tokens and channels means nothing here.
+    bits: of a component of a key, on average, from 2 to 8. value_bits: of a value; None for as many. Groups of
+    components have whole bits, and what is left over of these is not taken. normal: keys at levels that are best for a
+    normal distribution. key_clip, value_clip: quantiles of |z| at which rows are cut off, which then have an offset.
+    What a `Codec` says of tokens and channels means nothing here.
     """
 
-    value_bits: int | None = None
+    bits: float  # type: ignore[assignment]  # other codecs have whole ones
+    value_bits: float | None = None
     normal: bool = False
     key_clip: float | None = None
     value_clip: float | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.value_bits is not None and not is_width(self.value_bits):
-            raise PolicyError(f"{self.value_bits!r} bits are not supported: choose 2, 3, 4 or 8.")
+        for bits in (self.bits, self.value_bits):
+            if bits is not None and not is_average(bits):
+                raise PolicyError(f"{bits!r} bits are not supported: choose a number from 2 to 8.")
         for kind in ("key", "value"):
             clip = self.clip_of(kind)
             if clip is not None and not 0 <= clip <= 1:
@@ -47,7 +49,7 @@ class RotatedCodec(Codec):
         if self.normal and self.key_clip is not None:
             raise PolicyError("keys at the levels of a normal distribution are not clipped: leave key_clip out.")
 
-    def bits_of(self, kind: str) -> int:
+    def bits_of(self, kind: str) -> float:
         """kind: "key" or "value"."""
         return self.bits if kind == "key" or self.value_bits is None else self.value_bits
 

@@ -237,9 +237,10 @@ def attend_rotated(
     _turn_back(partials, segment, values, kv_heads)
 
 
-def _parts(coordinates: Coordinates, bits: int) -> tuple[bool, ...]:
-    """Which parts codes may have: of all components the same where no spectrum tells otherwise."""
-    return _ANY if coordinates.spectrum is not None else tuple(part > 0 for part in PARTS[bits])
+def _parts(coordinates: Coordinates, bits: float) -> tuple[bool, ...]:
+    """Which parts codes may have: of all components the same where no spectrum, and no fraction, tells otherwise."""
+    alike = coordinates.spectrum is None and bits == int(bits)
+    return tuple(part > 0 for part in PARTS[int(bits)]) if alike else _ANY
 
 
 def _turn_back(partials: Partials, segment: Segment, values: Coordinates, kv_heads: int) -> None:
