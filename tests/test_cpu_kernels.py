@@ -144,7 +144,10 @@ def test_packed_single_query(
         table.evict(torch.arange(0, length, length // evicted)[:evicted].expand(2, kv_heads, -1).contiguous())
     queries = random(2, kv_heads * group, 1, dim, seed=seed + 2)
     found = CPU.packed_single_query(queries, table, Scoring(dim**-0.5))
-    torch.testing.assert_close(found, TORCH.packed_single_query(queries, table, Scoring(dim**-0.5)), **ROUNDING)
+    # Of 600 rows, added up in another order.
+    torch.testing.assert_close(
+        found, TORCH.packed_single_query(queries, table, Scoring(dim**-0.5)), atol=6e-6, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,11 @@ class CPUKernels(Kernels):
         wide, scale = queries.float().contiguous(), scoring.scale
         weights = floats(batch, kv_heads, group, length)
 
-        first = 0
+        first, asked = 0, None
         for tier in table.packed:
             if isinstance(tier, RotatedRows):
-                rotated.dots(self._c, weights, first, wide.view(batch, kv_heads, group, dim), scale, tier, threads)
+                asked = asked or rotated.Asked.of(wide.view(batch, kv_heads, group, dim), scale, tier.basis.keys)
+                asked.dots(self._c, weights, first, tier, threads)
             else:
                 codes = ctypes.byref(Tier.of_keys(tier))
                 self._c.packed_dots(weights, length, first, wide, codes, scale, tier.codec.bits, heads, group, threads)
@@ -141,11 +142,12 @@ class CPUKernels(Kernels):
 
         parts = parts_of(loose) + sum(parts_of(len(tier)) for tier in table.packed if not isinstance(tier, RotatedRows))
         sums = floats(heads * parts * group * value_dim)
-        turned: list[Tensor] = []
+        turned: rotated.Sums | None = None
         first, part = 0, 0
         for tier in table.packed:
             if isinstance(tier, RotatedRows):
-                turned.append(rotated.sums(self._c, weights, first, tier, threads))
+                turned = turned or rotated.Sums(weights, tier.basis.values)
+                turned.add(self._c, first, tier, threads)
                 first += len(tier)
                 continue
             codes = ctypes.byref(Tier.of_values(tier))
@@ -159,8 +161,8 @@ class CPUKernels(Kernels):
         )  # fmt: skip
         output = floats(batch, queries.shape[1], 1, value_dim)
         self._c.add_parts(output, sums, heads, parts, group * value_dim)
-        for each in turned:
-            output += each.view_as(output)
+        if turned is not None:
+            output += turned.output().view_as(output)
         return output.to(queries.dtype), weights
 
     # -- attention mass ----------------------------------------------------------------------------------------------

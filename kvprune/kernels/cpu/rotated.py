@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.kernels.cpu.arguments import LANES, floats, parts_of, threads_for
+from kvprune.table.basis import Coordinates
 from kvprune.table.rotated_codes import STEPS, Quantizer, scales_of
 from kvprune.table.rotated_rows import RotatedRows
 
@@ -69,29 +71,57 @@ def quantizer(c: Any) -> Quantizer:
     return quantized
 
 
-def dots(c: Any, logits: Tensor, first: int, queries: Tensor, scale: float, rows: RotatedRows, threads: int) -> None:
-    """Write logits `[B, Hkv, G, S]`, from slot `first` on, of queries `[B, Hkv, G, D]` float32 with the rows."""
-    batch, heads, group, length = logits.shape
-    part, scaled = rows.basis.keys, queries * scale
-    turned = torch.matmul(scaled, part.turning(queries.device)).contiguous()
-    means = None if part.mean is None else torch.matmul(scaled, part.mean.float()[..., None]).contiguous()
-    held = ctypes.byref(Rotated.of(rows, "key"))
-    c.rotated_dots(logits, length, first, turned, means, held, batch * heads, group, threads)
-    offset = rows.tensors.get("key_offset")
-    if offset is not None:  # of every component alike
-        logits[..., first : first + len(rows)] += turned.sum(-1, keepdim=True) * offset.float()[:, :, None]
+@dataclass
+class Asked:
+    """Queries turned to meet codes, once for all tiers that share a basis.
+
+    turned: `[B, Hkv, G, D]` float32, scaled. means: their products with the mean of keys, `[B, Hkv, G, 1]`, or None.
+    """
+
+    turned: Tensor
+    means: Tensor | None
+
+    @classmethod
+    def of(cls, queries: Tensor, scale: float, keys: Coordinates) -> Asked:
+        scaled = queries * scale
+        means = None if keys.mean is None else torch.matmul(scaled, keys.mean.float()[..., None]).contiguous()
+        return cls(torch.matmul(scaled, keys.turning(queries.device)).contiguous(), means)
+
+    def dots(self, c: Any, logits: Tensor, first: int, rows: RotatedRows, threads: int) -> None:
+        """Write logits `[B, Hkv, G, S]`, from slot `first` on, of these queries with the rows."""
+        batch, heads, group, length = logits.shape
+        held = ctypes.byref(Rotated.of(rows, "key"))
+        c.rotated_dots(logits, length, first, self.turned, self.means, held, batch * heads, group, threads)
+        offset = rows.tensors.get("key_offset")
+        if offset is not None:  # of every component alike
+            added = self.turned.sum(-1, keepdim=True) * offset.float()[:, :, None]
+            logits[..., first : first + len(rows)] += added
 
 
-def sums(c: Any, weights: Tensor, first: int, rows: RotatedRows, threads: int) -> Tensor:
-    """Sums of the values `[B, Hkv, G, Dv]` float32, weighted by `[B, Hkv, G, S]` from slot `first` on."""
-    batch, heads, group, length = weights.shape
-    scratch = floats(batch, heads, parts_of(len(rows)), group, rows.value_dim)
-    held = ctypes.byref(Rotated.of(rows, "value"))
-    c.rotated_sums(scratch, weights, length, first, held, batch * heads, group, threads)
-    part, numbers, offset = rows.basis.values, scratch.sum(2), rows.tensors.get("value_offset")
-    if offset is not None:
-        numbers += torch.matmul(weights[..., first : first + len(rows)], offset.float()[..., None])
-    total = torch.matmul(numbers, part.turning(weights.device).transpose(-1, -2))
-    if part.mean is not None:
-        total += weights[..., first : first + len(rows)].sum(-1, keepdim=True) * part.mean.float()[:, :, None]
-    return total
+class Sums:
+    """What weights `[B, Hkv, G, S]` add up of values, in the coordinates of a basis: turned back once, by `output`."""
+
+    def __init__(self, weights: Tensor, values: Coordinates) -> None:
+        self.weights, self.values = weights, values
+        self._numbers = weights.new_zeros(*weights.shape[:3], values.dim)
+        self._total = weights.new_zeros(*weights.shape[:3], 1)
+
+    def add(self, c: Any, first: int, rows: RotatedRows, threads: int) -> None:
+        """The rows whose weights begin with slot `first`."""
+        batch, heads, group, length = self.weights.shape
+        scratch = floats(batch, heads, parts_of(len(rows)), group, rows.value_dim)
+        held = ctypes.byref(Rotated.of(rows, "value"))
+        c.rotated_sums(scratch, self.weights, length, first, held, batch * heads, group, threads)
+        self._numbers += scratch.sum(2)
+        own, offset = self.weights[..., first : first + len(rows)], rows.tensors.get("value_offset")
+        if offset is not None:
+            self._numbers += torch.matmul(own, offset.float()[..., None])
+        if self.values.mean is not None:
+            self._total += own.sum(-1, keepdim=True)
+
+    def output(self) -> Tensor:
+        """`[B, Hkv, G, Dv]` float32."""
+        found = torch.matmul(self._numbers, self.values.turning(self.weights.device).transpose(-1, -2))
+        if self.values.mean is not None:
+            found += self._total * self.values.mean.float()[:, :, None]
+        return found
