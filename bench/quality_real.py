@@ -55,7 +55,7 @@ VARIANTS = (
     "a2sf:kernel_size=21", "adakv:kernel_size=63", "pyramidkv:kernel_size=63",
 )  # fmt: skip
 PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32", "spectral:bits=4")
-PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral:bits=4")
+PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral", "spectral:bits=4")
 # At as many bytes: `Bits` is given a share of those at 16 bits, and eviction, with as many recent tokens, of the rows:
 # in bytes it would pay for the queries that it remembers until the first token is generated, and `Bits` does not.
 ON_BYTES = {

@@ -29,7 +29,7 @@ class OSCAR(Aging):
     times as many tokens as a key has numbers on; a shorter one gets H alone, its mean taken out.
     At 4 bits, clipping hurts: `OSCAR(4, key_clip=1, value_clip=1)`.
 
-    Settings (beside those of `Spectral`):
+    Settings (beside those of `Aging`):
         key_clip, value_clip: the quantiles, 1 for no clipping.
         rotations: what `Rotations.measure` or `Rotations.load` returned, or the path of its file; None for those of
             the prompt. A saved cache has them, and needs no file.

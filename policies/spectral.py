@@ -12,7 +12,7 @@ from kvprune.policy.aging import Aging, learn_basis
 from kvprune.policy.base import Step
 from kvprune.policy.budget import share
 from kvprune.policy.settings import check_number
-from kvprune.table.quantize import BITS, Codec, is_average
+from kvprune.table.quantize import BITS, is_average
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY, true_rows
 from kvprune.table.token_table import TokenTable
@@ -38,16 +38,16 @@ class Spectral(Aging):
 
     What is unlike the rest of a text, such as numbers in prose, is what a later question asks for, and lies far out in
     these coordinates, where few bits lose most: of the rows of a head, the share `outliers` of largest leverage
-    |z_k|^2 / D + |z_v|^2 / Dv, with z the components at variance 1, gets `outlier_bits`. On SmolLM2 these are among the
-    tenth of the rows that holds nine of ten digits of a number.
+    |z_k|^2 / D + |z_v|^2 / Dv, with z the components at variance 1, gets `outlier_bits`. In four texts of 2,000 tokens,
+    53 to 73 % of the keys of a number's digits, and 63 to 88 % of the values, were among the farthest tenth (SmolLM2).
 
     A row has one scale, and shares nothing with other rows: any may be evicted. The basis costs as many bytes as D / 2
     tokens of the head in 16 bits.
 
     Settings (beside those of `Aging`):
-        outliers: a share of rows, from 0 to 1, rounded up, of every head and of all that are packed together. They are
-            more bits than `bits` says, which is of the others. outlier_bits: theirs, from 2 to 8; None for two more
-            than others of their layer have. Where all have as many anyway, there are no outliers.
+        outliers: a share of rows, from 0 to 1, rounded up, of every head and of all that are packed together; their
+            bits come on top of `bits`. outlier_bits: from 2 to 8, or None for two more than other rows of the layer
+            have, of keys and of values; where all have as many, there are no outliers.
     """
 
     _: KW_ONLY
@@ -62,20 +62,26 @@ class Spectral(Aging):
                 f"outlier_bits={self.outlier_bits!r} is not supported: choose a number from 2 to 8, or outliers=0."
             )
 
-    def of_outliers(self, codec: Codec) -> RotatedCodec | None:
+    def of_outliers(self, codec: RotatedCodec) -> RotatedCodec | None:
         """How outliers among rows of a codec are packed; None where they have as many bits as all."""
-        bits = min(codec.bits + _MORE, BITS[-1]) if self.outlier_bits is None else self.outlier_bits
-        return self.packed(bits) if self.outliers and bits > codec.bits else None
+        others = codec.bits_of("key"), codec.bits_of("value")
+        if self.outlier_bits is None:
+            keys, values = (min(bits + _MORE, BITS[-1]) for bits in others)
+        else:
+            keys, values = (max(bits, self.outlier_bits) for bits in others)
+        if not self.outliers or (keys, values) == others:
+            return None
+        return self.packed(keys, None if values == keys else values)
 
-    def _with_outliers(self, codecs: tuple[Codec, ...]) -> tuple[Codec, ...]:
+    def _with_outliers(self, codecs: tuple[RotatedCodec, ...]) -> tuple[RotatedCodec, ...]:
         also = (self.of_outliers(codec) for codec in codecs)
         return tuple(dict.fromkeys((*codecs, *(codec for codec in also if codec is not None))))
 
     @cached_property
-    def codecs(self) -> tuple[Codec, ...]:
+    def codecs(self) -> tuple[RotatedCodec, ...]:
         return self._with_outliers(super().codecs)
 
-    def codecs_at(self, depth: int, layers: int) -> tuple[Codec, ...]:
+    def codecs_at(self, depth: int, layers: int) -> tuple[RotatedCodec, ...]:
         return self._with_outliers(super().codecs_at(depth, layers))
 
     def observe(self, table: TokenTable, step: Step) -> None:
@@ -83,7 +89,7 @@ class Spectral(Aging):
         if codec is not None:
             learn_basis(table, step, codec.bits)
 
-    def parted(self, table: TokenTable, codec: Codec, slots: Tensor) -> tuple[tuple[Codec, Tensor], ...]:
+    def parted(self, table: TokenTable, codec: RotatedCodec, slots: Tensor) -> tuple[tuple[RotatedCodec, Tensor], ...]:
         of_outliers = self.of_outliers(codec)
         if of_outliers is None:
             return super().parted(table, codec, slots)

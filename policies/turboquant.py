@@ -24,7 +24,7 @@ class TurboQuant(Aging):
     bit that is better spent on levels, and the first and last two layers stay exact. Here, sinks and the newest tokens
     do, too. The paper draws rotations at random.
 
-    Settings: as of `Spectral`, with bits=4 and two exact layers at either end.
+    Settings: as of `Aging`, with bits=4 and two exact layers at either end.
     """
 
     bits: float = 4

@@ -344,6 +344,8 @@ def test_what_is_packed_when():
     assert exact.codec(1, 9) is None
     assert exact.codec(7, 9) is None
     assert Spectral(2, edge_layers=10**9).codecs == tuple(map(RotatedCodec, (4, 2, 6)))
+    assert Spectral(3, value_bits=2).codecs == (RotatedCodec(3, value_bits=2), RotatedCodec(5, value_bits=4))
+    assert Spectral(2, value_bits=8, outlier_bits=4).codecs[1] == RotatedCodec(4, value_bits=8)
     assert Spectral(4, outlier_bits=4).codecs == Spectral(4, outliers=0).codecs == (RotatedCodec(4),)
 
 

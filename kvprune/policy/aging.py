@@ -12,7 +12,7 @@ from kvprune.policy.base import Decision, Policy
 from kvprune.policy.settings import check_count
 from kvprune.policy.step import Step
 from kvprune.table.basis import Basis, Rotate
-from kvprune.table.quantize import Codec, is_average
+from kvprune.table.quantize import is_average
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
@@ -69,8 +69,8 @@ class Aging(Policy):
     """Base of policies that keep every token, all but sinks and the newest at few bits, in the coordinates of a basis.
 
     Settings:
-        bits: of a number of a key, on average, from 2 to 8. value_bits: of a value; None for as many. A group of 16
-            numbers has whole bits, so 64 of them have them in quarters: 2.6 is 2.5 there.
+        bits: of a number of a key, on average, from 2 to 8; groups of 16 numbers have whole ones, so where a key has 64
+            there are quarters, and 2.6 is 2.5. value_bits: of a value; None for as many.
         sinks: first tokens that stay exact. residual: newest tokens that stay exact; 32 more may wait.
         edge_layers: so many of the first layers, and of the last, get edge_bits. edge_bits: from 2 to 8, or 16 for full
             precision.
@@ -99,7 +99,7 @@ class Aging(Policy):
         for name in ("sinks", "residual", "edge_layers"):
             check_count(name, getattr(self, name), least=0)
 
-    def codec(self, depth: int, layers: int) -> Codec | None:
+    def codec(self, depth: int, layers: int) -> RotatedCodec | None:
         """Of the layer of this number, among so many; None where rows stay in full precision."""
         if self.edge_layers <= depth < layers - self.edge_layers:
             return self.packed(self.bits, self.value_bits)
@@ -110,12 +110,12 @@ class Aging(Policy):
         return RotatedCodec(bits, value_bits=value_bits)
 
     @property
-    def codecs(self) -> tuple[Codec, ...]:
+    def codecs(self) -> tuple[RotatedCodec, ...]:
         layers = 2 * self.edge_layers + 1
         found = (self.codec(depth, layers) for depth in (0, self.edge_layers))
         return tuple(dict.fromkeys(codec for codec in found if codec is not None))
 
-    def codecs_at(self, depth: int, layers: int) -> tuple[Codec, ...]:
+    def codecs_at(self, depth: int, layers: int) -> tuple[RotatedCodec, ...]:
         codec = self.codec(depth, layers)
         return () if codec is None else (codec,)
 
@@ -130,6 +130,6 @@ class Aging(Policy):
         slots = oldest(table, residual=self.residual, together=_TOGETHER, sinks=self.sinks)
         return None if slots is None else Decision(quantize=self.parted(table, codec, slots))
 
-    def parted(self, table: TokenTable, codec: Codec, slots: Tensor) -> tuple[tuple[Codec, Tensor], ...]:
+    def parted(self, table: TokenTable, codec: RotatedCodec, slots: Tensor) -> tuple[tuple[RotatedCodec, Tensor], ...]:
         """The slots `[B, Hkv, R]` of rows to pack, in the order of their positions, by codec: one for all here."""
         return ((codec, slots),)

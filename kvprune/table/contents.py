@@ -121,6 +121,7 @@ class Contents:
         positions = self.positions[:, :, : self.packed_length]
         return bits.to(positions.device).expand(positions.shape).masked_fill(positions < 0, 0)
 
+    @torch.no_grad()
     def leverage(self) -> Tensor:
         """`Basis.leverage` of the rows in full precision, float32 `[B, Hkv, length - packed_length]`."""
         return (self.basis or Basis.fixed(*self._dims())).leverage(self.keys, self.values)
