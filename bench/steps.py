@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,48 +19,26 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from measuring.workload import Job, build_model, cache_argument, held_bytes, prompt_of
+from measuring.turns import take_turns
+from measuring.workload import Generation, Job, build_model, held_bytes, prompt_of
 from printing.output import Log, save, save_markdown, table
 from subjects.contenders import CONTENDERS, KVPRESS, STOCK
 
 STEPS = 6  # of a turn
 
 
-class Generation:
-    """A cache that has read a prompt and goes on from there, a few tokens at a time."""
-
-    def __init__(self, contender: str, job: Job) -> None:
-        who = CONTENDERS[contender]
-        self.model = build_model(job.model, job.dtype, who.attention, job.device)
-        self.cache = who.open(self.model, job if who.has_budget else replace(job, budget=None)).cache
-        prompt = prompt_of(job, self.model)
-        self.token = self._next(prompt)
-        getattr(self.cache, "nbytes", None)  # to ask is to end the prompt
-
-    def _next(self, ids: torch.Tensor) -> torch.Tensor:
-        output = self.model(ids, **cache_argument(self.cache), logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True)
-
-    def turn(self, steps: int) -> float:
-        """Seconds of a step, the median of so many after the first."""
-        taken = []
-        for _ in range(steps + 1):
-            began = time.perf_counter()
-            self.token = self._next(self.token)
-            taken.append(time.perf_counter() - began)
-        return statistics.median(taken[1:])
+def opened(contender: str, job: Job) -> Generation:
+    who = CONTENDERS[contender]
+    model = build_model(job.model, job.dtype, who.attention, job.device)
+    cache = who.open(model, job if who.has_budget else replace(job, budget=None)).cache
+    return Generation(model, cache, prompt_of(job, model))
 
 
 @torch.inference_mode()
 def measured(contenders: list[str], job: Job, turns: int) -> dict[str, dict[str, Any]]:
     """For each contender seconds of a step, turn by turn, and the bytes that it holds at the end."""
-    going = {name: Generation(name, job) for name in contenders}
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(turns + 1):
-        for name, generation in going.items():
-            seconds = generation.turn(STEPS)
-            if turn:  # in the first one, memory is mapped
-                taken[name].append(seconds)
+    going = {name: opened(name, job) for name in contenders}
+    taken = take_turns(going, turns, STEPS)
     return {name: {"seconds": taken[name], "nbytes": held_bytes(going[name].cache)} for name in contenders}
 
 

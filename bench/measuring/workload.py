@@ -22,6 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
+from measuring.turns import seconds_of
+
 MODELS: dict[str, dict[str, int]] = {
     "core": {
         "vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
@@ -302,3 +304,22 @@ def measure(contender: Contender, job: Job, *, peaks: bool = False) -> dict[str,
     elif peaks:
         peak = ResidentPeak()
     return run(contender.open(model, job), model, prompt, job.new_tokens, peak)
+
+
+class Generation:
+    """A cache that reads a prompt, `[B, tokens]`, and goes on from there greedily, a few tokens at a time."""
+
+    def __init__(self, model: LlamaForCausalLM, held: Cache, prompt: torch.Tensor) -> None:
+        self.model, self.cache = model, held
+        self._read(prompt)
+        getattr(held, "nbytes", None)  # to ask is to end the prompt
+
+    @torch.inference_mode()
+    def turn(self, steps: int) -> float:
+        """Seconds of a step."""
+        return seconds_of(lambda: self._read(self._token), steps)
+
+    @torch.inference_mode()
+    def _read(self, ids: torch.Tensor) -> None:
+        output = self.model(ids, **cache_argument(self.cache), logits_to_keep=1)
+        self._token = output.logits[:, -1].argmax(-1, keepdim=True)

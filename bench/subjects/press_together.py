@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from measuring.workload import cache_argument
-from subjects.worker import reasoned, serve, versions
+from subjects.pipe import serve
+from subjects.worker import reasoned, versions
 
 EPSILON = 1e-2  # of ExpectedAttentionPress, as its authors evaluate it
 

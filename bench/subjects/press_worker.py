@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from measuring.asking import Asked, Subject, answer, merge
 from measuring.workload import Session
-from subjects.worker import reasoned, serve, versions
+from subjects.pipe import serve
+from subjects.worker import reasoned, versions
 
 EAGER = ("ObservedAttentionPress",)  # they read the matrix of probabilities, which no other attention returns
 EAGER_BATCH = 1  # prompts at a time: those matrices are what fills memory

@@ -28,6 +28,7 @@ import torch
 from measuring import workload
 from measuring.workload import Job, fingerprint, forget_models, model_for, warm_up
 from subjects.contenders import CONTENDERS, missing_package
+from subjects.pipe import serve
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -146,16 +147,6 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def serve(ask: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
-    """Answer every line of stdin, a measure and the fields of a job, until there are no more."""
-    # Output of packages goes to stderr, so that only answers go through the pipe.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(ask(request["measure"], request["job"])), file=answers, flush=True)
 
 
 if __name__ == "__main__":
