@@ -6,8 +6,9 @@ INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 BENCHED := $(VENV)/.benched
 PEERS := bench/peers/.venv/.installed
+LLAMA := bench/peers/.venv-llama
 
-.PHONY: demo test test-long test-oldest test-real test-browser test-ray docs transcripts lint bench quality quality-real smollm2 peers wheels clean
+.PHONY: demo test test-long test-oldest test-real test-browser test-ray docs transcripts lint bench quality quality-real smollm2 peers llama wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvprune demo
@@ -116,6 +117,19 @@ $(PEERS): bench/peers/requirements.txt
 	bench/peers/.venv/bin/python -m pip install --quiet -r $<
 	touch $@
 
+# llama.cpp, for bench/beside_llama_cpp.py: 77 MB to download, and minutes to build for this machine. Its loops over float16
+# with AVX512-FP16, which its own builds do without, take 128 numbers at once, and heads of 64 one by one (0.3.36).
+LLAMA_FLAGS = $(shell $(CC) -mno-avx512fp16 -E -x c /dev/null > /dev/null 2>&1 && echo -mno-avx512fp16)
+llama: $(LLAMA)/.installed
+
+$(LLAMA)/.installed: bench/peers/llama.txt
+	@echo "Building llama.cpp into $(LLAMA): minutes."
+	$(PYTHON) -m venv $(LLAMA)
+	CFLAGS="$(LLAMA_FLAGS)" CXXFLAGS="$(LLAMA_FLAGS)" CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF" \
+		$(LLAMA)/bin/python -m pip install --quiet -r $<
+	touch $@
+
 # For bench/gpu.sh, to take along to a machine without a network; fire comes without a wheel.
 GPU_PYTHON ?= 3.12
 WHEELS := build/wheels
@@ -124,4 +138,4 @@ wheels:
 	$(PYTHON) -m pip wheel --no-deps -w $(WHEELS) fire==0.6.0
 
 clean:
-	rm -rf $(VENV) bench/peers/.venv $(WHEELS)
+	rm -rf $(VENV) bench/peers/.venv $(LLAMA) $(WHEELS)

