@@ -427,6 +427,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A line for every contender on every task, without any text of the data.
 
     prompts: the figures of each, from the lowest to the highest, in the order in which the line has their means.
+    indices: which these are, so that prompts can be compared one by one; lines of earlier versions do not say.
     """
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -439,7 +440,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for name in measured:
             values = [row[name] for row in group]
             line |= {name: _mean(values), f"{name}_error": standard_error(values)}
-        line["prompts"] = sorted([round(row[name], 4) for name in measured] for row in group)
+        prompts = sorted(([round(row[name], 4) for name in measured], row["index"]) for row in group)
+        line |= {"prompts": [figures for figures, _ in prompts], "indices": [index for _, index in prompts]}
         line |= {name: round(_mean([row[name] for row in group]), 1) for name in ("kept", "nbytes", "dense_nbytes")}
         lines.append(line)
     return lines
