@@ -301,9 +301,13 @@ reaches = st.sampled_from((0, 1, 3, 26, 999))
 @given(
     scores=st.lists(SCORES, min_size=6, max_size=60), batch=batches, kv_heads=heads, sinks=st.integers(0, 2),
     recent=st.integers(0, 3), layout=st.sampled_from(("rows", "expanded", "every other")), seed=seeds,
+    staying=st.sampled_from((None, 0.0, 0.3, 1.0)),
 )  # fmt: skip
-def test_worst_rows(scores, batch, kv_heads, sinks, recent, layout, seed):
-    """The least score goes, of equal ones the oldest, whatever the numbers; never a sink or a recent token."""
+def test_worst_rows(scores, batch, kv_heads, sinks, recent, layout, seed, staying):
+    """The least score goes, of equal ones the oldest, whatever the numbers; never a sink or a recent token.
+
+    And none that is to stay, as long as there are others.
+    """
     length = len(scores)
     table = torch.tensor(scores).expand(batch, kv_heads, -1)
     if layout == "rows":
@@ -314,10 +318,18 @@ def test_worst_rows(scores, batch, kv_heads, sinks, recent, layout, seed):
     spare = torch.full((batch, kv_heads, length + 3), -1, dtype=torch.int32)
     spare[..., :length] = shuffled
     positions = spare[..., :length]
-    found = CPU.worst_rows(table, positions, sinks, length - recent)
-    assert torch.equal(found, TORCH.worst_rows(table, positions, sinks, length - recent))
+    stay = None
+    if staying is not None:
+        marks = torch.rand(spare.shape, generator=torch.Generator().manual_seed(seed)) < staying
+        stay = marks.int()[..., :length]
+    found = CPU.worst_rows(table, positions, sinks, length - recent, stay)
+    assert torch.equal(found, TORCH.worst_rows(table, positions, sinks, length - recent, stay))
     chosen = positions.gather(2, found)
-    assert ((chosen >= sinks) & (chosen < length - recent)).all()
+    may_go = (positions >= sinks) & (positions < length - recent)
+    assert may_go.gather(2, found).all(), chosen
+    if stay is not None:
+        others = (may_go & (stay == 0) & (table != math.inf)).any(-1, keepdim=True)
+        assert (stay.gather(2, found) == 0)[others].all()
 
 
 @given(

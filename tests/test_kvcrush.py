@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from families import feed, kept_everywhere, left_padded, shared
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvprune import Adaptive, Everywhere, PolicyError, PrunedCache
+from kvprune.kernels import cpu
 from kvprune.policies import A2SF, H2O, KIVI, CriticalKV, Full, GemFilter, KVCrush, SnapKV, parse
 from kvprune.policy.registry import described, from_description
 
@@ -41,6 +45,33 @@ def test_representatives_stay_while_rows_go_one_by_one():
     assert _representatives(pruned) == first
     feed(shared("llama"), batch, pruned, [5], begin=40)
     assert _representatives(pruned) != first
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="kvprune was installed without a C compiler")
+def test_a_decode_step_computes_what_that_of_the_policy_before_does():
+    """And is as steady: which rows stay is seen where the worst one is looked for."""
+    base, batch, found = A2SF(12, **SETTINGS), left_padded([45]), {}
+    for policy in (base, base | KVCrush(0.5)):
+        pruned = PrunedCache(shared("llama"), policy)
+        feed(shared("llama"), batch, pruned, [30, 1, 1])
+        with _Operations() as found[policy]:
+            feed(shared("llama"), batch, pruned, [1], begin=32)
+        assert all(layer.steady is not None for layer in pruned.layers)
+    alone, crushed = (operations.counts for operations in found.values())
+    assert crushed == alone
+    assert alone["aten::mul_"]
+
+
+class _Operations(TorchDispatchMode):
+    """How often torch computes what; views are nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name] += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def _representatives(pruned: PrunedCache) -> list[set[int]]:

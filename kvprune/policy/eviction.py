@@ -69,9 +69,9 @@ class Eviction(Ranking):
         all_over = isinstance(surplus, int) and surplus == excess  # every head has as many rows too many as any other
         scores = self._compared(table, step, capacity)
         if excess == 1 and (table.dense or all_over) and not self.refines:
-            window = self._window(table, step, capacity)
-            scores = self.protected(scores, table)
-            return Decision(evict=table.kernels.worst_rows(scores, table.positions, self.sinks, window), exact=True)
+            window, stay = self._window(table, step, capacity), self.protected(table)
+            worst = table.kernels.worst_rows(scores, table.positions, self.sinks, window, stay)
+            return Decision(evict=worst, exact=True)
         if table.dense:
             retention = self._ranks(table, step, capacity, scores, table.length - excess)
             return Decision(evict=retention.topk(excess, dim=-1, largest=False).indices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import numbers
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -280,9 +279,9 @@ class Ranking(Policy):
         table[REPRESENTATIVE] = now
         return retention.masked_fill(now & (retention > NEVER_KEPT), ALWAYS_KEPT)
 
-    def protected(self, scores: Tensor, table: TokenTable) -> Tensor:
-        """Scores where one row goes, and representatives stay."""
-        return scores if self.representatives is None else scores.masked_fill(table[REPRESENTATIVE] > 0, math.inf)
+    def protected(self, table: TokenTable) -> Tensor | None:
+        """Where one row goes, the column of rows that stay, `[B, Hkv, rows]` int32: those above 0; None for none."""
+        return None if self.representatives is None else table[REPRESENTATIVE]
 
     @property
     def refines(self) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,14 +53,19 @@ class RowOperations:
 
     name = "torch"
 
-    def worst_rows(self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
+    def worst_rows(
+        self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor, stay: Tensor | None = None
+    ) -> Tensor:
         """Slot of the row of least score of every head, LongTensor `[B, Hkv, 1]`; of equal ones the oldest.
 
         Rows at positions below `sinks` or from `recent` on, an int or LongTensor `[B, 1, 1]`, are not chosen, but for
         the oldest of the recent ones in a head that has no others. NaN counts as -inf.
 
-        scores: float32, broadcastable to positions `[B, Hkv, S]` int32, -1 where there is no row.
+        scores: float32, broadcastable to positions `[B, Hkv, S]` int32, -1 where there is no row. stay: a column of the
+        same table, `[B, Hkv, S]` int32: rows where it is above 0 count as inf, whatever they score.
         """
+        if stay is not None:
+            scores = scores.masked_fill(stay > 0, math.inf)
         ranks = ranked(scores.expand_as(positions), positions)
         ranks = torch.where(positions >= recent, _RECENT + positions.long(), ranks)
         return ranks.masked_fill_(positions < sinks, _ALWAYS_KEPT).argmin(dim=-1, keepdim=True)

@@ -291,16 +291,19 @@ class CPUKernels(Kernels):
 
     # -- rows of a table ---------------------------------------------------------------------------------------------
 
-    def worst_rows(self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
+    def worst_rows(
+        self, scores: Tensor, positions: Tensor, sinks: int, recent: int | Tensor, stay: Tensor | None = None
+    ) -> Tensor:
         if isinstance(recent, Tensor) or scores.dtype != torch.float32:
-            return super().worst_rows(scores, positions, sinks, recent)
+            return super().worst_rows(scores, positions, sinks, recent, stay)
         batch, heads, rows = positions.shape
         if scores.shape != positions.shape:
             scores = scores.expand_as(positions)
         slots = torch.empty(batch, heads, 1, dtype=torch.int64)
         self._c.worst_rows(
-            slots, scores, *scores.stride(), positions, positions.stride(1), sinks, recent, batch, heads, rows
-        )
+            slots, scores, *scores.stride(), positions, positions.stride(1),
+            stay, 0 if stay is None else stay.stride(1), sinks, recent, batch, heads, rows,
+        )  # fmt: skip
         return slots
 
     def move_rows(self, columns: Columns, slots: Tensor, newest: int) -> None:

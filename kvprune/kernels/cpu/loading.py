@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-_INTERFACE = 3  # as in rows.c; of what an older build lacks, PyTorch does the work
+_INTERFACE = 4  # as in rows.c; of what an older build lacks, PyTorch does the work
 
 
 class _Pointer:
@@ -48,7 +48,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "rotated_dots": [_Pointer, c_long, c_long, _Pointer, _Pointer, c_void_p, c_long, c_long, c_int],
     "rotated_encode": [c_void_p] + [_Pointer] * 5 + [c_long, c_long, c_int],
     "rotated_sums": [_Pointer, _Pointer, c_long, c_long, c_void_p, c_long, c_long, c_int],
-    "worst_rows": [_Pointer, _Pointer] + [c_long] * 3 + [_Pointer] + [c_long] * 6,
+    "worst_rows": [_Pointer, _Pointer] + [c_long] * 3 + [_Pointer, c_long] * 2 + [c_long] * 5,
     "largest_near": [_Pointer, _Pointer] + [c_long] * 3 + [_Pointer, c_long, _Pointer, c_int32, c_int32]
     + [c_long] * 3 + [c_int],
     "move_rows": [c_void_p, c_long, c_long, _Pointer, c_long, c_long],

@@ -3,11 +3,14 @@
 #include "loops.h"
 
 /* Counts the changes of what Python may call, and how: it calls no library that was compiled of other files. */
-int kvprune_interface(void) { return 3; }
+int kvprune_interface(void) { return 4; }
 
-/* Scores of the 16 rows from `row` on, infinite where a row may not go; NaN counts as -inf. */
-INLINE floats
-candidates(const float *scores, long stride, const int32_t *positions, long sinks, long recent, long row, long rows) {
+/* Scores of the 16 rows from `row` on, infinite where a row may not go, or `stay`, if not NULL, is above 0; NaN counts
+   as -inf. */
+INLINE floats candidates(
+    const float *scores, long stride, const int32_t *positions, const int32_t *stay, long sinks, long recent, long row,
+    long rows
+) {
     floats x;
     if (stride == 1) {
         x = load_some(scores + row, rows - row, INFINITY);
@@ -19,15 +22,18 @@ candidates(const float *scores, long stride, const int32_t *positions, long sink
     }
     ints places = load_some_ints(positions + row, rows - row, -1);
     x = pick(equal(x, x), x, all(-INFINITY));
+    if (stay)
+        x = pick(-load_some_ints(stay + row, rows - row, 0) >> 31, all(INFINITY), x);
     return pick(seen(places - (int32_t)sinks, (int32_t)(recent - sinks) - 1), x, all(INFINITY));
 }
 
 /* The row of least score among those at positions sinks .. recent - 1; of equal ones the oldest. */
-VECTORS static long
-worst_row(const float *scores, long stride, const int32_t *positions, long sinks, long recent, long rows) {
+VECTORS static long worst_row(
+    const float *scores, long stride, const int32_t *positions, const int32_t *stay, long sinks, long recent, long rows
+) {
     floats least = all(INFINITY);
     for (long row = 0; row < rows; row += LANES) {
-        floats x = candidates(scores, stride, positions, sinks, recent, row, rows);
+        floats x = candidates(scores, stride, positions, stay, sinks, recent, row, rows);
         least = pick(greater(least, x), x, least);
     }
     float worst = INFINITY;
@@ -37,7 +43,7 @@ worst_row(const float *scores, long stride, const int32_t *positions, long sinks
     long slot = 0;
     int32_t oldest = INT32_MAX;
     for (long row = 0; row < rows; row += LANES) {
-        floats x = candidates(scores, stride, positions, sinks, recent, row, rows);
+        floats x = candidates(scores, stride, positions, stay, sinks, recent, row, rows);
         if (sum_of(pick(equal(x, all(worst)), all(1.0f), all(0.0f))) == 0.0f)
             continue;
         for (int lane = 0; lane < LANES; lane++)
@@ -53,14 +59,16 @@ worst_row(const float *scores, long stride, const int32_t *positions, long sinks
     return slot;
 }
 
-/* slots [N], one for every head. Strides of scores: of a sequence, a head, a row. NaN counts as -inf. */
+/* slots [N], one for every head. Strides of scores: of a sequence, a head, a row. NaN counts as -inf, and +inf does
+   where `stay` is above 0, which may be NULL. */
 void kvprune_worst_rows(
     int64_t *slots, const float *scores, long of_sequence, long of_head, long of_row, const int32_t *positions,
-    long stride, long sinks, long recent, long B, long H, long rows
+    long stride, const int32_t *stay, long stay_stride, long sinks, long recent, long B, long H, long rows
 ) {
     for (long head = 0; head < B * H; head++)
         slots[head] = worst_row(
-            scores + head / H * of_sequence + head % H * of_head, of_row, positions + head * stride, sinks, recent, rows
+            scores + head / H * of_sequence + head % H * of_head, of_row, positions + head * stride,
+            stay ? stay + head * stay_stride : NULL, sinks, recent, rows
         );
 }
 
