@@ -181,7 +181,7 @@ class Quality:
         self._refused: set[str] = set()
 
     def ask(self, prompt: Prompt, who: Sequence[Entry]) -> int:
-        """Measure those whose row is missing; returns how many."""
+        """Measure those whose row is missing; returns how many. Who cannot hold the prompt is left out, with a note."""
         missing = [
             entry
             for entry in who
@@ -196,12 +196,22 @@ class Quality:
             return 0
         together = [entry for entry in asked if shareable(caches[entry.label])]
         alone = [entry for entry in asked if not shareable(caches[entry.label])]
+        measured = 0
         for row in self._together(prompt, together, caches) if together else ():
             self.results.add(row)
+            measured += row["label"] != FULL
         for entry in alone:
-            for row in self._alone(prompt, entry, caches[entry.label]):
-                self.results.add(row)
-        return len(asked)
+            try:
+                for row in self._alone(prompt, entry, caches[entry.label]):
+                    self.results.add(row)
+                    measured += 1
+            except KVPruneError as error:
+                self._leave_out(prompt, entry, error)
+        return measured
+
+    def _leave_out(self, prompt: Prompt, entry: Entry, error: KVPruneError) -> None:
+        """Of this prompt alone: a budget that does not hold it may hold another."""
+        self.log.note(f"left out: {entry.label}, {prompt.task} {prompt.index}: {error}")
 
     def _cache(self, entry: Entry) -> PrunedCache | None:
         """None for a policy that cannot be alone, or not on this model; said once."""
@@ -220,17 +230,19 @@ class Quality:
         dtype = getattr(torch, who[0].dtype) if who and who[0].dtype else None
         reader = Reader(self.model.model, known, unknown, dtype)
         logits = reader.read(prompt.ids.to(self.model.model.device), prompt.question)
-        kept = [_kept(cache) for cache in reader.caches]
+        kept = reader.of_each(_kept)
         if prompt.text is not None:
             found = self._likelihood(prompt, reader)
         else:
             found = [prompt.judged(written) for written in greedy(reader, logits, **prompt.generation)]
         seconds = (time.process_time() - began) / len(reader.caches)
-        for place, (cache, figures) in enumerate(zip(reader.caches, found, strict=True)):
-            entry = ordered[place - 1] if place else None
-            if entry is None and self.results.has(prompt.task, prompt.index, FULL):
-                continue
-            yield self._row(prompt, entry, cache, kept[place], seconds, figures)
+        for entry, cache, figures in zip([None, *ordered], reader.caches, found, strict=True):
+            if (error := reader.refused.get(cache)) is not None:
+                if entry is None:
+                    raise error
+                self._leave_out(prompt, entry, error)
+            elif entry is not None or not self.results.has(prompt.task, prompt.index, FULL):
+                yield self._row(prompt, entry, cache, kept[cache], seconds, figures)
 
     def _likelihood(self, prompt: Prompt, reader: Reader) -> list[Row]:
         """Of the text that follows the prompt, token by token; the first prediction is that of the prompt's last."""

@@ -1,11 +1,15 @@
 """The bench on the real model: who takes part, what counts as right, and tables of rows."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import families
+import pytest
 import quality_real
 
+from kvprune import Everywhere, PolicyError
 from kvprune.evaluation.results import Results
+from kvprune.policies import TOVA
 from kvprune.policy.registry import names
 from measuring import real_prompts
 from printing import real_tables
@@ -32,6 +36,11 @@ def cells(table):
     return [list(line) for line in zip(*(column.cells for column in table.columns), strict=True)]
 
 
+def a_prompt(judged, max_new_tokens):
+    generation = {"max_new_tokens": max_new_tokens, "ends": (), "done": lambda written: False}
+    return real_prompts.Prompt("a task", 0, families.token_ids(1, 60), 50, generation, judged)
+
+
 def test_every_registered_policy_takes_part_or_is_named():
     found, notes = quality_real.entries(["0.25"])
     texts = [entry.name.split(":")[0] for entry in found] + [note.split(":")[1].strip() for note in notes]
@@ -50,13 +59,51 @@ def test_a_policy_that_cannot_be_alone_is_named_and_the_others_answer():
     model, results, log = SimpleNamespace(model=families.build("llama"), name="tiny"), Results(None), Log()
     quality = quality_real.Quality(model, results, log)
     who, _ = quality_real.entries(["0.5"], ["kvcrush", "tova"])
-    generation = {"max_new_tokens": 2, "ends": (), "done": lambda written: False}
-    prompt = real_prompts.Prompt("a task", 0, families.token_ids(1, 60), 50, generation, lambda written: {"score": 1.0})
+    prompt = a_prompt(lambda written: {"score": 1.0}, max_new_tokens=2)
     assert quality.ask(prompt, who) == 2
     assert [row["label"] for row in results.rows()] == ["full", "tova @ 0.5 | known", "tova @ 0.5 | unknown"]
     assert len(log.notes) == 1
     assert "left out: kvcrush" in log.notes[0]
     assert quality.ask(prompt, who) == 0
+
+
+@dataclass(frozen=True)
+class Refusing(TOVA):
+    """Raises once the layer has seen so many tokens; with a share over layers, that is when all have."""
+
+    at: int = 60
+
+    def decide(self, table, step):
+        if step.tokens >= self.at:
+            raise PolicyError("it refuses")
+        return super().decide(table, step)
+
+    def decide_together(self, tables, steps):
+        raise PolicyError("they refuse")
+
+
+@pytest.mark.parametrize("together", [1000, 2])
+def test_what_cannot_hold_a_prompt_is_named_and_the_others_answer(together):
+    """Raised in a layer, when a prompt is decided for all layers, at a token, or by one that reads it by itself."""
+    texts = ["a2sf:budget=9KB", "bits:budget=4KB", "tova", "gemfilter | a2sf:budget=9KB", "keyformer"]
+    who, notes = quality_real.entries(["0.5"], texts)
+    assert not notes
+    refusing = [Refusing(0.5), Refusing(0.5, at=62), Refusing(0.5, share=Everywhere())]
+    named = [quality_real.Entry(f"{number} refuses", None, known, policy)
+             for number, policy in enumerate(refusing) for known in (True, False)]  # fmt: skip
+    found = []
+    for chosen in ([*named[:3], *who, *named[3:]], [entry for entry in who if "KB" not in entry.name]):
+        model, results, log = SimpleNamespace(model=families.build("llama"), name="tiny"), Results(None), Log()
+        prompt = a_prompt(lambda written: {"written": list(written)}, max_new_tokens=5)
+        assert quality_real.Quality(model, results, log, together).ask(prompt, chosen) == 4
+        found.append({row["label"]: (row["written"], row["kept"], row["nbytes"]) for row in results.rows()})
+        left_out = [entry for entry in chosen if entry not in who or "KB" in entry.name]
+        assert len(log.notes) == len(left_out)
+        for entry in left_out:
+            (note,) = (each for each in log.notes if each.startswith(f"left out: {entry.label}, a task 0: "))
+            assert "sinks and recent" in note or "refuse" in note
+    assert found[0] == found[1]
+    assert len(found[0]) == 5
 
 
 def test_the_longest_run_of_an_answer():

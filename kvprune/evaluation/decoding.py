@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvprune.cache.models import cache_argument
 from kvprune.cache.pruned_cache import PrunedCache
+from kvprune.errors import KVPruneError
 from kvprune.evaluation.together import Together
 from kvprune.policy.registry import parse
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -21,7 +24,8 @@ class Reader:
 
     known: empty caches that are shown the whole prompt at once. unknown: empty caches that are shown the document
     alone, and then read the question on their own. dtype: of what both hold, None for the model's. The rows of what is
-    returned are those of `caches`: the full cache, the known ones, the unknown ones.
+    returned are those of `caches`: the full cache, the known ones, the unknown ones. Rows of a cache that is in
+    `refused`, with what it has raised, mean nothing.
     """
 
     model: Any
@@ -35,6 +39,20 @@ class Reader:
         self._together = Together(self.caches)
         self._seen = 0
 
+    @property
+    def refused(self) -> dict[PrunedCache, KVPruneError]:
+        """Caches that could not serve what came, see `Together`."""
+        return self._together.refused
+
+    def of_each(self, asked: Callable[[PrunedCache], T]) -> dict[PrunedCache, T]:
+        """What this finds in every cache that has refused nothing; one that does so now has nothing here either."""
+        found = {}
+        for cache in self.caches:
+            if cache not in self.refused:
+                with self._together.serving(cache):
+                    found[cache] = asked(cache)
+        return found
+
     @torch.inference_mode()
     def read(self, ids: Tensor, question: int | None = None) -> Tensor:
         """The logits after a prompt `[1, n]`, one row for every cache, `[caches, vocab]`.
@@ -45,8 +63,7 @@ class Reader:
         if self.unknown:
             with together.shown(self.unknown, remember=True, dtype=self.dtype):
                 self._forward(ids[:, :question])
-            for cache in self.unknown:
-                cache.end_prompt()  # or policies that wait for more of a prompt would decide with the question
+            self.of_each(PrunedCache.end_prompt)  # or policies that wait for more would decide with the question
             with together.shown([], late=self.known, dtype=self.dtype):
                 logits = self._forward(ids[:, question:])
             together.forget()
@@ -83,7 +100,10 @@ def greedy(
     ends: Sequence[int] = (),
     done: Callable[[list[int]], bool] = lambda written: False,
 ) -> list[list[int]]:
-    """What each row of a reader writes after these logits, up to and with one of `ends`, or until it is `done`."""
+    """What each row of a reader writes after these logits, up to and with one of `ends`, or until it is `done`.
+
+    Of one that refuses a token, what it has written until then.
+    """
     written: list[list[int]] = [[] for _ in reader.caches]
     rows = list(range(len(written)))
     for step in range(max_new_tokens):
@@ -91,7 +111,8 @@ def greedy(
             logits = logits.index_fill(1, torch.tensor(list(ends), device=logits.device), -torch.inf)
         for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
             written[row].append(token)
-        rows = [row for row in rows if written[row][-1] not in ends and not done(written[row])]
+        going = (row for row in rows if reader.caches[row] not in reader.refused)
+        rows = [row for row in going if written[row][-1] not in ends and not done(written[row])]
         if not rows or step + 1 == max_new_tokens:
             break
         last = torch.tensor([written[row][-1] for row in rows], device=logits.device)

@@ -11,12 +11,13 @@ own; what is left to share is reading the weights, which is most of the time of 
 for all that ask for the same replay.
 
 Everything a cache does between its first layer and its last is there, and replays. What it does around a forward pass
-is not, such as a prompt filter: `shareable` says which caches can be here.
+is not, such as a prompt filter: `shareable` says which caches can be here. One that refuses what comes, as for a budget
+that does not hold it, is served no more, and says why in `refused`; the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ class Together(Cache):
         self.caches = list(caches)
         self.pruned_layers = caches[0].pruned_layers
         self.is_hybrid = False
+        self.refused: dict[PrunedCache, KVPruneError] = {}
         self._shown: list[PrunedCache] | None = None
         self._late: list[PrunedCache] = []
         self._dtype: torch.dtype | None = None
@@ -116,6 +118,22 @@ class Together(Cache):
         finally:
             self._shown, self._late, self._logging, self._dtype = None, [], False, None
 
+    @contextmanager
+    def serving(self, cache: PrunedCache) -> Iterator[None]:
+        """What is done for one cache: if it raises a KVPruneError, that is its last, and is no error of the others."""
+        try:
+            yield
+        except KVPruneError as error:
+            self.refused[cache] = error
+
+    def _served(self, caches: Iterable[PrunedCache]) -> Iterator[PrunedCache]:
+        return (cache for cache in caches if cache not in self.refused)
+
+    @property
+    def _first(self) -> PrunedCache:
+        """Of those whose rows are in the batch, or, where it is one sequence, the one that attends."""
+        return self.caches[0] if self._shown is not None else next(self._served(self.caches), self.caches[0])
+
     def forget(self) -> None:
         """Let go of what was kept for late ones."""
         self._log.clear()
@@ -132,15 +150,17 @@ class Together(Cache):
         """See `PrunedCache.note`."""
         if self._shown is None:
             for row, cache in enumerate(self.caches):
-                if cache.replay is not None:
-                    cache.note(length, unread.select_batch(torch.tensor([row])))
+                if cache.replay is not None and cache not in self.refused:
+                    with self.serving(cache):
+                        cache.note(length, unread.select_batch(torch.tensor([row])))
             return
         whole = unread
         if self._unread is not None:
             whole = self._unread.followed_by(unread, self.caches[0].model.get_input_embeddings())
         for cache, what in (*((each, unread) for each in self._shown), *((each, whole) for each in self._late)):
-            if cache.replay is not None:
-                cache.note(len(what), what)
+            if cache.replay is not None and cache not in self.refused:
+                with self.serving(cache):
+                    cache.note(len(what), what)
         if self._logging:
             self._unread = whole
 
@@ -155,37 +175,41 @@ class Together(Cache):
         layer, keys, values = self._incoming  # type: ignore[misc]
         self._incoming = None
         if self._shown is None:
-            outputs = []
+            output = query.new_zeros(len(query), query.shape[2], query.shape[1], values.shape[3])
             for row, cache in enumerate(self.caches):
-                one = slice(row, row + 1)
-                outputs.append(_attended(cache, layer, module, query[one], keys[one], values[one], settings))
-            return torch.cat(outputs)
+                if cache not in self.refused:
+                    one = slice(row, row + 1)
+                    with self.serving(cache):
+                        output[one] = _attended(cache, layer, module, query[one], keys[one], values[one], settings)
+            return output
         first = self.caches[0]
         first.update(keys, values, layer)
         output = first.attend(module, query, None, **settings)
         seen = _Seen(query, keys, values, output)
-        for cache in self._shown:
-            _show(cache, layer, module, seen, settings, self._dtype)
+        for cache in self._served(self._shown):
+            with self.serving(cache):
+                _show(cache, layer, module, seen, settings, self._dtype)
         if self._late:
             whole = self._log[layer].then(seen) if layer in self._log else seen
-            for cache in self._late:
-                _show(cache, layer, module, whole, settings, self._dtype)
+            for cache in self._served(self._late):
+                with self.serving(cache):
+                    _show(cache, layer, module, whole, settings, self._dtype)
         if self._logging:
             self._log[layer] = self._log[layer].then(seen) if layer in self._log else seen
         return output
 
     def bypassed(self) -> KVPruneError:
         """See `PrunedCache.bypassed`."""
-        return self.caches[0].bypassed()
+        return self._first.bypassed()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.caches[0].get_seq_length(layer_idx)
+        return self._first.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.caches[0].get_mask_sizes(query_length, layer_idx)
+        return self._first.get_mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.caches[0].get_query_offset(layer_idx)
+        return self._first.get_query_offset(layer_idx)
 
     @property
     def is_compileable(self) -> bool:
