@@ -202,6 +202,19 @@ def test_states_without_a_length_are_no_exception(layer, step):
         assert not goes_on(linear_hybrid(), *caches)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("place", ["row_weights", "observe", "decide"])
+def test_who_gives_the_same_text_again_is_told_of_the_interruption(name, policy, place):
+    """And not that its mask does not fit the cache, some layers of which have seen the new tokens already."""
+    model = MODELS[name]()
+    for step in range(len(STEPS)):
+        caches = interrupted(model, policy, step, 1, place, KeyboardInterrupt)
+        assert caches is not None
+        with pytest.raises(CacheError, match=r"was interrupted.*call reset.*fork"):
+            feed(model, prompts(), caches[0], STEPS[step : step + 1], begin=sum(STEPS[:step]))
+
+
 def test_an_interruption_between_two_tokens_costs_nothing():
     """Ctrl-C in a streamer: generate() is over, and the next one goes on from what the cache has seen."""
 

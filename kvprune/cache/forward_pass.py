@@ -101,6 +101,10 @@ class ForwardPass(Masks):
             return
         self._check_complete()
 
+    def check_uninterrupted(self) -> None:
+        self._check_closed()
+        self._check_complete()
+
     def ends_pass(self) -> None:
         """It has come to its end."""
         self._progress.end()

@@ -30,6 +30,10 @@ class Masks(Cache):
         """The error to raise for a forward pass that this cache cannot serve."""
         raise NotImplementedError  # by the cache, of which this is a part
 
+    def check_uninterrupted(self) -> None:
+        """Raise CacheError where an earlier forward pass did not come to its end: no mask would fit its lengths."""
+        raise NotImplementedError  # by the cache, of which this is a part
+
     @property
     def is_compileable(self) -> bool:
         """Whether a decode step changes no shape and never waits for the device: one graph serves all steps.
@@ -67,6 +71,7 @@ class Masks(Cache):
             for index in self.pruned_layers:
                 self.layers[index].leave_steady()
         if self.pruned_layers[0] and length is not None:  # layers come first that a refusal could not undo
+            self.check_uninterrupted()
             self.look(mask, length, mask.padding.device, batch)
         return mask
 

@@ -93,6 +93,8 @@ def shorten(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if args:
         given |= dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False))
     cache.expect(None, None)
+    if not torch.compiler.is_dynamo_compiling():
+        cache.check_uninterrupted()
     inputs, held = _inputs(given), cache.layers[cache.pruned_layers[0]].table
     if inputs is None or (held is not None and held.batch_size != len(inputs)):
         return None  # the model has an error for this
