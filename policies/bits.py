@@ -179,6 +179,7 @@ class Bits(Scored):
 
     def pack(self, table: TokenTable, step: Step) -> Decision | None:
         if step.prefill:
+            table.shrink(0)  # no budget of a prompt has paid for the room that tokens to come take
             positions, bits = table.positions[:, :, table.packed_length :], table["bits"]
             chosen = [(codec, (bits == codec.bits) & (positions >= 0)) for codec in self.codecs]
             parts = [

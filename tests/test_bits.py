@@ -155,6 +155,30 @@ def test_budgets_of_every_kind(budget):
     assert 0.9 * meant < row_bytes(cache) <= meant
 
 
+BEFORE = {
+    "every token": H2O(0.5, sinks=1, recent=2),
+    "interval": H2O(0.5, sinks=1, recent=2, interval=4),
+    "heads compete": H2O(0.5, sinks=1, recent=2, share=Adaptive(0.2)),
+}
+
+
+@pytest.mark.parametrize("share", ["uniform", "adaptive", "everywhere"])
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_room_that_a_policy_before_keeps_for_tokens_to_come_is_not_on_top(before, share):
+    """Whether rows are packed, dropped, or all of them stay; after a second prompt, too."""
+    packed = set()
+    for size in (5_000, 9_750):
+        bits = Bits(f"{size}B", score=TOVA(), share=share, widths=(2, 8), sinks=1, recent=2)
+        for policy in (bits, replace(bits, widths=())):
+            cache = PrunedCache(shared(), before | policy)
+            for step, _ in enumerate(stepwise(shared(), left_padded([70]), cache, [60, 1, 1, 8])):
+                if step in (0, 3):
+                    cache.end_prompt()
+                    assert row_bytes(cache) <= size
+                    packed |= {layer.table.packed_length > 0 for layer in cache.layers}
+    assert packed == {False, True}
+
+
 def test_eviction_alone_is_the_policy_of_the_scores():
     """With no widths, heads keep the very rows that the scorer would keep of as many."""
     for score in (A2SF(0.5, sinks=2, recent=4), KeyDiff(0.5, sinks=2, recent=4)):

@@ -349,7 +349,8 @@ class LayerStep(SteadyState):
             self.table = keep_rows(table, decision.keep, room, apart=decision.apart)
         else:
             table.evict(decision.evict, exact=decision.exact)  # type: ignore[arg-type]  # one of three is there
-            table.shrink(plan.step.spare or 2 * self.planner.room(table))
+            if not table.packed_length:  # else little comes at a time, and closes up when it is packed
+                table.shrink(plan.step.spare or 2 * self.planner.room(table))
         self.last_eviction = self.seen
         return True
 

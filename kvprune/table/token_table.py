@@ -306,7 +306,7 @@ class TokenTable(Contents):
 
     def shrink(self, room: int) -> None:
         """Free spare slots beyond `room`. Views are not valid any more."""
-        if not self.packed and self.capacity > self.length + room:
+        if self.capacity > self.length + room:
             self._storage.resize(self.length + room)
 
     def own(self) -> None:
