@@ -28,7 +28,7 @@ from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, cpu
 from kvprune.kernels.cpu.kernels import CPU
 from kvprune.policies import H2O, KIVI, OSCAR, Spectral, TurboQuant, ZipCache
-from kvprune.table.basis import LEFT, Basis, hadamard, lanes_of
+from kvprune.table.basis import LEFT, LEFT_OF_MIXED, Basis, hadamard, lanes_of
 from kvprune.table.packed_rows import Stretch
 from kvprune.table.rotated_codes import PARTS, STEPS, code_bytes, nearest
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
@@ -129,7 +129,8 @@ def test_bits_go_where_the_next_one_helps_most(bits, dim):
     widths = [0] * (dim // lanes_of(dim))
     spectrum = part.spectrum[0, 0].tolist()
     for _ in range(int(bits * len(widths))):
-        taken = [0 if width == 8 else LEFT[width] - LEFT[width + 1] for width in widths]
+        left = LEFT if bits < 3 else LEFT_OF_MIXED
+        taken = [0 if width == 8 else left[width] - left[width + 1] for width in widths]
         widths[int(np.argmax(2 ** np.array(spectrum) * taken))] += 1
     assert part.widths(bits, (1, 1), keys.device)[0, 0].tolist() == widths
 

@@ -11,7 +11,7 @@ from kvprune.errors import PolicyError
 from kvprune.policy.base import Decision, Policy
 from kvprune.policy.settings import check_count
 from kvprune.policy.step import Step
-from kvprune.table.basis import Basis, Rotate
+from kvprune.table.basis import MIXED_FROM, Basis, Rotate
 from kvprune.table.quantize import is_average
 from kvprune.table.rotated_rows import RotatedCodec
 from kvprune.table.rows import EMPTY
@@ -20,8 +20,6 @@ from kvprune.table.token_table import TokenTable
 _EXACT = 16
 # First tokens, whose keys and values are like no others': in a basis made for those, they would lose most.
 ROTATED_SINKS = 4
-# From so many bits on, components that share a width are mixed: see basis.py.
-_MIXED = 3
 # Generated tokens that are packed together.
 _TOGETHER = 32
 
@@ -40,7 +38,7 @@ def learn_basis(table: TokenTable, step: Step, bits: float, rotate: Rotate | Non
     asked = (step.query_positions >= 0).expand(table.batch_size, -1)
     with torch.no_grad():
         held = (table.positions[:, :, table.packed_length :] >= 0) & learning[:, None, None]
-        basis = Basis.estimate(step.source.states, table.keys, table.values, asked, held, bits >= _MIXED, rotate)
+        basis = Basis.estimate(step.source.states, table.keys, table.values, asked, held, bits >= MIXED_FROM, rotate)
         table.turn(basis, learning)
 
 

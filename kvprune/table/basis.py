@@ -38,10 +38,14 @@ Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _Part = tuple[Tensor, Tensor, Tensor]
 # Statistics of more rows than these are no better.
 _MOST_ROWS = 2048
+# From so many bits on, components that share a width are mixed.
+MIXED_FROM = 3
 # What codes of 0 to 8 bits leave of the variance of a component, at the even steps of rotated_codes.py: of a logistic
-# distribution, whose kurtosis of 4.2 is that of keys and values here (3.2 to 4.5). At 2.5 bits SmolLM2 diverges by a
-# half of what it does if every bit is taken to leave a quarter, which is so for many bits.
+# distribution, whose kurtosis of 4.2 is about that of keys and values (3.2 to 4.5, SmolLM2). At 2.5 bits the model
+# diverges by a half of what it does where every bit is taken to leave a quarter, as bits do where there are many.
 LEFT = (1.0, 0.41911, 0.15211, 0.05542, 0.01994, 0.00699, 0.00238, 0.00079, 0.00025)
+# Of mixed components the latter: of 4,096 tokens, 0.017 and 0.0029 at 3 and 4 bits, where LEFT gives 0.031 and 0.0052.
+LEFT_OF_MIXED = tuple(4.0**-bits for bits in range(9))
 # Eigenvalues are not taken to be smaller, relative to the largest. Of queries, because those to come look where a
 # prompt's have not, and what they look for then must not be without a bit: at 2 bits SmolLM2 found none of 9 numbers in
 # 1,000 tokens that a later question asked for with 1e-3, and 8 with 1e-2, at no more divergence. Where components are
@@ -145,14 +149,15 @@ class Coordinates:
     def widths(self, bits: float, heads: tuple[int, ...], device: torch.device) -> Tensor:
         """Bits of the components of every group, `[B, Hkv, groups]` uint8, `bits` on average or a little less.
 
-        The next bit goes where it takes most: where g (LEFT[width] - LEFT[width + 1]) is largest.
+        The next bit goes where it takes most, g (LEFT[width] - LEFT[width + 1]).
         """
         groups, in_all = self.dim // lanes_of(self.dim), bits_in_all(self.dim, bits)
         if self.spectrum is None:
             alike, more = divmod(in_all, groups)
             widths = (torch.arange(groups, device=device) < more).to(torch.uint8) + alike
             return widths.expand(*heads, -1).contiguous()
-        taken = torch.tensor([log2(before - after) for before, after in pairwise(LEFT)], device=device)
+        left = LEFT if bits < MIXED_FROM else LEFT_OF_MIXED
+        taken = torch.tensor([log2(before - after) for before, after in pairwise(left)], device=device)
         gains = (self.spectrum[..., None] + taken).flatten(-2)
         chosen = gains.topk(in_all, dim=-1).indices // len(taken)
         counts = torch.zeros_like(self.spectrum).scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=torch.float32))
