@@ -11,7 +11,7 @@ from torch import Tensor
 from kvprune.errors import PolicyError
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policy.aging import oldest
-from kvprune.policy.allotment import Rows, allotted, weights_of
+from kvprune.policy.allotment import EXACT, Rows, allotted, weights_of
 from kvprune.policy.base import Decision, Step
 from kvprune.policy.budget import Budget
 from kvprune.policy.byte_limits import ByteLimits
@@ -43,7 +43,8 @@ class Bits(Scored):
     (`Adaptive`), or no others. Codes are of a Hadamard transform, carry their scale, and share nothing with other rows.
 
     Every prompt is decided when it has ended, from the bytes that all tokens so far may take. What is packed by then
-    keeps its bits or goes. Generated tokens stay exact until 32 are older than the newest `recent`, and then get
+    keeps its bits, has fewer from then on, for which its codes are decoded and encoded anew, or goes: whichever loses
+    least. Generated tokens stay exact until 32 are older than the newest `recent`, and then get
     `aged_bits`, if anything is packed: a budget says what is left of prompts.
 
     Settings:
@@ -124,15 +125,12 @@ class Bits(Scored):
     def buffer(self) -> int:
         return self.recent + self.sinks + _TOGETHER
 
-    def buffer_columns(self) -> dict[str, torch.dtype]:
-        return {"bits": torch.int32}
-
     def observe(self, table: TokenTable, step: Step) -> None:
         super().observe(table, step)
         if step.prefill:
             self._limits.check(table, step, self.budget)
 
-    # -- which rows stay ---------------------------------------------------------------------------------------------
+    # -- which rows stay, and at how many bits -----------------------------------------------------------------------
 
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
         return self.decide_together([table], [step])[0] if step.prefill else None
@@ -147,45 +145,38 @@ class Bits(Scored):
             rows = [replace(own, least=bits) for own, bits in zip(rows, least, strict=True)]
 
         bits = allotted(rows, limits, self._limits.total(steps))
-        return [self._decision(*each) for each in zip(tables, bits, strict=True)]
+        return [self._decision(*each) for each in zip(tables, rows, bits, strict=True)]
 
     def _rows(self, table: TokenTable, step: Step) -> Rows:
-        positions, packed = table.positions, table.code_bits()
+        positions = table.positions
+        now = torch.full_like(positions, EXACT, dtype=torch.int64)
+        now[:, :, : table.packed_length] = table.code_bits()
         always = (positions < self.sinks) | (positions >= step.tokens - self.recent)
-        loose = packed.new_zeros(*packed.shape[:2], positions.shape[2] - packed.shape[2])
         there, scores = positions >= 0, torch.zeros_like(positions, dtype=torch.float64)
         if scores.shape[2]:  # there are no rows of a prompt that is padding alone
             # In 64 bits, so that no two scores of a head become equal on another scale.
             scores = self.share.normalized(self.compared(table, step).double(), there & ~always)
             least = scores.masked_fill(~(there & ~always & scores.isfinite()), 0.0).amin(-1, keepdim=True)
             scores = scores - least.clamp(max=0)  # cosines, norms and "z" have a sign
-        return Rows(
-            weights_of(scores, positions, self.power),
-            always & there,
-            there,
-            torch.cat([packed, loose], dim=2),
-            self._limits.prices(table),
-            self.widths,
-        )
+        weights, prices = weights_of(scores, positions, self.power), self._limits.prices(table)
+        return Rows(weights, always & there, there, now, prices, self.widths)
 
-    def _decision(self, table: TokenTable, bits: Tensor) -> Decision | None:
-        table["bits"] = bits[:, :, table.packed_length :]
-        stays = bits > 0
-        if bool((stays == (table.positions >= 0)).all()) and not table.has_gaps:
+    def _decision(self, table: TokenTable, rows: Rows, bits: Tensor) -> Decision | None:
+        stays, fewer = bits > 0, bits < rows.now
+        chosen = [(codec, fewer & (bits == codec.bits)) for codec in self.codecs]
+        parts = tuple((codec, in_order(true_rows(own), table.positions)) for codec, own in chosen if own.any())
+        all_stay = bool((stays == rows.there).all()) and not table.has_gaps
+        if all_stay and not parts:
             return None
-        return Decision(keep=in_order(true_rows(stays), table.positions), apart=True)
+        keep = None if all_stay else in_order(true_rows(stays), table.positions)
+        return Decision(keep=keep, quantize=parts or None, apart=True)
 
-    # -- and at how many bits ----------------------------------------------------------------------------------------
+    # -- generated tokens --------------------------------------------------------------------------------------------
 
     def pack(self, table: TokenTable, step: Step) -> Decision | None:
         if step.prefill:
             table.shrink(0)  # no budget of a prompt has paid for the room that tokens to come take
-            positions, bits = table.positions[:, :, table.packed_length :], table["bits"]
-            chosen = [(codec, (bits == codec.bits) & (positions >= 0)) for codec in self.codecs]
-            parts = [
-                (codec, in_order(true_rows(own), positions, table.packed_length)) for codec, own in chosen if own.any()
-            ]
-            return Decision(quantize=tuple(parts), apart=True) if parts else None
+            return None
         if step.generated // _TOGETHER == (step.generated - step.queries) // _TOGETHER:
             return None
         packed = step.heads.sum((table.positions[:, :, : table.packed_length] >= 0).sum((1, 2))).view(-1, 1, 1)

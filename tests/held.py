@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvprune.table.rotated_rows import RotatedCodec
+from kvprune.table.basis import Basis
+from kvprune.table.quantize import BITS
+from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.token_table import TokenTable
 
 EXACT = 16
@@ -60,9 +62,9 @@ def held_by(cache: PrunedCache) -> list[Held]:
 
 
 def assert_rows_only_lost_bits(before: list[Held], after: list[Held], *, moved: bool = False) -> None:
-    """Rows that were there before and are there now: in full precision what they were, or packed since, for good.
+    """Rows that were there before and are there now are what they were, or have fewer bits, and are nearest to it then.
 
-    moved: whether none may have been packed either.
+    moved: whether none may have lost bits either.
     """
     for then, now in zip(before, after, strict=True):
         if then.bits.shape[:2] != now.bits.shape[:2]:  # heads have stopped since, where there was padding alone
@@ -72,13 +74,45 @@ def assert_rows_only_lost_bits(before: list[Held], after: list[Held], *, moved: 
         both = (had > 0) & (has > 0)
         assert torch.equal(has[both], had[both]) or not moved
         assert bool((has <= had)[both].all())
-        assert bool((had[both & (has < had)] == EXACT).all()), "a code was written anew"
+        assert_codes_are_of_codes(then, now, both & (has < had) & (had < EXACT))
         for old, new in ((then.keys, now.keys), (then.values, now.values)):
             old, new = old[:, :, :tokens], new[:, :, :tokens]
             exact, packed = both & (has == EXACT), both & (has == had) & (has < EXACT)
             assert torch.equal(old[exact], new[exact]), "an exact row has changed"
             # Bases of other sequences may have come beside, so that a matrix is held that was none.
             torch.testing.assert_close(new[packed], old[packed], atol=1e-4, rtol=1e-4)
+
+
+def assert_codes_are_of_codes(then: Held, now: Held, lost: Tensor) -> None:
+    """Packed rows that lost bits, bool `[B, Hkv, N]`: they decode to the encoding of what they decoded to before.
+
+    Which is to be as near to that as its encoding is: between two levels, either may be taken. One step may have
+    decided twice, about tokens that waited and about its own, and then it is the encoding of an encoding.
+    """
+    every = lost.nonzero(as_tuple=True)
+    for had, has in {*zip(then.bits[every].tolist(), now.bits[every].tolist(), strict=True)}:
+        these = (then.bits[every] == had) & (now.bits[every] == has)
+        at = tuple(index[these] for index in every)
+        found, before = ((held.keys[at][None, None], held.values[at][None, None]) for held in (now, then))
+        sources = [before, *(encoded(before, between) for between in BITS if has < between < had)]
+        near = torch.stack([is_near(found, encoded(source, has), source) for source in sources])
+        assert bool(near.any(0).all()), f"rows of {had} bits have {has}, and are not those that they were"
+
+
+def encoded(rows: tuple[Tensor, Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """What keys and values `[1, 1, R, D]` decode to once they have so many bits, without a basis of their own."""
+    keys, values = rows
+    basis = Basis.fixed(keys.shape[3], values.shape[3])
+    return RotatedRows.encode_in(RotatedCodec(bits), basis, keys, values).decoded()
+
+
+def is_near(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether keys and values are as near to a source as others are, or rounding alone is between, bool `[1, 1, R]`."""
+    off, least, size = (
+        torch.stack([(a - b).double().square().sum(-1) for a, b in zip(one, other, strict=True)])
+        for one, other in ((found, source), (expected, source), (source, (0.0, 0.0)))
+    )
+    return (off <= 1.01 * least + 1e-8 * size).all(0)
 
 
 class FirstLayer:

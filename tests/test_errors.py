@@ -34,6 +34,8 @@ from kvprune import (
 )
 from kvprune.cache.models import cache_argument
 from kvprune.policies import A2SF, H2O, KIVI, TOVA, Full, Keyformer, SnapKV, StreamingLLM, ZipCache, parse
+from kvprune.table.quantize import Codec
+from kvprune.table.rotated_rows import RotatedCodec
 
 EVICTING = [A2SF, H2O, Keyformer, SnapKV, TOVA, StreamingLLM]
 POLICY = A2SF(12, sinks=2, recent=3)
@@ -214,12 +216,12 @@ def test_settings_cannot_be_changed_afterwards(policy):
     [
         {},
         {"keep": torch.zeros(1, 1, 1), "evict": torch.zeros(1, 1, 1)},
-        {"keep": torch.zeros(1, 1, 1), "quantize": ()},
+        {"keep": torch.zeros(1, 1, 1), "evict": torch.zeros(1, 1, 1), "quantize": ()},
         {"evict": torch.zeros(1, 1, 1), "quantize": ()},
     ],
 )
 def test_a_decision_is_one_of_three(decision):
-    """A decision names the slots to keep, those to evict, or those to quantize."""
+    """A decision names the slots to keep, those to evict, or those to quantize; to evict none beside others."""
     with pytest.raises(PolicyError, match="one of"):
         Decision(**decision)
 
@@ -259,6 +261,48 @@ def test_decisions_that_name_no_slots(decision, told):
     cache = PrunedCache(shared(), Says(decision))
     with pytest.raises(PolicyError, match=told):
         feed(shared(), left_padded([20]), cache, [20])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (RotatedCodec(4), RotatedCodec(4), "gains none"),
+        (RotatedCodec(2), RotatedCodec(3), "gains none"),
+        (RotatedCodec(4, value_bits=2), RotatedCodec(2, value_bits=3), "gains none"),
+        (Codec(4), RotatedCodec(2), "share nothing"),
+        (RotatedCodec(4), Codec(2), "share nothing"),
+        (RotatedCodec(4, value_bits=2), RotatedCodec(2), ""),
+        (RotatedCodec(8), RotatedCodec(3), ""),
+    ],
+    ids=str,
+)
+def test_packed_rows_can_but_lose_bits(before, after, told):
+    """And only where no other row depends on what they are packed with."""
+    keys, values = torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
+    table = TokenTable(keys, values, torch.arange(10).expand(1, 2, -1), {})
+    table.quantize([(before, torch.arange(2, 6).expand(1, 2, -1))])
+    decision = Decision(quantize=((after, torch.tensor([[[1, 6], [-1, 7]]])),))  # slots 0 to 3 are packed
+    if not told:
+        decision.check(table)
+        table.quantize(decision.quantize)
+        assert sorted(tier.codec.bits for tier in table.packed) == [after.bits, before.bits]
+        return
+    with pytest.raises(PolicyError, match=told):
+        decision.check(table)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Decision(quantize=((Codec(2), torch.tensor([[[0]]])), (Codec(4), torch.tensor([[[0]]])))),
+        Decision(keep=torch.tensor([[[0, 2]]]), quantize=((Codec(2), torch.tensor([[[1]]])),)),
+    ],
+)
+def test_a_row_is_packed_once_and_stays(decision):
+    """By one codec, and none is packed that goes."""
+    table = TokenTable(torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8), torch.arange(4).expand(1, 1, -1), {})
+    with pytest.raises(PolicyError, match="by one codec, and those alone that it keeps"):
+        decision.check(table)
 
 
 def test_slots_that_are_empty_or_in_any_order_are_slots():

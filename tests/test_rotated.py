@@ -28,10 +28,13 @@ from kvprune.cache.models import cache_argument
 from kvprune.kernels import TORCH, cpu
 from kvprune.kernels.cpu.kernels import CPU
 from kvprune.policies import H2O, KIVI, OSCAR, Spectral, TurboQuant, ZipCache
+from kvprune.policy.base import Decision
 from kvprune.table.basis import LEFT, LEFT_OF_MIXED, Basis, hadamard, lanes_of
 from kvprune.table.packed_rows import Stretch
+from kvprune.table.ragged import RaggedTable, pack_rows
 from kvprune.table.rotated_codes import PARTS, STEPS, code_bytes, nearest
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
+from kvprune.table.rows import in_order, true_rows
 
 
 def tokens(batch: int, heads: int, rows: int, dims: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,6 +302,84 @@ def test_rows_go_and_move_as_they_are(codec, dims):
     some, weights = torch.randn(2, 2, 3, dims[0]), torch.rand(2, 2, 3, 40)
     torch.testing.assert_close(packed.dot_keys(some), some @ keys.mT, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(packed.sum_values(weights), weights @ values, atol=1e-3, rtol=1e-4)
+
+
+def by_token(table: TokenTable) -> dict[tuple[int, int, int], tuple[RotatedCodec | None, bytes, Tensor, Tensor, float]]:
+    """By sequence, head and position: how a row is packed, its codes and scales, key and value, and its score."""
+    found = {}
+    for number, each in enumerate(table.heads if isinstance(table, RaggedTable) else [table]):
+        tiers = [(tier, slot) for tier in each.packed for slot in range(len(tier))]
+        keys, values = each.all_keys(), each.all_values()
+        for row, head, slot in (each.positions >= 0).nonzero().tolist():
+            tier, place = tiers[slot] if slot < len(tiers) else (None, 0)
+            codes = b"" if tier is None else b"".join(
+                tier.tensors[name][row, head, place].numpy().tobytes()
+                for name in ("key_codes", "value_codes", "key_scale", "value_scale")
+            )  # fmt: skip
+            of = divmod(number, table.kv_heads) if isinstance(table, RaggedTable) else (row, head)
+            found[(*of, int(each.positions[row, head, slot]))] = (
+                tier and tier.codec, codes, keys[row, head, slot], values[row, head, slot],
+                float(each["score"][row, head, slot]),
+            )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("estimated", [False, True])
+@pytest.mark.parametrize("kernels", [TORCH, *([] if cpu.library() is None else [CPU])], ids=lambda each: each.name)
+def test_packed_rows_lose_bits_beside_others_that_go_or_stay(kernels, estimated, apart):
+    """What loses bits is the encoding of what it stood for, in the same basis; all else is as it was, bit for bit.
+
+    Heads keep and pack other numbers of rows, from other tiers; and then it is done once more.
+    """
+    queries, keys, values = tokens(2, 2, 40, (32, 16))
+    positions = torch.arange(40).expand(2, 2, -1).clone()
+    positions[1, :, :3] = -1
+    table = TokenTable(keys, values, positions, {"score": torch.float32}, dense=False, kernels=kernels)
+    basis = basis_of(queries, keys, values) if estimated else Basis.fixed(32, 16)
+    table.own()
+    table.turn(basis)
+    table["score"] = torch.arange(40).float()
+    wide, narrow, other = RotatedCodec(8), RotatedCodec(2), RotatedCodec(3)
+    slots = torch.arange(5, 35).expand(2, 2, -1)
+    table.quantize([(wide, slots[:, :, ::2]), (RotatedCodec(4), slots[:, :, 1::2])])
+    for turn in range(2):
+        before = by_token(table)
+        draw = torch.Generator().manual_seed(turn)
+        fate = torch.rand(2, 2, 40, generator=draw)  # by position
+        at = table.positions.long()
+        fate = fate.gather(2, at.clamp(min=0)).masked_fill(at < 0, -1.0)
+        bits = torch.full_like(at, 16)
+        bits[:, :, : table.packed_length] = table.code_bits()
+        kept = fate > (-0.5 if turn == 0 and not apart else 0.2)  # without being apart, all heads keep as many
+        parts = [
+            (codec, in_order(true_rows(kept & chosen & (bits > codec.bits)), at))
+            for codec, chosen in ((narrow, fate > 0.8), (other, (fate > 0.6) & (fate <= 0.8)))
+        ]
+        keep = in_order(true_rows(kept), at)
+        expected = {
+            codec: {(row, head, int(at[row, head, slot]))
+                    for row, head in np.ndindex(2, 2) for slot in slots[row, head].tolist() if slot >= 0}
+            for codec, slots in parts
+        }  # fmt: skip
+        Decision(keep=keep, quantize=tuple(parts)).check(table)
+        table = pack_rows(table, parts, keep, apart=apart)
+        after = by_token(table)
+        assert isinstance(table, RaggedTable) == (apart or turn == 1)
+        assert after.keys() == {(row, head, int(at[row, head, slot])) for row, head, slot in kept.nonzero().tolist()}
+        for token, (codec, codes, key, value, score) in after.items():
+            assert score == before[token][4] == token[2]
+            aim = next((codec for codec, those in expected.items() if token in those), None)
+            if aim is None:
+                assert (codec, codes) == before[token][:2]
+                assert codec or (torch.equal(key, before[token][2]) and torch.equal(value, before[token][3]))
+                continue
+            assert codec == aim
+            own = basis.of_head(*token[:2])
+            then = [part[None, None, None] for part in before[token][2:4]]
+            for found, decoded in zip((key, value), RotatedRows.encode_in(aim, own, *then).decoded(), strict=True):
+                torch.testing.assert_close(found, decoded[0, 0, 0], atol=1e-4, rtol=1e-4)
+        assert table.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in table.tensors().values())
 
 
 def test_more_bits_and_a_basis_of_its_own_are_nearer():

@@ -217,7 +217,7 @@ class CacheMachine(RuleBasedStateMachine):
             return Budget.parse(policy.budget).amount
         heads = len(self.fast.pruned_layers) * self.slow.model.kv_heads
         numbers = 2 * self.first_layer.keys.shape[-1]
-        exact = numbers * self.first_layer.keys.itemsize + 4 + 4 * len(policy.columns()) + 4  # the bits that it gets
+        exact = numbers * self.first_layer.keys.itemsize + 4 + 4 * len(policy.columns())
         overhead = max(2 * len(policy.codecs), 24) * heads
         each = []
         for tokens in self.slow.tokens:

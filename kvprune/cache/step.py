@@ -341,9 +341,10 @@ class LayerStep(SteadyState):
         if plan.looks_at_slots:
             decision.check(table)
         if decision.quantize is not None:
-            self.table = table = pack_rows(table, decision.quantize, apart=decision.apart)
-            self.last_eviction = max(self.last_eviction, self.seen - table.newest_exact)  # what is packed stays
-            return False
+            self.table = table = pack_rows(table, decision.quantize, decision.keep, apart=decision.apart)
+            last = self.seen if decision.keep is not None else self.seen - table.newest_exact  # what is packed stays
+            self.last_eviction = max(self.last_eviction, last)
+            return decision.keep is not None
         if decision.keep is not None:
             room = self.planner.interval_room(decision.keep.shape[2])
             self.table = keep_rows(table, decision.keep, room, apart=decision.apart)

@@ -10,7 +10,8 @@ b = 1/2 log2(s / theta) but for constants, rounded to what there is: precision k
 
     s / theta  =  (bytes_k - bytes_(k-1)) / (D_(k-1) - D_k)
 
-on, precisions that no s asks for left out. theta is what makes the bytes fit, found by bisection.
+on, precisions that no s asks for left out. theta is what makes the bytes fit, found by bisection. A row that has lost
+bits chooses among no more than it has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from kvprune.table.rows import true_rows
 
 EXACT = 16
 """Bits of a row in full precision, whatever the model computes in."""
@@ -61,28 +64,28 @@ class Rows:
     """The rows of a table, who compete for bytes.
 
     weights: s, float64 `[B, Hkv, rows]`. always: bool, rows that keep what they have. there: bool, False for slots that
-    are empty. packed: int64, bits of those whose precision is what it is; 0 for those in full precision. prices: bytes
-    of a row, by bits, those in full precision under 16. offered: the bits that rows in full precision may get, beside 0
-    and 16. least: int64, bits that rows have got already; None for none.
+    are empty. now: int64, bits of the rows now, 16 for those in full precision: none gets more. prices: bytes of a row,
+    by bits, those in full precision under 16. offered: bits that rows may get, beside 0 and those they have. least:
+    int64, bits that rows have got already; None for none.
     """
 
     weights: Tensor
     always: Tensor
     there: Tensor
-    packed: Tensor
+    now: Tensor
     prices: Mapping[int, int]
     offered: tuple[int, ...]
     least: Tensor | None = None
 
     def bits(self, theta: Tensor) -> Tensor:
         """Of every row, int64 `[B, Hkv, rows]`. theta: float64, broadcastable."""
-        widths, begins = self._steps
-        number = torch.zeros_like(self.packed)
-        for begin in begins:
-            number += self.weights >= begin * theta
-        bits = torch.tensor(widths, device=self.weights.device)[number]
-        bits = torch.where(self.packed > 0, self.packed * (self._packed_weights >= theta), bits)
-        bits = torch.where(self.always, self._as_they_are, bits)
+        bits = self.now * self.always
+        for own, (widths, begins) in self._steps.items():
+            number = torch.zeros_like(self.now)
+            for begin in begins:
+                number += self.weights >= begin * theta
+            chosen = torch.tensor(widths, device=self.weights.device)[number]
+            bits = torch.where((self.now == own) & ~self.always, chosen, bits)
         bits = bits * self.there
         return bits if self.least is None else torch.maximum(bits, self.least)
 
@@ -91,50 +94,33 @@ class Rows:
         if self.least is not None:
             return self.sizes(self.bits(theta))
         total = self._always_bytes.clone()
-        widths, begins = self._steps
-        for (before, after), begin in zip(pairwise(widths), begins, strict=True):
-            more = self.prices[after] - (self.prices[before] if before else 0)
-            total += more * (self._loose_weights >= begin * theta).sum(-1)
-        if self._any_packed:
-            total += ((self._packed_weights >= theta) * self._packed_prices).sum(-1)
+        for own, (widths, begins) in self._steps.items():
+            for (before, after), begin in zip(pairwise(widths), begins, strict=True):
+                more = self.prices[after] - (self.prices[before] if before else 0)
+                total += more * (self._asked[own] >= begin * theta).sum(-1)
         return total
 
     @cached_property
-    def _steps(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        return steps({bits: self.prices[bits] for bits in (*self.offered, EXACT)})
+    def _steps(self) -> dict[int, tuple[tuple[int, ...], tuple[float, ...]]]:
+        """`steps` of the rows that have so many bits now: to fewer of those on offer, or to none."""
+        return {
+            own: steps({bits: self.prices[bits] for bits in (*self.offered, own) if bits <= own})
+            for own in self.now[self.there & ~self.always].unique().tolist()
+        }
 
     @cached_property
-    def _loose_weights(self) -> Tensor:
-        """Of rows in full precision that are asked what they are worth; of others what no theta gives anything."""
-        return self.weights.masked_fill(~self.there | self.always | (self.packed > 0), -1.0)
-
-    @cached_property
-    def _any_packed(self) -> bool:
-        return bool((self.packed > 0).any())
-
-    @cached_property
-    def _packed_weights(self) -> Tensor:
-        """Of packed rows s over the s / theta from which they stay: where theta is no more than that, they do."""
-        stays = torch.ones(EXACT + 1, dtype=torch.float64, device=self.weights.device)
-        for width, price in self.prices.items():
-            stays[width] = price / (1 - error(width))
-        return self.weights / stays[self.packed]
-
-    @cached_property
-    def _packed_prices(self) -> Tensor:
-        """Bytes of the packed rows that are asked what they are worth, float64; 0 of others."""
-        asked = self.there & ~self.always & (self.packed > 0)
-        return self._price_of_bits[self.packed] * asked
-
-    @cached_property
-    def _as_they_are(self) -> Tensor:
-        """Bits of the rows now, int64 `[B, Hkv, rows]`."""
-        return self.packed + EXACT * (self.packed == 0)
+    def _asked(self) -> dict[int, Tensor]:
+        """Weights of the rows that have so many bits and are asked what they are worth; where there is none, -1."""
+        found = {}
+        for own in self._steps:
+            rows = true_rows((self.now == own) & self.there & ~self.always)
+            found[own] = self.weights.gather(2, rows.clamp(min=0)).masked_fill(rows < 0, -1.0)
+        return found
 
     @cached_property
     def _always_bytes(self) -> Tensor:
         """Bytes of every head that no theta takes, float64 `[B, Hkv]`."""
-        return self.sizes(self._as_they_are * (self.always & self.there))
+        return self.sizes(self.now * (self.always & self.there))
 
     @cached_property
     def _price_of_bits(self) -> Tensor:

@@ -22,66 +22,13 @@ from torch import Tensor
 
 from kvprune.attention.mass import RowWeights
 from kvprune.errors import PolicyError
+from kvprune.policy.decision import Decision
 from kvprune.policy.naming import SettingsType
 from kvprune.policy.order import check_order
 from kvprune.policy.replaying import Replay
 from kvprune.policy.step import Step
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import EMPTY
 from kvprune.table.token_table import TokenTable
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Which rows stay, or at what precision. Give one: the slots to `keep`, to `evict`, or to `quantize`.
-
-    keep: LongTensor `[B, Hkv, rows]`; -1 for an empty row, where a sequence keeps fewer than another. The table shrinks
-        to exactly these rows and the rest of its memory is freed.
-    evict: LongTensor `[B, Hkv, k]`: these rows are overwritten in place, and every head holds k slots less. Empty slots
-        may be named too.
-    exact: of slots to evict, that each holds a row, which need not be looked at again then.
-    quantize: codecs, each with the slots to pack by it, LongTensor `[B, Hkv, rows]` in the order of their positions, -1
-        for none. Only rows in full precision can be packed, those from slot `table.packed_length` on; all others stay
-        as they are.
-    apart: whether sequences and heads are stored one by one where they would take padding for each other; those that
-        `keep` leaves other numbers of rows than other heads of their sequence are so in any case.
-    """
-
-    keep: Tensor | None = None
-    evict: Tensor | None = None
-    exact: bool = False
-    quantize: tuple[tuple[Codec, Tensor], ...] | None = None
-    apart: bool = False
-
-    def __post_init__(self) -> None:
-        if sum(part is not None for part in (self.keep, self.evict, self.quantize)) != 1:
-            raise PolicyError("a Decision takes one of: the slots to keep, the slots to evict, the slots to quantize.")
-        for slots in self._slots():
-            if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or slots.ndim != 3:
-                told = f"{slots.dtype} {list(slots.shape)}" if isinstance(slots, Tensor) else repr(slots)
-                raise PolicyError(
-                    f"slots are a LongTensor [batch, KV heads, rows], not {told}: of a mask, take "
-                    "mask.int().topk(count).indices, or what `Eviction` makes of scores."
-                )
-
-    def _slots(self) -> tuple[Tensor, ...]:
-        packed = () if self.quantize is None else tuple(slots for _, slots in self.quantize)
-        return tuple(slots for slots in (self.keep, self.evict) if slots is not None) + packed
-
-    def check(self, table: TokenTable) -> None:
-        """Raise PolicyError unless the slots are some of the table's, none of them twice. Waits for the device."""
-        for slots in self._slots():
-            if slots.shape[:2] != table.positions.shape[:2]:
-                shape = list(table.positions.shape[:2])
-                raise PolicyError(f"slots are of {shape} sequences and KV heads here, not of {list(slots.shape[:2])}.")
-            none = table.length  # where empty rows are counted
-            index = torch.where((slots < 0) | (slots > none), none, slots)
-            times = torch.zeros(*slots.shape[:2], none + 1, dtype=torch.int32, device=slots.device)
-            times.scatter_add_(2, index, torch.ones_like(index, dtype=torch.int32))
-            if bool(((slots < EMPTY) | (slots >= none)).any() | (times[:, :, :none] > 1).any()):
-                raise PolicyError(
-                    f"a Decision names slots from 0 to {table.length - 1} at most once each, or -1 for an empty row."
-                )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -117,9 +119,18 @@ class Contents:
 
     def code_bits(self) -> Tensor:
         """Whole bits of the numbers of packed rows' keys, int64 `[B, Hkv, packed_length]`; 0 where there is no row."""
-        bits = torch.tensor([int(tier.codec.bits) for tier in self.packed for _ in range(len(tier))], dtype=torch.int64)
+        return self.of_codecs(lambda codec: codec.bits).long()
+
+    def of_codecs(self, told: Callable[[Codec], float]) -> Tensor:
+        """What is told of the codec of every packed row, float64 `[B, Hkv, packed_length]`; 0 where there is no row."""
+        each = torch.tensor([told(tier.codec) for tier in self.packed for _ in range(len(tier))], dtype=torch.float64)
         positions = self.positions[:, :, : self.packed_length]
-        return bits.to(positions.device).expand(positions.shape).masked_fill(positions < 0, 0)
+        return each.to(positions.device).expand(positions.shape).masked_fill(positions < 0, 0)
+
+    def named(self, slots: Tensor) -> Tensor:
+        """Which slots are among these, LongTensor `[B, Hkv, R]` with -1 for none: bool `[B, Hkv, length]`."""
+        named = torch.zeros(*slots.shape[:2], self.length + 1, dtype=torch.bool, device=slots.device)
+        return named.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length]
 
     @torch.no_grad()
     def leverage(self) -> Tensor:

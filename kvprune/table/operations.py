@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.errors import PolicyError
 from kvprune.table.basis import Basis
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from kvprune.table.rotated_codes import Quantizer
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import ranked, take_rows
 from kvprune.table.split_rows import SplitCodec, SplitRows, whole
@@ -154,6 +156,21 @@ class RowOperations:
         return PackedRows.encode(
             codec, take_rows(keys, index), take_rows(values, index), empty if bool(empty.any()) else None
         )
+
+    def encode_anew(self, codec: Codec, tier: PackedRows, rows: Tensor) -> PackedRows:
+        """Packed rows by a codec of fewer bits: of a tier those of an index, LongTensor `[B, Hkv, R]`.
+
+        Raises PolicyError where rows share parameters with others, by either codec.
+        """
+        if not isinstance(tier, RotatedRows) or not isinstance(codec, RotatedCodec):
+            raise PolicyError(
+                f"rows packed by {tier.codec} cannot be packed anew by {codec}: both must be RotatedCodec."
+            )
+        return tier.encoded_anew(codec, rows, self.quantizer(tier.key_dim, tier.value_dim))
+
+    def quantizer(self, *dims: int) -> Quantizer | None:
+        """What is faster than `rotated_codes.nearest` for rows of so many numbers; None for nothing."""
+        return None
 
 
 def _slots(starts: Tensor, lengths: Tensor, width: int) -> Tensor:

@@ -18,33 +18,11 @@ from kvprune.table.rows import true_rows
 from kvprune.table.split_rows import SplitCodec, SplitRows
 
 
-def add_to(tiers: list[PackedRows], parts: Sequence[tuple[Tensor, PackedRows]]) -> list[Tensor]:
-    """Put new rows behind those of their codec's tier; changes `tiers`, and those in it.
-
-    parts: slots `[B, Hkv, R]` that the rows were in, and the rows. Returns, tier by tier, in which slots its rows have
-    been so far, LongTensors `[B, Hkv, R]`; -1 for rows that are nothing.
-    """
-    order: list[list[Tensor]] = []
-    first = 0
-    for tier in tiers:
-        slots = torch.arange(first, first + len(tier), device=parts[0][0].device)
-        order.append([slots.expand(*parts[0][0].shape[:2], -1)])
-        first += len(tier)
-    for slots, rows in parts:
-        number = next((number for number, other in enumerate(tiers) if other.codec == rows.codec), len(tiers))
-        if number == len(tiers):
-            tiers.append(rows)
-            order.append([])
-        else:
-            tiers[number].append(rows)
-        order[number].append(slots)
-    return [slots for of_tier in order for slots in of_tier]
-
-
 def keep(tiers: list[PackedRows], kept: Tensor) -> list[Tensor]:
     """Keep these packed rows as they are, bool `[B, Hkv, all of them]`, and free the others; changes `tiers`.
 
-    Returns what `add_to` does.
+    Returns, tier by tier, in which slots its rows have been so far, LongTensors `[B, Hkv, R]`; -1 for rows that are
+    nothing.
     """
     order, first = [], 0
     for tier in tiers:
@@ -57,7 +35,22 @@ def keep(tiers: list[PackedRows], kept: Tensor) -> list[Tensor]:
         tier.keep(torch.where(empty, where, slots - first), empty)
         first += size
     tiers[:] = [tier for tier in tiers if len(tier)]
-    return order
+    return [slots for slots in order if slots.shape[2]]
+
+
+def add_to(tiers: list[PackedRows], order: list[Tensor], parts: Sequence[tuple[Tensor, PackedRows]]) -> None:
+    """Put new rows behind those of their codec's tier; changes `tiers`, and those in it, and `order`.
+
+    order: what `keep` returns. parts: slots `[B, Hkv, R]` that the rows were in, and the rows.
+    """
+    for slots, rows in parts:
+        number = next((number for number, other in enumerate(tiers) if other.codec == rows.codec), len(tiers))
+        if number == len(tiers):
+            tiers.append(rows)
+            order.append(slots)
+        else:
+            tiers[number].append(rows)
+            order[number] = torch.cat([order[number], slots], dim=2)
 
 
 def turn(tiers: list[PackedRows], basis: Basis, *, widen: bool = False) -> None:

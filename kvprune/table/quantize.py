@@ -54,6 +54,15 @@ class Codec:
         if not is_width(self.bits):
             raise PolicyError(f"{self.bits!r} bits are not supported: choose 2, 3, 4 or 8.")
 
+    @property
+    def shares_nothing(self) -> bool:
+        """Whether a row has all its parameters to itself, so that it may lose bits without touching another."""
+        return False
+
+    def bits_of(self, kind: str) -> float:
+        """kind: "key" or "value"."""
+        return self.bits
+
     def row_bytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of one row: its codes, and the parameters and block number that are its own."""
         groups = -(-value_dim // (self.channels or value_dim))

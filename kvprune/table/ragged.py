@@ -216,12 +216,14 @@ class RaggedTable(RaggedContents):
 
     # -- rows lose precision: this changes the table ---------------------------------------------------------------
 
-    def quantize(self, parts: Iterable[tuple[Codec, Tensor]]) -> None:
+    def quantize(self, parts: Iterable[tuple[Codec, Tensor]], kept: Tensor | None = None) -> None:
         self.settle()
         of_codecs = [(codec, self._own_slots(slots)) for codec, slots in parts]
+        stay = None if kept is None else self._own_slots(kept)
         for number, head in enumerate(self.heads):
-            head.quantize((codec, slots[number][None, None]) for codec, slots in of_codecs)
-        if any(head.packed for head in self.heads):
+            own = [(codec, slots[number][None, None]) for codec, slots in of_codecs]
+            head.quantize(own, None if stay is None else stay[number][None, None])
+        if kept is not None or any(head.packed for head in self.heads):
             for head in self.heads:  # one that has packed nothing now still has its padding
                 if not head.dense:
                     head.compact(true_rows(head.positions >= 0))
@@ -322,32 +324,51 @@ def keep_rows(table: TokenTable, slots: Tensor, room: int, *, apart: bool = Fals
     return table
 
 
-def pack_rows(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], *, apart: bool) -> TokenTable:
+def pack_rows(
+    table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], kept: Tensor | None = None, *, apart: bool
+) -> TokenTable:
     """The table with rows packed, see `TokenTable.quantize`: the same one, or one of other heads. Changes the table.
 
-    apart: whether it is a `RaggedTable` from then on where heads, or sequences, would take padding for each other. To
-    find that out waits for the device.
+    Where heads of a sequence keep different numbers of rows, it is a `RaggedTable` from then on. apart: whether it is
+    that too where heads, or sequences, would take padding for each other. To find that out waits for the device.
     """
-    if apart and not isinstance(table, RaggedTable) and _pads(table, [(slots >= 0).sum(-1) for _, slots in parts]):
+    if not isinstance(table, RaggedTable) and _part(table, parts, kept, apart):
         held, packed = table.positions >= 0, table.packed_length
         every = torch.arange(table.length, device=held.device).expand(held.shape)
         table = RaggedTable.of(table, every.masked_fill(~held, EMPTY), 0)
-        # Empty slots have gone, and those of rows in full precision are counted from the end.
-        loose = held[:, :, packed:]
-        moved = table.length - loose.sum(-1, keepdim=True) + loose.cumsum(-1) - 1
-        parts = [
-            (codec, moved.gather(2, (slots - packed).clamp(min=0)).masked_fill(slots < 0, EMPTY))
-            for codec, slots in parts
-        ]
-    table.quantize(parts)
+        # Empty slots have gone: packed rows end where the others begin in the longest head, and those at the end.
+        ends = _last(held[:, :, :packed], table.packed_length), _last(held[:, :, packed:], table.length)
+        moved = torch.cat(ends, dim=2)
+
+        def of_heads(slots: Tensor) -> Tensor:
+            return moved.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, EMPTY)
+
+        parts = [(codec, of_heads(slots)) for codec, slots in parts]
+        kept = None if kept is None else of_heads(kept)
+    table.quantize(parts, kept)
     return table
 
 
-def _pads(table: TokenTable, packed: list[Tensor]) -> bool:
-    """Whether heads that pack so many rows by each codec, `[B, Hkv]`, would take padding for each other."""
-    loose = (table.positions[:, :, table.packed_length :] >= 0).sum(-1)
-    counts = torch.stack([*packed, loose - torch.stack(packed).sum(0)])  # [codecs + 1, B, Hkv]
-    return bool((counts != counts[:, :1, :1]).any())
+def _last(held: Tensor, stop: int) -> Tensor:
+    """The slots of rows, bool `[B, Hkv, rows]`, where those that are held come last before a slot, in their order."""
+    return stop - held.sum(-1, keepdim=True) + held.cumsum(-1) - 1
+
+
+def _part(table: TokenTable, parts: Sequence[tuple[Codec, Tensor]], kept: Tensor | None, apart: bool) -> bool:
+    """Whether heads would take padding for each other: rows of every codec, if they are to be apart, or rows in all."""
+    if not apart:
+        return kept is not None and bool(((kept >= 0).sum(-1) != (kept >= 0)[:, :1].sum(-1)).any())
+    left = table.positions >= 0 if kept is None else table.named(kept)
+    counts: dict[Codec, Tensor] = {}
+    for codec, slots in parts:
+        counts[codec] = counts.get(codec, 0) + (slots >= 0).sum(-1)
+        left = left & ~table.named(slots)
+    first = 0
+    for tier in table.packed:
+        counts[tier.codec] = counts.get(tier.codec, 0) + left[:, :, first : first + len(tier)].sum(-1)
+        first += len(tier)
+    rows = torch.stack([*counts.values(), left[:, :, first:].sum(-1)])  # [codecs + 1, B, Hkv]
+    return bool((rows != rows[:, :1, :1]).any())
 
 
 def _alone(table: TokenTable, row: int, head: int) -> TokenTable:

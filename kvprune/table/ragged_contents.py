@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -100,10 +102,10 @@ class RaggedContents(TokenTable):
     def newest_values(self, count: int) -> Tensor:
         return self._stacked([head.newest_values(count) for head in self.heads])
 
-    def code_bits(self) -> Tensor:
-        made = torch.zeros(len(self.heads), self.packed_length, dtype=torch.int64, device=self.positions.device)
+    def of_codecs(self, told: Callable[[Codec], float]) -> Tensor:
+        made = torch.zeros(len(self.heads), self.packed_length, dtype=torch.float64, device=self.positions.device)
         for head, whole in zip(self.heads, made, strict=True):
-            whole[self.packed_length - head.packed_length :] = head.code_bits()[0, 0]
+            whole[self.packed_length - head.packed_length :] = head.of_codecs(told)[0, 0]
         return made.unflatten(0, (-1, self.kv_heads))
 
     def leverage(self) -> Tensor:

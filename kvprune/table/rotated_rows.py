@@ -49,8 +49,11 @@ class RotatedCodec(Codec):
         if self.normal and self.key_clip is not None:
             raise PolicyError("keys at the levels of a normal distribution are not clipped: leave key_clip out.")
 
+    @property
+    def shares_nothing(self) -> bool:
+        return True
+
     def bits_of(self, kind: str) -> float:
-        """kind: "key" or "value"."""
         return self.bits if kind == "key" or self.value_bits is None else self.value_bits
 
     def clip_of(self, kind: str) -> float | None:
@@ -94,19 +97,49 @@ class RotatedRows(PackedRows):
         cls, codec: RotatedCodec, basis: Basis, keys: Tensor, values: Tensor, quantized: Quantizer | None = None
     ) -> RotatedRows:
         """Quantize rows: keys `[B, Hkv, R, D]`, values `[B, Hkv, R, Dv]`. quantized: what does so faster."""
-        tensors: dict[str, Tensor] = {}
+        numbers = {}
         for kind, rows, coordinates in (("key", keys, basis.keys), ("value", values, basis.values)):
             rows = torch.nan_to_num(rows.float(), nan=0.0).clamp_(-LARGEST, LARGEST)
-            widths = coordinates.widths(codec.bits_of(kind), tuple(rows.shape[:2]), rows.device)
-            numbers, size = coordinates.of(rows), code_bytes(coordinates.dim, codec.bits_of(kind))
+            numbers[kind] = coordinates.of(rows)
+        return cls._of_numbers(codec, basis, keys.shape[3], values.shape[3], numbers, quantized)
+
+    @classmethod
+    def _of_numbers(
+        cls,
+        codec: RotatedCodec,
+        basis: Basis,
+        key_dim: int,
+        value_dim: int,
+        numbers: dict[str, Tensor],
+        quantized: Quantizer | None,
+    ) -> RotatedRows:
+        """numbers: z of keys and values, `[B, Hkv, R, D]` float32, by kind."""
+        tensors: dict[str, Tensor] = {}
+        for kind, coordinates in (("key", basis.keys), ("value", basis.values)):
+            shape, size = tuple(numbers[kind].shape[:2]), code_bytes(coordinates.dim, codec.bits_of(kind))
+            widths = coordinates.widths(codec.bits_of(kind), shape, numbers[kind].device)
             clip = codec.clip_of(kind)
             if clip is not None:
-                codes, scale, tensors[f"{kind}_offset"] = clipped(numbers, widths, size, clip)
+                codes, scale, tensors[f"{kind}_offset"] = clipped(numbers[kind], widths, size, clip)
             else:
                 way = normal if codec.is_normal(kind) else quantized or nearest
-                codes, scale = way(numbers, widths, size)
+                codes, scale = way(numbers[kind], widths, size)
             tensors |= {f"{kind}_codes": codes, f"{kind}_scale": scale, f"{kind}_widths": widths}
-        return cls(codec, keys.shape[3], values.shape[3], tensors, basis)
+        return cls(codec, key_dim, value_dim, tensors, basis)
+
+    def encoded_anew(self, codec: RotatedCodec, rows: Tensor, quantized: Quantizer | None = None) -> RotatedRows:
+        """Some of these rows by another codec, LongTensor `[B, Hkv, R]`: what their codes stand for is quantized.
+
+        They have not left the coordinates of the basis for that.
+        """
+        taken = {name: tensor if name in self._OF_ALL else take_rows(tensor, rows)
+                 for name, tensor in self.tensors.items()}  # fmt: skip
+        part, every = self._like(taken), Stretch(slice(0, rows.shape[2]), None)
+        numbers = {
+            kind: part._numbers(kind, every, coordinates)
+            for kind, coordinates in (("key", self.basis.keys), ("value", self.basis.values))
+        }
+        return self._of_numbers(codec, self.basis, self.key_dim, self.value_dim, numbers, quantized)
 
     @property
     def blocks(self) -> int:

@@ -77,6 +77,12 @@ def true_rows(chosen: Tensor, first: int = 0) -> Tensor:
     return index.new_full((*chosen.shape[:2], most + 1), EMPTY).scatter_(2, place, index)[:, :, :most]
 
 
+def among(slots: Tensor, first: int, stop: int) -> Tensor:
+    """Of slots `[B, Hkv, R]` those from `first` to `stop - 1`, in their order, -1 behind them."""
+    index = true_rows((slots >= first) & (slots < stop))
+    return slots.gather(2, index.clamp(min=0)).masked_fill(index < 0, EMPTY)
+
+
 def picked(counts: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
     """Of counts of sequences those of these rows; does not wait for the device where all are equal."""
     if len(set(counts)) == 1:

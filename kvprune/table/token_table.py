@@ -33,7 +33,7 @@ from kvprune.table.contents import Contents
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import EMPTY, picked, true_rows, write
+from kvprune.table.rows import EMPTY, among, picked, true_rows, write
 from kvprune.table.storage import Storage, is_of_all_slots
 from kvprune.table.view import TableView
 
@@ -174,8 +174,7 @@ class TokenTable(Contents):
         room: spare slots behind them, where nothing is packed.
         """
         if self.packed:
-            kept = torch.zeros(*slots.shape[:2], self.length + 1, dtype=torch.bool, device=slots.device)
-            self._close_up(kept.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length])
+            self._close_up(self.named(slots))
             return
         self._storage.take(slots, room)
         self._most_rows = self.length
@@ -256,27 +255,44 @@ class TokenTable(Contents):
 
     # -- rows lose precision: this changes the table ---------------------------------------------------------------
 
-    def quantize(self, parts: Iterable[tuple[Codec, Tensor]]) -> None:
-        """Pack rows that are in full precision; what full precision they took is freed. Other rows stay as they are.
+    def quantize(self, parts: Iterable[tuple[Codec, Tensor]], kept: Tensor | None = None) -> None:
+        """Pack rows, or pack them anew with fewer bits; what they took more is freed. Other rows stay as they are.
 
         Changes the table. parts: codecs, each with the slots to pack, LongTensor `[B, Hkv, R]`, in the order of their
-        positions; -1 for none, where a head has fewer than another.
+        positions; -1 for none, where a head has fewer than another. kept: slots of all rows that stay, where some go.
         """
-        left = torch.ones(*self.positions.shape[:2], self.length + 1, dtype=torch.bool, device=self.positions.device)
+        left = torch.ones_like(self.positions, dtype=torch.bool) if kept is None else self.named(kept)
         new: list[tuple[Tensor, PackedRows]] = []
         for codec, slots in parts:
             if slots.shape[2]:
-                left.scatter_(2, torch.where(slots < 0, self.length, slots), False)
-                loose = (slots - self.packed_length).clamp(min=EMPTY)
-                new.append((slots, self.kernels.encode(codec, self.keys, self.values, loose, self.basis)))
-        if not new:
+                left &= ~self.named(slots)
+                new += self._encoded(codec, slots)
+        if not new and kept is None:
             return
-        order = packing.add_to(self.packed, new)
-        order.append(true_rows(left[:, :, self.packed_length : self.length], self.packed_length))
+        packed = self.packed_length
+        order = packing.keep(self.packed, left[:, :, :packed] & (self.positions[:, :, :packed] >= 0))
+        packing.add_to(self.packed, order, new)
+        order.append(true_rows(left[:, :, packed:], packed))
         self._rearrange(order)
         if not self.dense:
             self._close_up(self.positions >= 0)
         self._closed_length = self.length
+
+    def _encoded(self, codec: Codec, slots: Tensor) -> Iterator[tuple[Tensor, PackedRows]]:
+        """The rows in slots `[B, Hkv, R]` by a codec: those of every tier, and those in full precision, by themselves.
+
+        Yields the slots of each part, and its rows.
+        """
+        first = 0
+        for tier in self.packed:
+            own = among(slots, first, first + len(tier))
+            if own.shape[2]:
+                yield own, self.kernels.encode_anew(codec, tier, (own - first).clamp(min=0))
+            first += len(tier)
+        own = among(slots, first, self.length) if first else slots
+        if own.shape[2]:
+            loose = (own - first).clamp(min=EMPTY)
+            yield own, self.kernels.encode(codec, self.keys, self.values, loose, self.basis)
 
     def turn(self, basis: Basis, sequences: Tensor | None = None) -> None:
         """Pack rows in a basis from now on: what is packed is in it, or these sequences' are not. Changes the table."""

@@ -39,6 +39,7 @@ from kvprune.table.operations import Columns, FlatColumns
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec, channel_scales, packed_bytes
 from kvprune.table.ragged import RaggedTable
+from kvprune.table.rotated_codes import Quantizer
 from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.rows import take_rows
 from kvprune.table.split_rows import SplitCodec
@@ -358,18 +359,19 @@ class CPUKernels(Kernels):
             return
         self._c.collect(column, padded.contiguous(), starts, lengths, padded.shape[1], len(lengths))
 
+    def quantizer(self, *dims: int) -> Quantizer | None:
+        return rotated.quantizer(self._c) if rotated.are_there(self._c) and rotated.fits(*dims) else None
+
     def encode(
         self, codec: Codec, keys: Tensor, values: Tensor, slots: Tensor, basis: Basis | None = None
     ) -> PackedRows:
         if isinstance(codec, SplitCodec) or not can_encode(codec, keys, values) or not slots.numel():
             return super().encode(codec, keys, values, slots, basis)
-        fits = rotated.are_there(self._c) and rotated.fits(keys.shape[3], values.shape[3])
-        if isinstance(codec, RotatedCodec) and not fits:
-            return super().encode(codec, keys, values, slots, basis)
         if isinstance(codec, RotatedCodec):
+            quantizer = self.quantizer(keys.shape[3], values.shape[3])
             index, basis = slots.clamp(min=0), basis or Basis.fixed(keys.shape[3], values.shape[3])
             taken = take_rows(keys, index), take_rows(values, index)
-            return RotatedRows.encode_in(codec, basis, *taken, rotated.quantizer(self._c))
+            return RotatedRows.encode_in(codec, basis, *taken, quantizer)
         (batch, kv_heads, rows), key_dim, value_dim = slots.shape, keys.shape[3], values.shape[3]
         heads, tokens, slots = batch * kv_heads, codec.tokens or rows, slots.contiguous()
         blocks, groups = -(-rows // tokens), -(-value_dim // (codec.channels or value_dim))
