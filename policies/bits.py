@@ -45,7 +45,9 @@ class Bits(Scored):
     Every prompt is decided when it has ended, from the bytes that all tokens so far may take. What is packed by then
     keeps its bits, has fewer from then on, for which its codes are decoded and encoded anew, or goes: whichever loses
     least. Generated tokens stay exact until 32 are older than the newest `recent`, and then get
-    `aged_bits`, if anything is packed: a budget says what is left of prompts.
+    `aged_bits`, if anything is packed: a budget says what is left of prompts. With an `interval`, all rows of a layer
+    compete again after so many generated tokens, for the bytes that a prompt has given it: exact rows get bits, packed
+    ones lose some, or they go. Beyond its bytes a cache then has no more than what has come since.
 
     Settings:
         budget: a float in (0, 1] is a share of the bytes that the full cache of the prompt takes at 16 bits a number,
@@ -58,7 +60,9 @@ class Bits(Scored):
             none for eviction alone.
         share: who shares a budget, a `Share`; its floor is of bytes.
         sinks, recent: the first and the newest tokens, always exact; they are paid first.
-        aged_bits: of generated tokens, 2, 3, 4 or 8.
+        interval: generated tokens from one decision to the next, by scores that go on while tokens are generated, as
+            those of A2SF, H2O or SnapKV do; None decides about prompts alone.
+        aged_bits: of generated tokens where there is no interval, 2, 3, 4 or 8.
     """
 
     budget: float | int | str = 0.1
@@ -69,6 +73,7 @@ class Bits(Scored):
     share: Share = _SHARE
     sinks: int = 4
     recent: int = 16
+    interval: int | None = None
     aged_bits: int = 4
 
     def __post_init__(self) -> None:
@@ -94,6 +99,13 @@ class Bits(Scored):
             object.__setattr__(self, "widths", tuple(self.widths))
         if not isinstance(self.widths, tuple) or not all(map(is_width, self.widths)):
             raise PolicyError(f"widths={self.widths!r} is not supported: give a tuple out of 2, 3, 4 and 8.")
+        if self.interval is not None:
+            check_count("interval", self.interval, least=1)
+            if not self.scorer.scores_generated:
+                raise PolicyError(
+                    f"{self.scorer} does not score generated tokens, which are to compete every {self.interval}: leave "
+                    "interval out, or take scores that go on, such as A2SF(), H2O() or SnapKV()."
+                )
         if not is_width(self.aged_bits):
             raise PolicyError(f"aged_bits={self.aged_bits!r} is not supported: choose 2, 3, 4 or 8.")
 
@@ -119,11 +131,12 @@ class Bits(Scored):
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        return tuple(RotatedCodec(bits) for bits in sorted({*self.widths, self.aged_bits}))
+        aged = {self.aged_bits} if self.interval is None else set()
+        return tuple(RotatedCodec(bits) for bits in sorted({*self.widths, *aged}))
 
     @property
     def buffer(self) -> int:
-        return self.recent + self.sinks + _TOGETHER
+        return self.recent + self.sinks + (self.interval or _TOGETHER)
 
     def observe(self, table: TokenTable, step: Step) -> None:
         super().observe(table, step)
@@ -133,19 +146,38 @@ class Bits(Scored):
     # -- which rows stay, and at how many bits -----------------------------------------------------------------------
 
     def decide(self, table: TokenTable, step: Step) -> Decision | None:
-        return self.decide_together([table], [step])[0] if step.prefill else None
+        if step.prefill:
+            return self.decide_together([table], [step])[0]
+        if not step.due:
+            return None
+        limits, scope = self._limits.left(table, step), self._limits.scope_of_layer
+        of_heads = limits / (1 if scope == "head" else table.kv_heads * step.heads.size)
+        rows, bits = self._allotted([table], [step], [limits], [of_heads], scope)
+        return self._decision(table, rows[0], bits[0])
 
     def decide_together(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
+        limits, of_heads = (
+            [self._limits.of(table, step, scope) for table, step in zip(tables, steps, strict=True)]
+            for scope in (None, "head")
+        )
+        rows, bits = self._allotted(tables, steps, limits, of_heads, self.share.scope)
+        if self.interval is not None:
+            self._limits.remember(tables, steps, [own.sizes(each) for own, each in zip(rows, bits, strict=True)])
+        return [self._decision(*each) for each in zip(tables, rows, bits, strict=True)]
+
+    def _allotted(
+        self, tables: list[TokenTable], steps: list[Step], limits: list[Tensor], of_heads: list[Tensor], scope: str
+    ) -> tuple[list[Rows], list[Tensor]]:
+        """The rows of these tables, and the bits that they get.
+
+        limits: bytes of those who compete, as scope says. of_heads: of a head on average, of which a floor is a part.
+        """
         rows = [self._rows(table, step) for table, step in zip(tables, steps, strict=True)]
-        limits = [self._limits.of(table, step) for table, step in zip(tables, steps, strict=True)]
         floor = self.share.floor if isinstance(self.share, Adaptive) else 0
         if floor:
-            of_heads = [floor * self._limits.of(table, step, "head") for table, step in zip(tables, steps, strict=True)]
-            least = allotted(rows, of_heads, lambda sizes: sizes)
+            least = allotted(rows, [floor * each for each in of_heads], lambda sizes: sizes)
             rows = [replace(own, least=bits) for own, bits in zip(rows, least, strict=True)]
-
-        bits = allotted(rows, limits, self._limits.total(steps))
-        return [self._decision(*each) for each in zip(tables, rows, bits, strict=True)]
+        return rows, allotted(rows, limits, self._limits.total(steps, scope))
 
     def _rows(self, table: TokenTable, step: Step) -> Rows:
         positions = table.positions
@@ -176,6 +208,7 @@ class Bits(Scored):
     def pack(self, table: TokenTable, step: Step) -> Decision | None:
         if step.prefill:
             table.shrink(0)  # no budget of a prompt has paid for the room that tokens to come take
+        if step.prefill or self.interval is not None:
             return None
         if step.generated // _TOGETHER == (step.generated - step.queries) // _TOGETHER:
             return None

@@ -58,6 +58,10 @@ class Keyformer(Eviction):
         if not isinstance(self.frozen_keys, bool):
             raise PolicyError(f"frozen_keys must be True or False, not {self.frozen_keys!r}.")
 
+    @property
+    def scores_generated(self) -> bool:
+        return not self.frozen_keys
+
     def columns(self) -> dict[str, torch.dtype]:
         return {"score": torch.float32}
 

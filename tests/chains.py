@@ -190,6 +190,7 @@ def bits_policies(draw: st.DrawFn) -> Policy:
         share=draw(between_heads),
         sinks=draw(st.integers(0, 2)),
         recent=draw(st.integers(0, 3)),
+        interval=draw(st.sampled_from([None, None, 1, 3, 5])) if score.scores_generated else None,
         aged_bits=draw(bits),
     )
     return H2O(14, sinks=0, recent=2) | policy if draw(st.sampled_from([False, False, True])) else policy

@@ -87,6 +87,7 @@ POLICIES: dict[str, Policy] = {
     "kvzip+": KVzipPlus(0.4, recent=4),
     "bits": Bits(0.7, score=SnapKV(window=8), sinks=2, recent=4),
     "bits, adaptive": Bits("0.75b", score=H2O(), share=Adaptive(0.2), sinks=2, recent=4),
+    "bits, interval": Bits(0.7, score=SnapKV(window=8), sinks=2, recent=4, interval=6),
     "bits, kvzip": Bits(0.7, score=KVzip(chunk=32), sinks=2, recent=4),
 }
 CASES = [*(("llama", name) for name in POLICIES), *((model, "tova") for model in MODELS if model != "llama")]

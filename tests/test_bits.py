@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from families import build, feed, generate, left_padded, shared, stepwise
+from families import build, feed, generate, kept_everywhere, left_padded, shared, stepwise
 from held import held_by
 from hypothesis import given
 from hypothesis import settings as profile
@@ -22,6 +22,7 @@ from kvprune.policies import (
     TOVA,
     Bits,
     KeyDiff,
+    Keyformer,
     Knorm,
     KVzip,
     KVzipPlus,
@@ -195,6 +196,68 @@ def test_eviction_alone_is_the_policy_of_the_scores():
             assert torch.equal(cache.kept_positions(layer), inner.kept_positions(layer))
 
 
+GENERATING = [A2SF, H2O, TOVA, KeyDiff, Keyformer, SnapKV, Knorm, StreamingLLM]
+
+
+@pytest.mark.parametrize("score", GENERATING, ids=lambda kind: kind.__name__)
+def test_eviction_alone_with_an_interval_is_the_policy_of_the_scores(score):
+    """With no widths, after every token heads hold the very rows that the scorer keeps of as many, at its intervals."""
+    model, batch, sizes = shared(), left_padded([240, 190]), [150, *[1] * 90]
+    settings = {"sinks": 2, "recent": 4, "interval": 7}
+    policy = Bits(70, score=score(sinks=2, recent=4), widths=(), share=Uniform(), **settings)
+    outer = PrunedCache(model, policy)
+    steps = stepwise(model, batch, outer, sizes)
+    next(steps)
+    inner = PrunedCache(model, score(outer.kept_positions(0).shape[2], **settings))
+    kept = set()
+    for count, _ in enumerate(stepwise(model, batch, inner, sizes)):
+        if count:
+            next(steps)
+        for row in range(2):
+            assert kept_everywhere(outer, row) == kept_everywhere(inner, row)
+        kept |= {place for head in kept_everywhere(outer, 1)[0] for place in head}
+    assert max(kept) == 189
+
+
+@pytest.mark.parametrize(
+    ("score", "share", "generated"),
+    [*((A2SF, share, 320) for share in SHARES), *((score, Everywhere(), 70) for score in GENERATING[1:])],
+)
+def test_bytes_are_kept_to_however_much_is_generated(score, share, generated):
+    """At every interval rows take no more than their prompt did; in between, what has come since waits exactly."""
+    interval = 32
+    policy = Bits(0.4, score=score(), share=share, sinks=2, recent=4, interval=interval)
+    cache, batch = PrunedCache(shared(), policy), left_padded([200 + generated])
+    budget, exact, packed = 0.0, 0, set()
+    for count, _ in enumerate(stepwise(shared(), batch, cache, [200, *[1] * generated])):
+        if count == 0:
+            cache.end_prompt()
+            budget = 0.4 * full_bytes(cache)
+            exact = sum(layer.table.token_bytes for layer in cache.layers)
+        due = count % interval == 0
+        waiting = 0 if due else exact * (count % interval + 8)  # and room for eight to come
+        assert (0.8 * budget if due else 0) < row_bytes(cache) <= budget + waiting
+        packed |= {place for _, _, place in codes_of(cache)} if due else set()
+    assert max(packed) >= 200, "no generated token has lost bits"
+
+
+def test_each_layer_goes_on_with_the_bytes_that_it_got():
+    """Where all layers compete at the prompt; bytes that a short one leaves are for all of them alike."""
+    for tokens in (200, 20):
+        policy = Bits(60, score=A2SF(), share=Everywhere(), sinks=2, recent=4, interval=16)
+        cache, batch = PrunedCache(shared(), policy), left_padded([tokens + 320])
+        feed(shared(), batch, cache, [tokens])
+        cache.end_prompt()
+        assert row_bytes(cache) <= 60 * full_bytes(cache) / tokens
+        given = [sum(layer.table.given) for layer in cache.layers]
+        first = [layer.table.nbytes for layer in cache.layers]
+        assert all((limit < 1.05 * nbytes) == (tokens == 200) for limit, nbytes in zip(given, first, strict=True))
+        feed(shared(), batch, cache, [1] * 320, begin=tokens)
+        assert row_bytes(cache) <= 60 * full_bytes(cache) / (tokens + 320)
+        for limit, layer in zip(given, cache.layers, strict=True):
+            assert 0.9 * limit < layer.table.nbytes <= limit + 100  # widths that all rows share
+
+
 @pytest.mark.parametrize("score", [Knorm(), Random(), H2O()], ids=str)
 @pytest.mark.parametrize("share", [Uniform(), Adaptive(normalize="z")], ids=str)
 def test_scores_of_any_sign_rank_rows(score, share):
@@ -335,12 +398,15 @@ def bits_of(cache: PrunedCache) -> dict[tuple[int, int, int], tuple[int, bytes]]
     budget=st.floats(0.5, 0.9),
     widths=st.sets(st.sampled_from([2, 3, 4, 8])).map(sorted).map(tuple),
     aged_bits=st.sampled_from([2, 4]),
+    interval=st.sampled_from([None, 5, 16]),
     turns=st.lists(st.tuples(st.integers(20, 70), st.integers(0, 45)), min_size=1, max_size=2),
 )
 @profile(max_examples=max(5, profile.default.max_examples // 8))
-def test_rows_only_lose_bits_or_go(score, share, budget, widths, aged_bits, turns):
+def test_rows_only_lose_bits_or_go(score, share, budget, widths, aged_bits, interval, turns):
     """Whatever comes: bits of a row never grow, codes change with them alone, and what went is not back."""
-    policy = Bits(budget, score=SCORES[score], share=share, widths=widths, aged_bits=aged_bits, sinks=1, recent=3)
+    score = SCORES[score]
+    generated = {"aged_bits": aged_bits, "interval": interval if score.scores_generated else None}
+    policy = Bits(budget, score=score, share=share, widths=widths, sinks=1, recent=3, **generated)
     cache, batch = PrunedCache(shared(), policy), left_padded([sum(map(sum, turns))])
     begin, before, gone = 0, {}, set()
     for prompt, generated in turns:
@@ -358,11 +424,11 @@ def test_rows_only_lose_bits_or_go(score, share, budget, widths, aged_bits, turn
             before = now
 
 
-@pytest.mark.parametrize("score", ["a2sf", "kvzip"])
-def test_a_saved_cache_goes_on(tmp_path, score):
+@pytest.mark.parametrize(("score", "interval"), [("a2sf", None), ("kvzip", None), ("a2sf", 16)])
+def test_a_saved_cache_goes_on(tmp_path, score, interval):
     """As if it had not been saved, and with the policy and its scorer that the file names."""
     model = shared()
-    cache = PrunedCache(model, Bits(0.4, score=SCORES[score], sinks=2, recent=4))
+    cache = PrunedCache(model, Bits(0.4, score=SCORES[score], sinks=2, recent=4, interval=interval))
     batch = left_padded([260])
     feed(model, batch, cache, [200, 1])
     cache.save(tmp_path / "bits.safetensors")
@@ -373,21 +439,20 @@ def test_a_saved_cache_goes_on(tmp_path, score):
     assert codes_of(cache) == codes_of(other)
 
 
-def test_each_sequence_of_a_batch_is_as_if_alone():
-    """Padding takes no bytes and no part."""
-    lengths = [250, 190]
-    batch = left_padded(lengths)
-    together = PrunedCache(shared(), Bits(0.4, score=A2SF(), share=Uniform(), sinks=2, recent=4))
-    feed(shared(), batch, together, [250])
+@pytest.mark.parametrize("share", [Uniform(), Everywhere(0.1)], ids=str)
+@pytest.mark.parametrize("interval", [None, 12])
+def test_each_sequence_of_a_batch_is_as_if_alone(share, interval):
+    """Padding takes no bytes and no part, whatever is generated."""
+    model, lengths, generated = build("llama", dtype=torch.float64), [250, 190], [1] * 50
+    batch = left_padded([length + len(generated) for length in lengths])
+    together = PrunedCache(model, Bits(0.4, score=A2SF(), share=share, sinks=2, recent=4, interval=interval))
+    feed(model, batch, together, [250, *generated])
     for row, length in enumerate(lengths):
-        alone = PrunedCache(shared(), together.policy)
+        alone = PrunedCache(model, together.policy)
         own = {name: each[row : row + 1, 250 - length :] for name, each in batch.items()}
-        feed(shared(), own, alone, [length])
-        for layer in together.pruned_layers:
-            mine, own = together.kept_positions(layer)[row], alone.kept_positions(layer)[0]
-            assert [[p for p in head if p >= 0] for head in mine.tolist()] == [
-                [p for p in head if p >= 0] for head in own.tolist()
-            ]
+        feed(model, own, alone, [length, *generated])
+        for mine, its in zip(held_by(together), held_by(alone), strict=True):
+            assert torch.equal(mine.bits[row, :, : its.bits.shape[2]], its.bits[0])
 
 
 def test_heads_that_part_pack_the_rows_that_were_meant():
@@ -419,6 +484,12 @@ def test_what_has_no_meaning_is_refused():
     ):  # fmt: skip
         with pytest.raises(PolicyError):
             Bits(0.1, **settings)
+    for settings in (
+        {"interval": 0}, {"score": KVzip(), "interval": 32}, {"score": Keyformer(frozen_keys=True), "interval": 32},
+    ):  # fmt: skip
+        with pytest.raises(PolicyError, match=r"interval must|leave interval out, or take scores that go on"):
+            Bits(0.1, **settings)
+    Bits(0.1, score=KVzip(level="head", heads=((0.1, 0.2),)), interval=32)  # which reads nothing again
     with pytest.raises(BudgetError):
         Bits("nothing")
     for little in (0.01, "0.01b"):
@@ -447,10 +518,11 @@ def test_a_prompt_in_chunks_is_decided_as_in_one_piece():
     }
 
 
-def test_forks_and_copies_of_a_sequence_go_on_alike():
+@pytest.mark.parametrize("interval", [None, 16])
+def test_forks_and_copies_of_a_sequence_go_on_alike(interval):
     """Repeated for several samples, forked, or neither: the same codes, and the same logits from there on."""
     model, batch = shared(), left_padded([240])
-    cache = PrunedCache(model, Bits(0.4, score=A2SF(), sinks=2, recent=4))
+    cache = PrunedCache(model, Bits(0.4, score=A2SF(), sinks=2, recent=4, interval=interval))
     feed(model, batch, cache, [200, 1])
     fork, twice = cache.fork(), cache.fork()
     twice.batch_repeat_interleave(2)

@@ -212,7 +212,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert set(held.bits[row, :, always].flatten().tolist()) <= {0, EXACT}
 
     def most_bytes(self, policy: Bits) -> float:
-        """Of rows, after a prompt: a share of 16-bit bytes or so many tokens; of a short one what is always exact."""
+        """Of rows, when it has decided: a share of 16-bit bytes or so many tokens; of few what is always exact."""
         if isinstance(policy.budget, str):
             return Budget.parse(policy.budget).amount
         heads = len(self.fast.pruned_layers) * self.slow.model.kv_heads
@@ -605,10 +605,13 @@ class BitwiseDropping(CacheMachine):
         share=st.sampled_from([Uniform(), Adaptive(0.3), Everywhere(0)]),
         budget=st.one_of(st.integers(30, 120), fractions),
         recent=st.integers(1, 4),
+        interval=st.sampled_from([None, 1, 3]),
         recording=seldom,
     )
-    def begin(self, score: Policy, share: Uniform, budget: float, recent: int, recording: bool) -> None:
-        policy = Bits(budget, score=score, share=share, widths=(), sinks=1, recent=recent)
+    def begin(
+        self, score: Policy, share: Uniform, budget: float, recent: int, interval: int | None, recording: bool
+    ) -> None:
+        policy = Bits(budget, score=score, share=share, widths=(), sinks=1, recent=recent, interval=interval)
         self.start(policy, recording, RULES[type(score)])
 
 

@@ -70,14 +70,41 @@ class ByteLimits:
         scope = scope or self.share.scope
         return of_layer * step.layers if scope == "model" else of_layer / (heads if scope == "head" else 1)
 
-    def total(self, steps: Sequence[Step]) -> Callable[[list[Tensor]], list[Tensor]]:
+    def left(self, table: TokenTable, step: Step) -> Tensor:
+        """The same while tokens are generated, when no layer waits for another: of a head, or of the heads of a layer.
+
+        Where layers share the budget, it is what `remember` has written down.
+        """
+        if self.share.scope == "model" and table.given is not None:
+            return torch.tensor(table.given, dtype=torch.float64, device=table.positions.device)[:, None]
+        return self.of(table, step, self.scope_of_layer)
+
+    def remember(self, tables: Sequence[TokenTable], steps: Sequence[Step], sizes: list[Tensor]) -> None:
+        """Write down what layers have got at a prompt, and an equal part each of what is left, where they share it.
+
+        sizes: bytes of heads, `[B, Hkv]` for each layer.
+        """
+        if self.share.scope != "model":
+            return
+        of_layers, used = self.total(steps, "layer")(sizes), self.total(steps)(sizes)
+        for table, step, own, all_ in zip(tables, steps, of_layers, used, strict=True):
+            spare = (self.of(table, step) - all_).clamp(min=0) / step.layers
+            table.given = tuple((own + spare).long().flatten().tolist())
+
+    @property
+    def scope_of_layer(self) -> str:
+        """Who competes where a layer decides alone."""
+        return "head" if self.share.scope == "head" else "layer"
+
+    def total(self, steps: Sequence[Step], scope: str | None = None) -> Callable[[list[Tensor]], list[Tensor]]:
         """What bytes of heads, `[B, Hkv]` for each of these layers, come to together: what `of` limits."""
+        scope = scope or self.share.scope
 
         def summed(sizes: list[Tensor]) -> list[Tensor]:
-            if self.share.scope == "head":
+            if scope == "head":
                 return sizes
             sums = [each.sum(1, keepdim=True) for each in sizes]
-            if self.share.scope == "layer":
+            if scope == "layer":
                 return [step.heads.sum(each) for step, each in zip(steps, sums, strict=True)]
             whole = steps[0].heads.sum(torch.stack([each.to(sums[0].device) for each in sums]).sum(0))
             return [whole.to(each.device) for each in sums]

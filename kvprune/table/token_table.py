@@ -114,7 +114,7 @@ class TokenTable(Contents):
 
     @property
     def given(self) -> tuple[int, ...] | None:
-        """Rows that each sequence may hold in all heads here, as a share of a budget gave them; None where none did."""
+        """Rows, or bytes, that each sequence may hold in all heads, as a share of a budget gave them; None for none."""
         return self.given_to("")
 
     @given.setter
