@@ -15,6 +15,7 @@ from kvprune.policy.allotment import EXACT, Rows, allotted, weights_of
 from kvprune.policy.base import Decision, Step
 from kvprune.policy.budget import Budget
 from kvprune.policy.byte_limits import ByteLimits
+from kvprune.policy.heads import ALL_HEADS
 from kvprune.policy.ranking import Ranking
 from kvprune.policy.registry import parse
 from kvprune.policy.scored import Scored
@@ -152,32 +153,39 @@ class Bits(Scored):
             return None
         limits, scope = self._limits.left(table, step), self._limits.scope_of_layer
         of_heads = limits / (1 if scope == "head" else table.kv_heads * step.heads.size)
-        rows, bits = self._allotted([table], [step], [limits], [of_heads], scope)
-        return self._decision(table, rows[0], bits[0])
+        return self._decided([table], [step], [limits], [of_heads], scope)[0][0]
 
     def decide_together(self, tables: list[TokenTable], steps: list[Step]) -> list[Decision | None]:
         limits, of_heads = (
             [self._limits.of(table, step, scope) for table, step in zip(tables, steps, strict=True)]
             for scope in (None, "head")
         )
-        rows, bits = self._allotted(tables, steps, limits, of_heads, self.share.scope)
+        decisions, sizes = self._decided(tables, steps, limits, of_heads, self.share.scope)
         if self.interval is not None:
-            self._limits.remember(tables, steps, [own.sizes(each) for own, each in zip(rows, bits, strict=True)])
-        return [self._decision(*each) for each in zip(tables, rows, bits, strict=True)]
+            self._limits.remember(tables, limits, sizes)
+        return decisions
 
-    def _allotted(
+    def _decided(
         self, tables: list[TokenTable], steps: list[Step], limits: list[Tensor], of_heads: list[Tensor], scope: str
-    ) -> tuple[list[Rows], list[Tensor]]:
-        """The rows of these tables, and the bits that they get.
+    ) -> tuple[list[Decision | None], list[Tensor]]:
+        """What is decided of these tables, and the bytes that heads have then, of all processes if they compete.
 
         limits: bytes of those who compete, as scope says. of_heads: of a head on average, of which a floor is a part.
         """
-        rows = [self._rows(table, step) for table, step in zip(tables, steps, strict=True)]
+        own = [self._rows(table, step) for table, step in zip(tables, steps, strict=True)]
+        heads = [ALL_HEADS if scope == "head" else step.heads for step in steps]
+        rows = [
+            here.of_every_head(of, int(torch.as_tensor(step.tokens).max()))
+            for here, of, step in zip(own, heads, steps, strict=True)
+        ]
         floor = self.share.floor if isinstance(self.share, Adaptive) else 0
         if floor:
             least = allotted(rows, [floor * each for each in of_heads], lambda sizes: sizes)
-            rows = [replace(own, least=bits) for own, bits in zip(rows, least, strict=True)]
-        return rows, allotted(rows, limits, self._limits.total(steps, scope))
+            rows = [replace(every, least=bits) for every, bits in zip(rows, least, strict=True)]
+        bits = allotted(rows, limits, self._limits.total(scope))
+        sizes = [every.sizes(each) for every, each in zip(rows, bits, strict=True)]
+        here = [of_here.of_these(of, each) for of_here, of, each in zip(own, heads, bits, strict=True)]
+        return [self._decision(*each) for each in zip(tables, own, here, strict=True)], sizes
 
     def _rows(self, table: TokenTable, step: Step) -> Rows:
         positions = table.positions

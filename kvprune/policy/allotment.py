@@ -17,13 +17,15 @@ bits chooses among no more than it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvprune.policy.heads import Heads
 from kvprune.table.rows import true_rows
 
 EXACT = 16
@@ -133,6 +135,28 @@ class Rows:
     def sizes(self, bits: Tensor) -> Tensor:
         """Bytes of every head, float64 `[B, Hkv]`."""
         return self._price_of_bits[bits].sum(-1)
+
+    # -- where processes share the heads -----------------------------------------------------------------------------
+
+    def of_every_head(self, heads: Heads, most: int) -> Rows:
+        """The rows of all heads, `[B, H, most]`, which processes tell each other in one message; `most` of a head."""
+        if heads.size == 1:
+            return self
+        slots = true_rows(self.there)
+        told = torch.stack([self.weights.contiguous().view(torch.int64), 2 * self.now + self.always])
+        told = told.gather(3, slots.clamp(min=0).expand(2, *slots.shape)).masked_fill(slots < 0, 0)
+        told = F.pad(told, (0, most - slots.shape[2]))
+        weights, state = heads.gather(torch.cat([*told], dim=2), 2 * most, 0).split(most, dim=2)
+        weights = weights.contiguous().view(torch.float64)
+        return replace(self, weights=weights, always=state % 2 > 0, there=state > 0, now=state // 2)
+
+    def of_these(self, heads: Heads, bits: Tensor) -> Tensor:
+        """Of bits that the rows of all heads have got, those of the rows here, int64 `[B, Hkv, rows]`."""
+        if heads.size == 1:
+            return bits
+        slots, rows = true_rows(self.there), self.there.shape[2]
+        own, found = heads.own(bits)[:, :, : slots.shape[2]], bits.new_zeros(*slots.shape[:2], rows + 1)
+        return found.scatter_(2, torch.where(slots < 0, rows, slots), own)[:, :, :rows]
 
 
 def weights_of(scores: Tensor, positions: Tensor, power: float) -> Tensor:

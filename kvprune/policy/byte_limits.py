@@ -79,25 +79,27 @@ class ByteLimits:
             return torch.tensor(table.given, dtype=torch.float64, device=table.positions.device)[:, None]
         return self.of(table, step, self.scope_of_layer)
 
-    def remember(self, tables: Sequence[TokenTable], steps: Sequence[Step], sizes: list[Tensor]) -> None:
-        """Write down what layers have got at a prompt, and an equal part each of what is left, where they share it.
+    def remember(self, tables: Sequence[TokenTable], limits: list[Tensor], sizes: list[Tensor]) -> None:
+        """Write down what layers have got of a prompt's limits, and an equal part each of what is left.
 
-        sizes: bytes of heads, `[B, Hkv]` for each layer.
+        Where they share a budget; others have what `of` says. sizes: bytes of all heads, `[B, H]` for each layer.
         """
         if self.share.scope != "model":
             return
-        of_layers, used = self.total(steps, "layer")(sizes), self.total(steps)(sizes)
-        for table, step, own, all_ in zip(tables, steps, of_layers, used, strict=True):
-            spare = (self.of(table, step) - all_).clamp(min=0) / step.layers
-            table.given = tuple((own + spare).long().flatten().tolist())
+        for table, limit, used, own in zip(tables, limits, self.total()(sizes), sizes, strict=True):
+            spare = (limit - used).clamp(min=0) / len(tables)
+            table.given = tuple((own.sum(1, keepdim=True) + spare).long().flatten().tolist())
 
     @property
     def scope_of_layer(self) -> str:
         """Who competes where a layer decides alone."""
         return "head" if self.share.scope == "head" else "layer"
 
-    def total(self, steps: Sequence[Step], scope: str | None = None) -> Callable[[list[Tensor]], list[Tensor]]:
-        """What bytes of heads, `[B, Hkv]` for each of these layers, come to together: what `of` limits."""
+    def total(self, scope: str | None = None) -> Callable[[list[Tensor]], list[Tensor]]:
+        """What bytes of heads, `[B, H]` for each layer, come to together: what `of` limits.
+
+        Of all heads, those of other processes among them, where they compete. scope: as of `of`.
+        """
         scope = scope or self.share.scope
 
         def summed(sizes: list[Tensor]) -> list[Tensor]:
@@ -105,8 +107,8 @@ class ByteLimits:
                 return sizes
             sums = [each.sum(1, keepdim=True) for each in sizes]
             if scope == "layer":
-                return [step.heads.sum(each) for step, each in zip(steps, sums, strict=True)]
-            whole = steps[0].heads.sum(torch.stack([each.to(sums[0].device) for each in sums]).sum(0))
+                return sums
+            whole = torch.stack([each.to(sums[0].device) for each in sums]).sum(0)
             return [whole.to(each.device) for each in sums]
 
         return summed
