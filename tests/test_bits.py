@@ -8,11 +8,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from families import build, feed, generate, kept_everywhere, left_padded, shared, stepwise
 from held import held_by
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kvprune import Adaptive, BudgetError, Everywhere, PolicyError, PrunedCache, Pyramid, Uniform
 from kvprune.cache.models import cache_argument
@@ -32,6 +34,7 @@ from kvprune.policies import (
     parse,
 )  # fmt: skip
 from kvprune.policy.allotment import EXACT, Rows, allotted, error, steps, weights_of
+from kvprune.policy.heads import Heads
 
 # -- the allotment -----------------------------------------------------------------------------------------------------
 
@@ -111,6 +114,36 @@ def test_bytes_are_counted_as_the_bits_of_rows_take_them(rows, least, theta):
         table = replace(table, least=torch.full_like(table.now, least))
     asked = torch.tensor([[[2.0**theta]]], dtype=torch.float64)
     assert torch.equal(table.bytes_at(asked), table.sizes(table.bits(asked)))
+
+
+def test_processes_tell_each_other_their_rows_once(monkeypatch):
+    """Two with half of the heads each, whose rows lie in other slots, allot to them what one allots to all."""
+    draw = torch.Generator().manual_seed(0)
+    there = torch.rand(2, 4, 30, generator=draw) < 0.7
+    weights = torch.rand(2, 4, 30, generator=draw, dtype=torch.float64)
+    now = torch.tensor([2, 4, EXACT])[torch.randint(3, (2, 4, 30), generator=draw)]
+    whole = Rows(weights, weights > 0.9, there, now, {2: 44, 4: 76, EXACT: 264}, (2, 4))
+    every = weights, whole.always, there, now
+    halves = [[F.pad(each[:, 2 * rank : 2 * rank + 2], (rank, 3 * rank)) for each in every] for rank in range(2)]
+    parts = [Rows(*half, whole.prices, whole.offered) for half in halves]
+    heads, said = [Heads(rank, 2, 8, 4) for rank in range(2)], []
+    monkeypatch.setattr(Heads, "sum", lambda self, part: said.append(part) or part)
+    for of, part in zip(heads, parts, strict=True):
+        part.of_every_head(of, 30)
+    assert len(said) == 2
+    total = sum(said)
+    monkeypatch.setattr(Heads, "sum", lambda self, part: total)
+    limit = [torch.tensor([[5000.0], [9000.0]], dtype=torch.float64)]
+
+    def of_layer(sizes: list[Tensor]) -> list[Tensor]:
+        return [each.sum(1, keepdim=True) for each in sizes]
+
+    expected = allotted([whole], limit, of_layer)[0]
+    assert expected.unique().tolist() == [0, 2, 4, EXACT]
+    for rank, (of, part) in enumerate(zip(heads, parts, strict=True)):
+        found = part.of_these(of, allotted([part.of_every_head(of, 30)], limit, of_layer)[0])
+        assert torch.equal(found[:, :, rank : rank + 30], expected[:, 2 * rank : 2 * rank + 2])
+        assert not found[:, :, :rank].any()
 
 
 def test_rows_of_equal_score_go_by_recency():

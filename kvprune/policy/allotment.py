@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +95,9 @@ class Rows:
         if self.least is not None:
             return self.sizes(self.bits(theta))
         total = self._always_bytes.clone()
-        for own, (widths, begins) in self._steps.items():
-            for (before, after), begin in zip(pairwise(widths), begins, strict=True):
-                more = self.prices[after] - (self.prices[before] if before else 0)
-                total += more * (self._asked[own] >= begin * theta).sum(-1)
+        for weights, begins, more in self._asked:
+            taken = weights.unsqueeze(-2) >= (begins * theta).unsqueeze(-1)  # [B, Hkv, steps, rows]
+            total += (taken.sum(-1) * more).sum(-1)
         return total
 
     @cached_property
@@ -111,12 +109,16 @@ class Rows:
         }
 
     @cached_property
-    def _asked(self) -> dict[int, Tensor]:
-        """Weights of the rows that have so many bits and are asked what they are worth; where there is none, -1."""
-        found = {}
-        for own in self._steps:
+    def _asked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of rows that have as many bits: weights of those that are asked what they are worth, and -1 for none.
+
+        And of each step where it begins, and how many bytes it takes more, float64 `[steps]`.
+        """
+        found = []
+        for own, (widths, begins) in self._steps.items():
             rows = true_rows((self.now == own) & self.there & ~self.always)
-            found[own] = self.weights.gather(2, rows.clamp(min=0)).masked_fill(rows < 0, -1.0)
+            weights = self.weights.gather(2, rows.clamp(min=0)).masked_fill(rows < 0, -1.0)
+            found.append((weights, weights.new_tensor(begins), self._price_of_bits[list(widths)].diff()))
         return found
 
     @cached_property
