@@ -42,6 +42,7 @@ FULL_BUDGET = {
     "a2sf": A2SF(ROOM),
     "snapkv": SnapKV(ROOM, window=4, interval=1),
     "bits": Bits("1GB", score=H2O()),  # which waits for the end of a prompt
+    "bits-interval": Bits("1GB", score=H2O(), interval=2),
 }
 EVICTING = {
     "a2sf": A2SF(BUDGET, sinks=2, recent=3),

@@ -436,13 +436,14 @@ def test_no_number_in_a_score_evicts_what_is_always_kept(setup, value, lengths, 
     seed=seeds,
 )
 def test_no_number_in_a_score_packs_what_is_always_exact(share, value, lengths, positions, seed):
-    """Nor drops it: sinks and what was recent at the end of a prompt have their 16 bits, and logits are numbers."""
-    policy = Bits(0.7, score=poisoned(H2O(), value, positions), share=share, sinks=2, recent=3)
-    pruned = PrunedCache(model(), policy)
-    for logits in stepwise(model(), prompt_and_more(lengths, 2, seed=seed), pruned, [max(lengths), 1, 1]):
+    """Nor drops it: sinks and what was recent when it was decided have their 16 bits, and logits are numbers."""
+    policy = Bits(0.7, score=poisoned(H2O(), value, positions), share=share, sinks=2, recent=3, interval=2)
+    pruned, sizes = PrunedCache(model(), policy), [max(lengths), *[1] * 5]
+    for step, logits in enumerate(stepwise(model(), prompt_and_more(lengths, 5, seed=seed), pruned, sizes)):
         for held in held_by(pruned):
             for row, length in enumerate(lengths):
-                always = [*range(min(2, length)), *range(max(0, length - 3), length)]
+                tokens = length + step // 2 * 2
+                always = [*range(min(2, tokens)), *range(max(0, tokens - 3), length + step)]
                 assert bool((held.bits[row, :, always] == EXACT).all())
         assert logits[:, -1].isfinite().all()
 

@@ -42,7 +42,6 @@ POLICIES = {
     "Spectral 2 bit": "spectral:bits=2",
     "A2SF | ZipCache": "a2sf | zipcache",
     "Bits": "bits:score=snapkv",
-    "Bits interval=32": "bits:score=snapkv,interval=32",
     "SnapKV | KIVI 2 bit": "snapkv | kivi:bits=2",
     "SnapKV adaptive | KIVI 2 bit": "snapkv:share=adaptive | kivi:bits=2",
 }
