@@ -214,8 +214,8 @@ class Bits(Scored):
     # -- generated tokens --------------------------------------------------------------------------------------------
 
     def pack(self, table: TokenTable, step: Step) -> Decision | None:
-        if step.prefill:
-            table.shrink(0)  # no budget of a prompt has paid for the room that tokens to come take
+        if step.due:
+            table.shrink(0)  # no budget has paid for the room that tokens to come take
         if step.prefill or self.interval is not None:
             return None
         if step.generated // _TOGETHER == (step.generated - step.queries) // _TOGETHER:

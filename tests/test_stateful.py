@@ -216,11 +216,8 @@ class CacheMachine(RuleBasedStateMachine):
         heads = len(self.fast.pruned_layers) * self.slow.model.kv_heads
         numbers = 2 * self.first_layer.keys.shape[-1]
         exact = numbers * self.first_layer.keys.itemsize + 4 + 4 * len(policy.columns())
-        # Where nothing is packed, there are slots for the tokens that come before the next decision.
-        spare = [policy.interval or 0 for index in self.fast.pruned_layers if not self.fast.layers[index].table.packed]
-        to_come = sum(spare) * self.slow.model.kv_heads * exact * len(self.slow.tokens)
         if isinstance(policy.budget, str):
-            return Budget.parse(policy.budget).amount + to_come
+            return Budget.parse(policy.budget).amount
         overhead = max(2 * len(policy.codecs), 24) * heads
         each = []
         for tokens in self.slow.tokens:
@@ -229,7 +226,7 @@ class CacheMachine(RuleBasedStateMachine):
             each.append(share if policy.budget > 1 else max(share * tokens, least))
         # Of sequences that all fit, a shorter one has slots for the longest.
         apart = all(self.fast.layers[index].table.is_ragged for index in self.fast.pruned_layers)
-        return to_come + (sum(each) if apart else max(each) * len(each))
+        return sum(each) if apart else max(each) * len(each)
 
     def note(self, columns: Tensor, real: Tensor, logits: Tensor, ids: list[list[int]]) -> None:
         """Write down what every sequence was fed."""
