@@ -17,7 +17,7 @@ from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from kvprune.table.token_table import TokenTable
 
 EXACT = 16
-MOST_ERROR = {2: 1.6, 3: 1.2, 4: 0.8, 8: 0.15}
+MOST_ERROR = {2: 1.6, 3: 1.2, 4: 0.8, 5: 0.6, 6: 0.45, 8: 0.15}
 """By bits: how far a decoded row may be from what it stands for, relative to the longest row that any token has."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from kvprune.table.basis import Basis
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from kvprune.table.rows import EMPTY, among
 from kvprune.table.storage import Storage
 
 
@@ -131,6 +132,22 @@ class Contents:
         """Which slots are among these, LongTensor `[B, Hkv, R]` with -1 for none: bool `[B, Hkv, length]`."""
         named = torch.zeros(*slots.shape[:2], self.length + 1, dtype=torch.bool, device=slots.device)
         return named.scatter_(2, torch.where(slots < 0, self.length, slots), True)[:, :, : self.length]
+
+    def encoded(self, codec: Codec, slots: Tensor) -> Iterator[tuple[Tensor, PackedRows]]:
+        """The rows in slots `[B, Hkv, R]` by a codec: those of every tier, and those in full precision, by themselves.
+
+        Yields the slots of each part, and its rows.
+        """
+        first = 0
+        for tier in self.packed:
+            own = among(slots, first, first + len(tier))
+            if own.shape[2]:
+                yield own, self.kernels.encode_anew(codec, tier, (own - first).clamp(min=0))
+            first += len(tier)
+        own = among(slots, first, self.length) if first else slots
+        if own.shape[2]:
+            loose = (own - first).clamp(min=EMPTY)
+            yield own, self.kernels.encode(codec, self.keys, self.values, loose, self.basis)
 
     @torch.no_grad()
     def leverage(self) -> Tensor:

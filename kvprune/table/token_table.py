@@ -33,7 +33,7 @@ from kvprune.table.contents import Contents
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import EMPTY, among, picked, true_rows, write
+from kvprune.table.rows import EMPTY, picked, true_rows, write
 from kvprune.table.storage import Storage, is_of_all_slots
 from kvprune.table.view import TableView
 
@@ -266,7 +266,7 @@ class TokenTable(Contents):
         for codec, slots in parts:
             if slots.shape[2]:
                 left &= ~self.named(slots)
-                new += self._encoded(codec, slots)
+                new += self.encoded(codec, slots)
         if not new and kept is None:
             return
         packed = self.packed_length
@@ -277,22 +277,6 @@ class TokenTable(Contents):
         if not self.dense:
             self._close_up(self.positions >= 0)
         self._closed_length = self.length
-
-    def _encoded(self, codec: Codec, slots: Tensor) -> Iterator[tuple[Tensor, PackedRows]]:
-        """The rows in slots `[B, Hkv, R]` by a codec: those of every tier, and those in full precision, by themselves.
-
-        Yields the slots of each part, and its rows.
-        """
-        first = 0
-        for tier in self.packed:
-            own = among(slots, first, first + len(tier))
-            if own.shape[2]:
-                yield own, self.kernels.encode_anew(codec, tier, (own - first).clamp(min=0))
-            first += len(tier)
-        own = among(slots, first, self.length) if first else slots
-        if own.shape[2]:
-            loose = (own - first).clamp(min=EMPTY)
-            yield own, self.kernels.encode(codec, self.keys, self.values, loose, self.basis)
 
     def turn(self, basis: Basis, sequences: Tensor | None = None) -> None:
         """Pack rows in a basis from now on: what is packed is in it, or these sequences' are not. Changes the table."""
