@@ -12,9 +12,10 @@ from kvprune.policy.aging import Aging, learn_basis
 from kvprune.policy.base import Step
 from kvprune.policy.budget import share
 from kvprune.policy.settings import check_number
+from kvprune.policy.shares import NEVER_KEPT
 from kvprune.table.quantize import BITS, is_average
 from kvprune.table.rotated_rows import RotatedCodec
-from kvprune.table.rows import EMPTY, true_rows
+from kvprune.table.rows import ranked, those, top_rows
 from kvprune.table.token_table import TokenTable
 
 _MORE = 2  # bits of outliers
@@ -93,13 +94,8 @@ class Spectral(Aging):
         of_outliers = self.of_outliers(codec)
         if of_outliers is None:
             return super().parted(table, codec, slots)
-        there = slots >= 0
-        leverage = table.leverage().gather(2, (slots - table.packed_length).clamp(min=0)).masked_fill(~there, -1.0)
-        rank = leverage.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # of equal ones, the older first
-        far = there & (rank < share(self.outliers, there.sum(-1, keepdim=True)))
-
-        def of(rows: Tensor) -> Tensor:
-            own = true_rows(rows)
-            return slots.gather(2, own.clamp(min=0)).masked_fill(own < 0, EMPTY)
-
-        return (codec, of(there & ~far)), (of_outliers, of(far))
+        there, loose = slots >= 0, (slots - table.packed_length).clamp(min=0)
+        positions = table.positions[:, :, table.packed_length :].gather(2, loose)
+        ranks = ranked(table.leverage().gather(2, loose), positions).masked_fill(~there, NEVER_KEPT)
+        far = top_rows(ranks, share(self.outliers, there.sum(-1, keepdim=True)))
+        return (codec, those(slots, there & ~far)), (of_outliers, those(slots, far))

@@ -13,7 +13,7 @@ from kvprune.table.basis import Basis
 from kvprune.table.operations import TORCH_ROWS, RowOperations
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
-from kvprune.table.rows import EMPTY, among
+from kvprune.table.rows import EMPTY, those
 from kvprune.table.storage import Storage
 
 
@@ -140,11 +140,11 @@ class Contents:
         """
         first = 0
         for tier in self.packed:
-            own = among(slots, first, first + len(tier))
+            own = those(slots, (slots >= first) & (slots < first + len(tier)))
             if own.shape[2]:
                 yield own, self.kernels.encode_anew(codec, tier, (own - first).clamp(min=0))
             first += len(tier)
-        own = among(slots, first, self.length) if first else slots
+        own = those(slots, slots >= first) if first else slots
         if own.shape[2]:
             loose = (own - first).clamp(min=EMPTY)
             yield own, self.kernels.encode(codec, self.keys, self.values, loose, self.basis)

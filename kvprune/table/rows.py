@@ -77,9 +77,9 @@ def true_rows(chosen: Tensor, first: int = 0) -> Tensor:
     return index.new_full((*chosen.shape[:2], most + 1), EMPTY).scatter_(2, place, index)[:, :, :most]
 
 
-def among(slots: Tensor, first: int, stop: int) -> Tensor:
-    """Of slots `[B, Hkv, R]` those from `first` to `stop - 1`, in their order, -1 behind them."""
-    index = true_rows((slots >= first) & (slots < stop))
+def those(slots: Tensor, chosen: Tensor) -> Tensor:
+    """Of slots `[B, Hkv, R]` those that are chosen, bool of that shape, in their order, -1 behind them."""
+    index = true_rows(chosen)
     return slots.gather(2, index.clamp(min=0)).masked_fill(index < 0, EMPTY)
 
 
