@@ -36,6 +36,7 @@ Run = tuple[str, float | int | None]
 OURS: tuple[Run, ...] = (
     (STOCK, None), (WITHOUT_CUDNN, None), ("A2SF", 0.25), ("A2SF", 0.1), ("SnapKV", 0.25), ("ZipCache", None),
     ("A2SF | ZipCache", 0.25), ("GemFilter", 1024), ("H2O", 0.25), ("Keyformer", 0.25),
+    ("SnapKV adaptive", 0.25), ("KVzip", 0.1), ("Bits", 0.1), ("KIVI 2 bit", None), ("Spectral 2 bit", None),
 )  # fmt: skip
 PRESSES: tuple[Run, ...] = ((PEERS_STOCK, None), ("kvpress SnapKV", 0.25))
 GIB = 2**30

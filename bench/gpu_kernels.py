@@ -28,13 +28,16 @@ from torch import Tensor
 from kvprune import RowWeights, Scoring
 from kvprune.attention.noise import Gumbel
 from kvprune.kernels import gpu as kernels
+from kvprune.table.basis import Basis
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from kvprune.table.rotated_rows import RotatedCodec, RotatedRows
 from printing.output import save, table
 
 KV_HEADS, GROUP, DIM = 8, 4, 128
 WINDOW = 32  # of SnapKV
 A2SF_ROWS = 238  # that matter with a forgetting factor of 0.95
+SAMPLE = 512  # queries that a basis is estimated from
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 
 
@@ -99,6 +102,7 @@ def works(rows: int) -> Iterator[tuple[str, Callable[[], Any], int]]:
     flat = partial(kernels.varlen_decode_attention, query, flat_keys, flat_values, scoring, starts, rows)
     yield "decode, mean, ragged and flat", partial(flat, scores="mean"), ragged + 4 * len(flat_keys)
     yield from packed_works(query, keys, values, scoring)
+    yield from rotated_works(query, keys, values, scoring)
     for name, weights in (
         ("mass, last row", RowWeights.last_window(1)),
         ("mass, last row, noisy", RowWeights.last_window(1).noisy(Gumbel(0, 0, 1.5))),
@@ -124,6 +128,29 @@ def packed_works(
         decode = partial(kernels.packed_decode_attention, query, [tier], *loose, scoring, scores="mean")
         size = sum(tensor.nbytes for tensor in tier.tensors.values())
         yield f"packed decode, {name}", decode, size + 4 * KV_HEADS * keys.shape[2]
+
+
+def rotated_works(
+    query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
+) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """As above, in the coordinates of a basis, of keys and values whose components differ as a prompt's do."""
+    loose = keys[:, :, :WINDOW].clone(), values[:, :, :WINDOW].clone()
+    keys, values = (each * torch.logspace(0, -1, DIM, device=each.device, dtype=each.dtype) for each in (keys, values))
+    there = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    queries = query + torch.randn(*query.shape[:2], SAMPLE, DIM, dtype=query.dtype, device=query.device)
+    basis = Basis.estimate(queries, keys, values, torch.ones_like(there[:, 0, :1]).expand(-1, SAMPLE), there)
+    few, more = RotatedCodec(2), RotatedCodec(4)
+    outliers = keys.shape[2] // 10
+    for name, parts in (
+        ("2 bits", [(few, slice(None))]),
+        ("4 bits", [(more, slice(None))]),
+        ("2 bits, a tenth at 4", [(few, slice(outliers, None)), (more, slice(outliers))]),
+        ("2 bits, normal levels", [(RotatedCodec(2, normal=True), slice(None))]),
+    ):
+        tiers = [RotatedRows.encode_in(codec, basis, keys[:, :, rows], values[:, :, rows]) for codec, rows in parts]
+        decode = partial(kernels.packed_decode_attention, query, tiers, *loose, scoring, scores="mean")
+        size = sum(tensor.nbytes for tier in tiers for tensor in tier.tensors.values())
+        yield f"rotated decode, {name}", decode, size + 4 * KV_HEADS * keys.shape[2]
 
 
 def main() -> None:

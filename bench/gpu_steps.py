@@ -29,7 +29,10 @@ from printing.output import Log, save, table
 from subjects.contenders import WITHOUT_CUDNN, without_cudnn
 
 WARM_UP = 6
-POLICIES = ("full", "snapkv", "a2sf", "h2o", "tova", "keyformer", "streaming_llm", "zipcache", "kivi:bits=2")
+POLICIES = (
+    "full", "snapkv", "a2sf", "h2o", "tova", "keyformer", "streaming_llm", "adakv", "zipcache", "kivi:bits=2",
+    "spectral:bits=2", "bits:score=snapkv",
+)
 COMPILED = ("a2sf", "tova", "streaming_llm")
 
 

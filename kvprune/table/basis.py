@@ -222,18 +222,20 @@ class Basis:
         of_values: list[_Part] = []
         told, most = [False] * batch, 0
         for row in range(batch):
-            for head in range(heads):
-                mine = held[row, head]
-                sampled = _finite(_some(keys[row, head][mine])), _finite(_some(values[row, head][mine]))
-                own = _finite(torch.cat([_some(each[asked[row]]) for each in grouped[row, head]]))
-                enough = len(sampled[0]) >= 2 * max(keys.shape[3], values.shape[3]) and len(own) > 0
+            own = _finite(grouped[row].index_select(2, _some(asked[row])).float().flatten(1, 2))
+            for some, there in _alike_heads(held[row]):
+                places = _some(there)
+                sampled = [_finite(each[row, some].index_select(1, places).float()) for each in (keys, values)]
+                enough = len(places) >= 2 * max(keys.shape[3], values.shape[3]) and own.shape[1] > 0
                 told[row] |= enough
-                most = max(most, len(sampled[0]))
+                most = max(most, len(places))
                 if enough and rotate is not None:
-                    for parts, each in zip((of_keys, of_values), rotate(*sampled, own), strict=True):
-                        parts.append(_alike(each))
+                    turnings = zip(*map(rotate, *sampled, own[some]), strict=True)
+                    for parts, each in zip((of_keys, of_values), turnings, strict=True):
+                        parts.append(_equal(torch.stack(each)))
                     continue
-                of_keys.append(_principal(sampled[0], own.T @ own / max(len(own), 1), enough, mixed))
+                asking = own[some].mT @ own[some] / max(own.shape[1], 1)
+                of_keys.append(_principal(sampled[0], asking, enough, mixed))
                 of_values.append(_principal(sampled[1], None, enough, mixed))
         if not any(told) and most < _LEAST_ROWS:
             return cls.fixed(keys.shape[3], values.shape[3])
@@ -320,11 +322,22 @@ class Basis:
         return cls(made["keys"], made["values"], own)
 
 
-def _some(rows: Tensor) -> Tensor:
-    """At most so many of the rows as statistics need, evenly spaced, float32."""
-    if len(rows) > _MOST_ROWS:
-        rows = rows[torch.linspace(0, len(rows) - 1, _MOST_ROWS, device=rows.device).round().long()]
-    return rows.float()
+def _alike_heads(held: Tensor) -> list[tuple[slice, Tensor]]:
+    """Heads that hold rows in the same places, and the places, bool `[S]`, of held `[H, S]`: all heads, or each alone.
+
+    A prompt has all of them alike, and a GPU takes one head's eigenvectors no sooner than those of all.
+    """
+    if bool((held == held[:1]).all()):
+        return [(slice(None), held[0])]
+    return [(slice(head, head + 1), each) for head, each in enumerate(held)]
+
+
+def _some(there: Tensor) -> Tensor:
+    """Where rows are, of bool `[S]`: at most as many as statistics need, evenly spaced."""
+    places = there.nonzero()[:, 0]
+    if len(places) > _MOST_ROWS:
+        places = places[torch.linspace(0, len(places) - 1, _MOST_ROWS, device=places.device).round().long()]
+    return places
 
 
 def _finite(rows: Tensor) -> Tensor:
@@ -332,39 +345,44 @@ def _finite(rows: Tensor) -> Tensor:
 
 
 def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool, mixed: bool) -> _Part:
-    """M `[D, D]`, mean `[D]` and spectrum `[groups]` of the rows `[n, D]` of a head; see the head of this file."""
-    dim, lanes = rows.shape[1], lanes_of(rows.shape[1])
-    mean = rows.mean(0).half().float() if len(rows) >= _LEAST_ROWS else rows.new_zeros(dim)
+    """M `[H, D, D]`, mean `[H, D]` and spectrum `[H, groups]` of the rows `[H, n, D]`; see the head of this file."""
+    dim, lanes = rows.shape[2], lanes_of(rows.shape[2])
+    mean = rows.mean(1).half().float() if rows.shape[1] >= _LEAST_ROWS else rows.new_zeros(len(rows), dim)
+    plain = hadamard(dim, rows.device).expand(len(rows), -1, -1), rows.new_zeros(len(rows), dim // lanes)
     if not enough:
-        return hadamard(dim, rows.device), mean, rows.new_zeros(dim // lanes)
-    weighted, back = rows - mean, None
+        return plain[0], mean, plain[1]
+    weighted, back = rows - mean[:, None], None
     if of_queries is not None:
         sizes, vectors = torch.linalg.eigh(of_queries)
-        least = _LEAST_QUERY_OF_MIXED if mixed else _LEAST_QUERY
-        sizes = sizes.clamp(min=max(float(sizes[-1]) * least, 1e-12))
-        back = vectors * sizes.rsqrt() @ vectors.T
-        weighted = weighted @ (vectors * sizes.sqrt() @ vectors.T)
-    sizes, vectors = torch.linalg.eigh(weighted.T @ weighted / len(rows))
-    sizes, vectors = sizes.flip(0), vectors.flip(1)
-    sizes = sizes.clamp(min=max(float(sizes[0]) * _LEAST_KEY, 1e-12)).view(-1, lanes)
-    vectors = vectors.unflatten(1, (-1, lanes))
+        sizes = _at_least(sizes, sizes[:, -1:] * (_LEAST_QUERY_OF_MIXED if mixed else _LEAST_QUERY))[:, None]
+        back = vectors * sizes.rsqrt() @ vectors.mT
+        weighted = weighted @ (vectors * sizes.sqrt() @ vectors.mT)
+    sizes, vectors = torch.linalg.eigh(weighted.mT @ weighted / rows.shape[1])
+    sizes, vectors = sizes.flip(1), vectors.flip(2)
+    sizes = _at_least(sizes, sizes[:, :1] * _LEAST_KEY).unflatten(1, (-1, lanes))
+    vectors = vectors.unflatten(2, (-1, lanes))
     if mixed:
-        sizes, vectors = sizes.mean(1, keepdim=True), vectors @ hadamard(lanes, rows.device)
-    turning = (vectors * sizes.sqrt()).flatten(1)
+        sizes, vectors = sizes.mean(2, keepdim=True), vectors @ hadamard(lanes, rows.device)
+    turning = (vectors * sizes.sqrt()[:, None]).flatten(2)
     turning = turning if back is None else back @ turning
-    if not bool(turning.isfinite().all()) or float(turning.norm(dim=0).min()) == 0:
-        return _principal(rows, None, False, False)
-    return turning, mean, sizes.log2().mean(1)
+    lost = ~turning.isfinite().all(-1).all(-1) | (turning.norm(dim=1).amin(-1) == 0)
+    spectrum = torch.where(lost[:, None], plain[1], sizes.log2().mean(2))
+    return torch.where(lost[:, None, None], plain[0], turning), mean, spectrum
 
 
-def _alike(turning: Tensor) -> _Part:
-    """The same as `_principal`, of a rotation `[D, D]` whose components all count as much."""
-    return turning, turning.new_zeros(len(turning)), turning.new_zeros(len(turning) // lanes_of(len(turning)))
+def _at_least(sizes: Tensor, least: Tensor) -> Tensor:
+    return torch.maximum(sizes, least.clamp(min=1e-12))
+
+
+def _equal(turning: Tensor) -> _Part:
+    """The same as `_principal`, of rotations `[H, D, D]` whose components all count as much."""
+    dim = turning.shape[2]
+    return turning, turning.new_zeros(len(turning), dim), turning.new_zeros(len(turning), dim // lanes_of(dim))
 
 
 def _stacked(parts: list[_Part], heads: int, told: bool) -> Coordinates:
     """told: whether any matrix is not that of Hadamard."""
-    matrix, mean, spectrum = (torch.stack(each).unflatten(0, (-1, heads)) for each in zip(*parts, strict=True))
+    matrix, mean, spectrum = (torch.cat(each).unflatten(0, (-1, heads)) for each in zip(*parts, strict=True))
     if not told:
         return Coordinates(matrix.shape[3], mean=mean.half())
     return Coordinates(matrix.shape[3], *in_8_bits(matrix), mean.half(), spectrum)
