@@ -50,8 +50,9 @@ def tokens(batch: int, heads: int, rows: int, dims: tuple[int, int], seed: int =
 
 
 def basis_of(queries: Tensor, keys: Tensor, values: Tensor, mixed: bool = False) -> Basis:
-    asked = torch.ones(len(queries), queries.shape[2], dtype=torch.bool)
-    return Basis.estimate(queries, keys, values, asked, torch.ones(keys.shape[:3], dtype=torch.bool), mixed)
+    asked = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=keys.device)
+    held = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    return Basis.estimate(queries, keys, values, asked, held, mixed)
 
 
 # -- the basis ---------------------------------------------------------------------------------------------------------

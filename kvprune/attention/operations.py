@@ -39,15 +39,21 @@ class AttentionOperations(MassOperations):
         """
         return single_query_attention(queries, keys, values, scoring, empty, with_probabilities)
 
-    def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        """The same over a table with packed rows; see `packed.single_query`."""
+    def packed_single_query(
+        self, queries: Tensor, table: TokenTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same over a table with packed rows; see `packed.single_query`. Who has probabilities may return them."""
         return packed.single_query(queries, table, scoring)
 
-    def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def flat_single_query(
+        self, queries: Tensor, table: RaggedTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """The same over heads of different lengths, no row of which is packed or empty."""
-        return self.ragged_single_query(queries, table, scoring)
+        return self.ragged_single_query(queries, table, scoring, with_probabilities)
 
-    def ragged_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def ragged_single_query(
+        self, queries: Tensor, table: RaggedTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """The same over any table of heads of different lengths; probabilities are 0 where a head has no row."""
         group = queries.shape[1] // table.kv_heads
         outputs: list[Tensor] = []
@@ -56,13 +62,15 @@ class AttentionOperations(MassOperations):
             one = OneHead.of(number, table.kv_heads, group)
             own, scored = one.part(queries), one.scoring(scoring)
             if head.packed:
-                output, found = self.packed_single_query(own, head, scored)
+                output, found = self.packed_single_query(own, head, scored, with_probabilities)
             else:
                 empty = None if head.dense else head.positions < 0
-                output, found = self.single_query(own, head.keys, head.values, scored, empty, True)  # type: ignore[assignment]
+                output, found = self.single_query(own, head.keys, head.values, scored, empty, with_probabilities)
             outputs.append(output)
-            probabilities.append(found)
-        return side_by_side(outputs, table.kv_heads), table.padded(probabilities)
+            if with_probabilities and found is not None:
+                probabilities.append(found)
+        output = side_by_side(outputs, table.kv_heads)
+        return output, table.padded(probabilities) if with_probabilities else None
 
     # -- attention mass ----------------------------------------------------------------------------------------------
 

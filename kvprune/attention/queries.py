@@ -121,12 +121,13 @@ class Queries:
             if len(self) == 1 and self.valid is None:
                 kernels = operations.of(table)
                 single = kernels.ragged_single_query if table.flat is None else kernels.flat_single_query
-                return Attended(*single(self.states, table, scoring))
+                return Attended(*single(self.states, table, scoring, with_probabilities))
             return self._attend_by_head(table, scoring, with_probabilities, backend)
         states, keys, values = self.states, table.keys, table.values
         if len(self) == 1 and self.valid is None:
             if table.packed:
-                return Attended(*operations.of(table).packed_single_query(states, table, scoring))
+                single_packed = operations.of(table).packed_single_query
+                return Attended(*single_packed(states, table, scoring, with_probabilities))
             empty = None if table.dense else table.positions < 0
             return Attended(
                 *operations.of(table).single_query(states, keys, values, scoring, empty, with_probabilities)

@@ -36,28 +36,32 @@ class TritonKernels(Kernels):
         bare = empty is None and scoring.plain and not with_probabilities
         if bare and queries.is_cuda and FLASH.takes_single(queries, keys, values):  # one launch, by torch's own hand
             return FLASH.single(queries, keys, values, scoring.scale), None
-        scores = "probabilities" if with_probabilities else None
-        return gpu.decode_attention(queries, keys, values, scoring, empty=empty, scores=scores)
+        return gpu.decode_attention(queries, keys, values, scoring, empty=empty, scores=_scores(with_probabilities))
 
-    def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def flat_single_query(
+        self, queries: Tensor, table: RaggedTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         flat = table.flat
         if flat is None or not _fits(queries, flat.tensors["keys"], flat.tensors["values"]):
-            return super().flat_single_query(queries, table, scoring)
-        output, probabilities = gpu.varlen_decode_attention(
+            return super().flat_single_query(queries, table, scoring, with_probabilities)
+        output, found = gpu.varlen_decode_attention(
             queries, flat.tensors["keys"], flat.tensors["values"], scoring, flat.starts,
-            max(head.capacity for head in table.heads), lengths=flat.lengths, scores="probabilities",
+            max(head.capacity for head in table.heads), lengths=flat.lengths, scores=_scores(with_probabilities),
         )  # fmt: skip
-        by_head = [self.spread(of_query, flat.starts, flat.lengths, table.length, 0) for of_query in probabilities]  # type: ignore[union-attr]
-        return output, torch.stack(by_head, dim=1).unflatten(0, (-1, table.kv_heads))
+        if found is None:
+            return output, None
+        by_head = self.spread(found.t(), flat.starts, flat.lengths, table.length, 0).transpose(1, 2)
+        return output, by_head.unflatten(0, (-1, table.kv_heads))
 
-    def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def packed_single_query(
+        self, queries: Tensor, table: TokenTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         if not all(map(_holds_codes, table.packed)) or not _fits(queries, table.keys, table.values):
-            return super().packed_single_query(queries, table, scoring)
-        output, probabilities = gpu.packed_decode_attention(
+            return super().packed_single_query(queries, table, scoring, with_probabilities)
+        return gpu.packed_decode_attention(
             queries, table.packed, table.keys, table.values, scoring,
-            empty=None if table.dense else table.positions, scores="probabilities",
+            empty=None if table.dense else table.positions, scores=_scores(with_probabilities),
         )  # fmt: skip
-        return output, probabilities  # type: ignore[return-value]
 
     def attention_mass(
         self,
@@ -93,6 +97,10 @@ class TritonKernels(Kernels):
 
 
 TRITON = TritonKernels()
+
+
+def _scores(with_probabilities: bool) -> str | None:
+    return "probabilities" if with_probabilities else None
 
 
 def _holds_codes(tier: PackedRows) -> bool:

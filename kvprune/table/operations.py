@@ -126,10 +126,11 @@ class RowOperations:
         lengths -= 1
 
     def spread(self, column: Tensor, starts: Tensor, lengths: Tensor, width: int, filling: float) -> Tensor:
-        """Rows of heads as `[heads, width]`, those of each head at its end, with the filling before them."""
+        """Rows of heads as `[heads, width, ...]`, those of each head at its end, with the filling before them."""
         slots = _slots(starts, lengths, width)
-        found = column.index_select(0, slots.clamp(min=0).flatten()).view_as(slots)
-        return found.masked_fill_(slots < starts[:-1, None], filling)
+        found = column.index_select(0, slots.clamp(min=0).flatten()).unflatten(0, slots.shape)
+        before = (slots < starts[:-1, None]).view(*slots.shape, *(1,) * (column.ndim - 1))
+        return found.masked_fill_(before, filling)
 
     def collect(self, column: Tensor, padded: Tensor, starts: Tensor, lengths: Tensor) -> None:
         """Write back `[heads, width]` that `spread` gave, in place."""

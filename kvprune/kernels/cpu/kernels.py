@@ -81,14 +81,16 @@ class CPUKernels(Kernels):
         )  # fmt: skip
         return output.to(queries.dtype), probabilities
 
-    def flat_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def flat_single_query(
+        self, queries: Tensor, table: RaggedTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         flat = table.flat
         if flat is None:
-            return super().flat_single_query(queries, table, scoring)
+            return super().flat_single_query(queries, table, scoring, with_probabilities)
         keys, values = flat.tensors["keys"], flat.tensors["values"]
         whole = keys.dtype in KINDS and keys.shape[1] % LANES == 0 and values.shape[1] % LANES == 0
         if scoring.softcap is not None or not whole or needs_gradients(queries, keys):
-            return super().flat_single_query(queries, table, scoring)
+            return super().flat_single_query(queries, table, scoring, with_probabilities)
         batch, query_heads, _, dim = queries.shape
         heads, value_dim, width = len(table.heads), values.shape[1], table.length
         group = query_heads // table.kv_heads
@@ -102,11 +104,15 @@ class CPUKernels(Kernels):
         )  # fmt: skip
         return output.to(queries.dtype), probabilities
 
-    def ragged_single_query(self, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def ragged_single_query(
+        self, queries: Tensor, table: RaggedTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         found = ragged.single_query(self._c, queries, table, scoring)
-        return super().ragged_single_query(queries, table, scoring) if found is None else found
+        return super().ragged_single_query(queries, table, scoring, with_probabilities) if found is None else found
 
-    def packed_single_query(self, queries: Tensor, table: TokenTable, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def packed_single_query(
+        self, queries: Tensor, table: TokenTable, scoring: Scoring, with_probabilities: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         keys, values = table.keys, table.values
         if (
             scoring.softcap is not None
@@ -119,7 +125,7 @@ class CPUKernels(Kernels):
             )
             or needs_gradients(queries, keys)
         ):
-            return super().packed_single_query(queries, table, scoring)
+            return super().packed_single_query(queries, table, scoring, with_probabilities)
         (batch, kv_heads, loose, dim), value_dim = keys.shape, values.shape[3]
         heads, group = batch * kv_heads, queries.shape[1] // kv_heads
         length, kind = table.length, KINDS[keys.dtype]

@@ -50,6 +50,7 @@ _HOMES = {
 }
 # Tiles are whole heads; of larger ones, such as the 576 of multi-head latent attention, too little fits on chip.
 _MOST_DIM = 256
+_MOST_ROW_BYTES = 128  # of codes in the coordinates of a basis
 _LEAST_CAPABILITY = (8, 0)  # that Triton supports; ours for packed rows do not compile for older ones
 
 
@@ -72,8 +73,10 @@ def supported(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def takes_rotated(rows: RotatedRows) -> bool:
-    """Whether kernels exist for rows in the coordinates of a basis: components share widths by whole bytes."""
-    return rows.key_dim % 8 == 0 and rows.value_dim % 8 == 0
+    """Whether kernels exist for rows in the coordinates of a basis: components share widths by whole bytes, and all
+    signs of a row, 4 bits of 256 components or 8 of 128, fit in registers."""
+    row_bytes = max(rows.tensors[f"{kind}_codes"].shape[3] for kind in ("key", "value"))
+    return rows.key_dim % 8 == 0 and rows.value_dim % 8 == 0 and row_bytes <= _MOST_ROW_BYTES
 
 
 def __getattr__(name: str) -> Any:

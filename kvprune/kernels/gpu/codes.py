@@ -95,18 +95,60 @@ def raised_pairs(words, BITS: tl.constexpr):
 
     Two codes at a time, that of the lower half of a word beside that of the upper half.
     """
-    pairs = _pairs(words, 0, 1, BITS)
-    halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-    halves = tl.reshape(halves, [words.shape[0], words.shape[1] * (32 // BITS)])
-    return opaque(halves).to(tl.bfloat16, bitcast=True)
+    return _halves(_pairs(words, 0, 1, BITS), words.shape[1] * (32 // BITS))
 
 
 @triton.jit
 def paired_order(BITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which channel each column of `raised_pairs` is."""
+    """Which channel each column of `raised_pairs` is; of 1 bit, which bit each column of `signs` is."""
     columns = tl.arange(0, BLOCK_D)
     within = columns % (32 // BITS)
     return columns - within + within // 2 + (within % 2) * (16 // BITS)
+
+
+@triton.jit
+def _halves(pairs, COUNT: tl.constexpr):
+    """bfloat16 `[N, COUNT]` of int32 that hold two each, that of the lower half first."""
+    halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return opaque(tl.reshape(halves, [pairs.shape[0], COUNT])).to(tl.bfloat16, bitcast=True)
+
+
+# -- signs -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sign_pairs(words, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """-1 where a bit is set and else 1, bfloat16 in both halves of int32, of every STEP-th bit of a half."""
+    if STEP == 16:
+        return (words << (15 - FIRST)) & -0x7FFF8000 | 0x3F803F80
+    else:
+        return tl.join(_sign_pairs(words, FIRST, 2 * STEP), _sign_pairs(words, FIRST + STEP, 2 * STEP))
+
+
+@triton.jit
+def signs(words):
+    """-1 for a bit that is set, 1 for one that is not, bfloat16 `[N, bits]` of words `[N, words]`, in `paired_order`.
+
+    A code of any width is a sum of these, and so is its product: of one operation for each two bits, and no shift.
+    """
+    return _halves(_sign_pairs(words, 0, 1), 32 * words.shape[1])
+
+
+@triton.jit
+def load_words(units, rows, valid, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Words `[rows, BLOCK]`, int32, of rows of STRIDE units of 8, 16 or 32 bits; zero where there are none."""
+    WIDTH: tl.constexpr = units.dtype.element_ty.primitive_bitwidth
+    if WIDTH == 32:
+        return load_units(units, rows, valid, STRIDE, STRIDE, BLOCK)
+    else:
+        EACH: tl.constexpr = 32 // WIDTH
+        places = EACH * tl.arange(0, BLOCK)
+        words = tl.zeros([rows.shape[0], BLOCK], tl.int32)
+        for part in tl.static_range(EACH):
+            mask = valid[:, None] & (places + part < STRIDE)[None, :]
+            unit = tl.load(units + part + (rows[:, None] * STRIDE + places[None, :]), mask=mask, other=0)
+            words |= (unit.to(tl.int32) & ((1 << WIDTH) - 1)) << (part * WIDTH)
+        return words
 
 
 # -- integers ----------------------------------------------------------------------------------------------------------

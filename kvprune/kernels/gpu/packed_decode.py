@@ -30,7 +30,7 @@ from kvprune.kernels.gpu.codes import (
     raised_pairs,
 )
 from kvprune.kernels.gpu.decode import attend_segment, block_rows, marks_of
-from kvprune.kernels.gpu.rotated_decode import attend_rotated, rotated_block_rows
+from kvprune.kernels.gpu.rotated_decode import Turned, attend_rotated, rotated_block_rows
 from kvprune.kernels.gpu.splits import (
     CHANGING,
     Partials,
@@ -348,8 +348,17 @@ def packed_decode_attention(
     splits, slots = segments[-1].last_split, segments[-1].last_slot
     partials = Partials.empty(pairs, group, splits, value_dim, slots, keys.device, scores)
     of_heads = [None] * len(segments) if lengths is None else list(lengths.contiguous())
+    turned: dict[int, tuple[Turned, list[Segment]]] = {}
     for tier, segment, own in zip(tiers, segments, of_heads, strict=False):
-        attend = attend_rotated if isinstance(tier, RotatedRows) else _attend_tier
-        attend(queries, tier, scoring, partials, segment, empty, own)  # type: ignore[arg-type]
+        if isinstance(tier, RotatedRows):
+            if id(tier.basis) not in turned:
+                turned[id(tier.basis)] = Turned(queries, tier.basis, kv_heads), []
+            asking, answered = turned[id(tier.basis)]
+            answered.append(segment)
+            attend_rotated(asking, queries.dtype, tier, scoring, partials, segment, empty, own)
+        else:
+            _attend_tier(queries, tier, scoring, partials, segment, empty, own)
+    for asking, answered in turned.values():
+        asking.back(partials, answered)
     attend_segment(queries, keys, values, scoring, partials, segments[-1], empty=empty, lengths=of_heads[-1])
     return combine(partials, kv_heads, queries.dtype, scoring.sinks, scores)

@@ -1,13 +1,21 @@
 """Attention of one query per sequence over rows in the coordinates of a basis: the tiers of `RotatedRows` in
 `packed_decode.py`.
 
-The query is turned before, so a program multiplies codes with it as they are, less their middle: both are exact in a
-bfloat16, and a query is the sum of two. Steps of components are applied to the query, scales of rows to logits and
-weights, and what weights add up is turned once for each split. So neither a key nor a value is ever turned back.
+A code c of w bits stands for a step times c less its middle, which is a sum over its bits,
 
-Components share widths by 16, or 8, which a program reads: from where on codes of a group lie in a row is the sum of
-the widths before.
+    c - (2^w - 1) / 2 = sum over s of  2^(s-1) sigma_s,     sigma_s = 1 for a bit that is set, else -1
+
+so a program never puts codes together, whose widths differ from component to component: it multiplies bits, as signs,
+with what each bit is worth times the query. Signs are exact in a bfloat16, and a query is the sum of two. Sums of
+weights are kept for every bit too, and put together at the end. Scales of rows are applied to logits and weights.
+
+The query is turned before, and what weights add up is turned once for each split, so neither a key nor a value is ever
+turned back. Components share widths by 16, or 8, which a program reads: from where on bits of a group lie in a row is
+the sum of the widths before. Keys at levels that are not even are looked up, code by code.
 """
+
+from collections.abc import Sequence
+from math import ceil
 
 import torch
 import triton
@@ -15,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvprune.attention.mass import Scoring
+from kvprune.kernels.gpu.codes import load_words, paired_order, signs
 from kvprune.kernels.gpu.decode import marks_of
 from kvprune.kernels.gpu.splits import (
     CHANGING,
@@ -27,26 +36,66 @@ from kvprune.kernels.gpu.splits import (
     store_partial,
 )
 from kvprune.kernels.gpu.terms import for_terms, in_terms, over_terms
-from kvprune.kernels.gpu.tiles import capped, matmul, padded, tile_rows
-from kvprune.table.basis import Coordinates, lanes_of
-from kvprune.table.rotated_codes import PARTS, code_bytes, normal_table, steps_table
+from kvprune.kernels.gpu.tiles import capped, ceil_div, matmul, padded, tile_rows
+from kvprune.table.basis import Basis, Coordinates, lanes_of
+from kvprune.table.rotated_codes import PARTS, STEPS, normal_table, steps_table
 from kvprune.table.rotated_rows import RotatedRows
 
-# A tile of codes, as int32, has to fit in the registers of a program several times over, with what is to be known of
-# every component: where its parts are, and how far they are to be shifted.
+# A tile of signs has to fit in the registers of a program; of codes that are looked up, several times over.
+_MOST_SIGNS = 16 << 10
 _TILE_BYTES = 8 << 10
+_WARPS, _STAGES = 4, 2
 _ANY = (True, True, True)
 
 
 @triton.jit
-def _layout(widths, channels, DIM: tl.constexpr, LANES: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """Width of each component, and in which byte of a row its group begins, int32 `[channels]`."""
+def _groups(widths, group, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Width of these groups, int32, and widths of all before, added up; 0 beyond the last."""
     groups = tl.arange(0, BLOCK_GROUPS)
-    every = tl.load(widths + groups, mask=groups < DIM // LANES, other=0).to(tl.int32)
-    group = channels // LANES
-    before = tl.where(groups[None, :] < group[:, None], every[None, :], 0)
-    width = tl.load(widths + group, mask=channels < DIM, other=0).to(tl.int32)
-    return width, tl.sum(before, 1) * (LANES // 8)
+    every = tl.load(widths + groups, mask=groups < GROUPS, other=0).to(tl.int32)
+    width = tl.sum(tl.where(groups[None, :] == group[:, None], every[None, :], 0), 1)
+    return width, tl.sum(tl.where(groups[None, :] < group[:, None], every[None, :], 0), 1)
+
+
+@triton.jit
+def _parts_of(width):
+    """Bits of the first and second part of codes; what is left is the third: see `PARTS`."""
+    return tl.where(width >= 4, 4, 0), tl.where(width == 8, 4, width & 2)
+
+
+@triton.jit
+def _bits_of_rows(widths, places, GROUPS: tl.constexpr, LANES: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Of bits of a row: component, width of its codes, and what the bit adds to a code, float32; 0 beyond the last."""
+    groups = tl.arange(0, BLOCK_GROUPS)
+    _, ends = _groups(widths, groups + 1, GROUPS, BLOCK_GROUPS)
+    group = tl.sum((places[:, None] >= ends[None, :] * LANES).to(tl.int32), 1)
+    width, before = _groups(widths, group, GROUPS, BLOCK_GROUPS)
+    bit = places - before * LANES
+    four, middle = _parts_of(width)
+    behind_four, behind_middle = bit >= four * LANES, bit >= (four + middle) * LANES
+    below = tl.where(behind_middle, four + middle, tl.where(behind_four, four, 0))
+    size = tl.where(behind_middle, 1, tl.where(behind_four, middle, four))
+    size = tl.maximum(size, 1)
+    within = bit - below * LANES
+    worth = (1 << (below + within % size)).to(tl.float32)
+    return group * LANES + within // size, width, tl.where(group < GROUPS, worth, 0.0)
+
+
+@triton.jit
+def _bit_of(width, before, lane, number, LANES: tl.constexpr):
+    """Where in a row the bit of this number, of the code of a component, is."""
+    four, middle = _parts_of(width)
+    of_four, of_middle = number < four, number < four + middle
+    below = tl.where(of_four, 0, tl.where(of_middle, four, four + middle))
+    size = tl.where(of_four, four, tl.where(of_middle, middle, 1))
+    return (before + below) * LANES + lane * size + number - below
+
+
+@triton.jit
+def _column_of(bit):
+    """The column of `signs` that a bit has: `paired_order` the other way round."""
+    within = bit % 32
+    return bit - within + 2 * (within % 16) + within // 16
 
 
 @triton.jit
@@ -81,28 +130,29 @@ def _codes(
 def _rotated_kernel(
     turned, constants, key_codes, key_scale, key_offset, key_widths,
     value_codes, value_scale, value_offset, value_widths, steps, levels,
-    marks, lengths, outputs, maxima, sums, logits,
+    marks, lengths, of_bits, outputs, maxima, sums, logits,
     length, stretch, first_split, splits, first_slot, kv_heads, scale, pair_stride, member_stride,
     marks_batch_stride, marks_head_stride, marks_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SOFTCAP: tl.constexpr, BELOW_ZERO: tl.constexpr,
-    KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
-    KEY_FOUR: tl.constexpr, KEY_MIDDLE: tl.constexpr, KEY_ONE: tl.constexpr,
-    VALUE_FOUR: tl.constexpr, VALUE_MIDDLE: tl.constexpr, VALUE_ONE: tl.constexpr,
-    MEMBERS: tl.constexpr, TERMS: tl.constexpr, TYPE: tl.constexpr,
+    KEY_UNITS: tl.constexpr, VALUE_UNITS: tl.constexpr, LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
+    KEY_FOUR: tl.constexpr, KEY_MIDDLE: tl.constexpr, KEY_ONE: tl.constexpr, VALUE_MOST: tl.constexpr,
+    MEMBERS: tl.constexpr, TERMS: tl.constexpr, KEY_TYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr, BLOCK_VALUE_WORDS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BLOCK_VALUE_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One split of the rows of a tier and pair, for all query heads of the pair; its output is not turned back.
 
-    levels: of keys, where they are not even.
+    levels: of keys, where they are not even; their units are bytes then. of_bits: for sums of bits of values,
+    `[pairs, splits, GROUP, bits]`. VALUE_MOST: bits that a code of values may have.
     """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     own_length = length if lengths is None else tl.minimum(tl.load(lengths + pair), length)
     begin = split * stretch
     end = tl.minimum(begin + stretch, own_length)
-    key_codes += (pair * length + begin) * KEY_BYTES
-    value_codes += (pair * length + begin) * VALUE_BYTES
+    key_codes += (pair * length + begin) * KEY_UNITS
+    value_codes += (pair * length + begin) * VALUE_UNITS
     key_scale += pair * length
     value_scale += pair * length
     if key_offset is not None:
@@ -113,44 +163,52 @@ def _rotated_kernel(
         marks += batch * marks_batch_stride + kv_head * marks_head_stride + first_slot * marks_stride
     if logits is not None:
         logits += pair * pair_stride + first_slot
+    turned += pair * GROUP * DIM
+    key_widths += pair * (DIM // LANES)
+    value_widths += pair * (VALUE_DIM // VALUE_LANES)
 
     members, each = tl.arange(0, MEMBERS), tl.arange(0, BLOCK_N)
     terms = tl.arange(0, TERMS * MEMBERS) // MEMBERS
-    channels, value_channels = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    width, first_byte = _layout(key_widths + pair * (DIM // LANES), channels, DIM, LANES, BLOCK_GROUPS)
-    value_width, value_first_byte = _layout(
-        value_widths + pair * (VALUE_DIM // VALUE_LANES), value_channels, VALUE_DIM, VALUE_LANES, BLOCK_VALUE_GROUPS
-    )  # fmt: skip
-    middles, value_middles = ((1 << width) - 1) * 0.5, ((1 << value_width) - 1) * 0.5
-    query = tl.load(
-        turned + (pair * GROUP + members)[:, None] * DIM + channels[None, :],
-        mask=(members < GROUP)[:, None] & (channels < DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    whole_query = tl.sum(query, 1)
+    channels, asking = tl.arange(0, BLOCK_D), members < GROUP
     if levels is None:
-        query *= tl.load(steps + width)[None, :]
-    states = in_terms(query, terms, TYPE, TERMS)
+        bits = paired_order(1, 32 * BLOCK_WORDS)
+        component, width, worth = _bits_of_rows(key_widths, bits, DIM // LANES, LANES, BLOCK_GROUPS)
+        query = tl.load(
+            turned + members[:, None] * DIM + component[None, :], mask=asking[:, None] & (worth > 0)[None, :], other=0.0
+        )
+        query *= (tl.load(steps + width) * worth * -0.5)[None, :]
+    else:
+        width, before = _groups(key_widths, channels // LANES, DIM // LANES, BLOCK_GROUPS)
+        query = tl.load(
+            turned + members[:, None] * DIM + channels[None, :], mask=asking[:, None] & (channels < DIM)[None, :],
+            other=0.0,
+        )  # fmt: skip
+    states = in_terms(query, terms, KEY_TYPE, TERMS)
     constant = tl.zeros([MEMBERS], tl.float32)
     if constants is not None:
-        constant = tl.load(constants + pair * GROUP + members, mask=members < GROUP, other=0.0)
+        constant = tl.load(constants + pair * GROUP + members, mask=asking, other=0.0)
+    whole_query = tl.zeros([MEMBERS], tl.float32)
+    if key_offset is not None:
+        mask = asking[:, None] & (channels < DIM)[None, :]
+        whole_query = tl.sum(tl.load(turned + members[:, None] * DIM + channels[None, :], mask=mask, other=0.0), 1)
 
     largest = tl.full([MEMBERS], float("-inf"), tl.float32)
     total = tl.zeros([MEMBERS, BLOCK_N], tl.float32)  # neither is added up over threads before the end
     constant_part = tl.zeros([MEMBERS, BLOCK_N], tl.float32)
-    output = tl.zeros([TERMS * MEMBERS, BLOCK_DV], tl.float32)
+    output = tl.zeros([TERMS * MEMBERS, 32 * BLOCK_VALUE_WORDS], tl.float32)
     for first in range(begin, end, BLOCK_N):
         slots = first + each
         valid = slots < end
-        codes = _codes(
-            key_codes, each, valid, width, first_byte, channels & (LANES - 1), KEY_BYTES, LANES,
-            KEY_FOUR, KEY_MIDDLE, KEY_ONE,
-        )  # fmt: skip
         if levels is None:
-            tile = codes.to(tl.float32) - middles[None, :]
+            tile = signs(load_words(key_codes, each, valid, KEY_UNITS, BLOCK_WORDS))
         else:
+            codes = _codes(
+                key_codes, each, valid, width, before * (LANES // 8), channels & (LANES - 1), KEY_UNITS, LANES,
+                KEY_FOUR, KEY_MIDDLE, KEY_ONE,
+            )  # fmt: skip
             tile = tl.load(levels + width[None, :] * 256 + codes)
         row_scale = tl.load(key_scale + slots, mask=valid, other=0.0).to(tl.float32)
-        found = over_terms(matmul(states, tl.trans(tile.to(TYPE))), TERMS) * row_scale[None, :]
+        found = over_terms(matmul(states, tl.trans(tile.to(KEY_TYPE))), TERMS) * row_scale[None, :]
         if key_offset is not None:
             row_offset = tl.load(key_offset + slots, mask=valid, other=0.0).to(tl.float32)
             found += whole_query[:, None] * row_offset[None, :]
@@ -168,33 +226,76 @@ def _rotated_kernel(
             row_offset = tl.load(value_offset + slots, mask=valid, other=0.0).to(tl.float32)
             constant_part = constant_part * shrink[:, None] + weights * row_offset[None, :]
         row_scale = tl.load(value_scale + slots, mask=valid, other=0.0).to(tl.float32)
-        weights = in_terms(weights * row_scale[None, :], terms, TYPE, TERMS)
-        codes = _codes(
-            value_codes, each, valid, value_width, value_first_byte, value_channels & (VALUE_LANES - 1), VALUE_BYTES,
-            VALUE_LANES, VALUE_FOUR, VALUE_MIDDLE, VALUE_ONE,
-        )  # fmt: skip
-        tile = codes.to(tl.float32) - value_middles[None, :]
-        output = output * for_terms(shrink[:, None], TERMS) + matmul(weights, tile.to(TYPE))
-        key_codes += BLOCK_N * KEY_BYTES
-        value_codes += BLOCK_N * VALUE_BYTES
+        weights = in_terms(weights * row_scale[None, :], terms, tl.bfloat16, TERMS)
+        tile = signs(load_words(value_codes, each, valid, VALUE_UNITS, BLOCK_VALUE_WORDS))
+        output = output * for_terms(shrink[:, None], TERMS) + matmul(weights, tile)
+        key_codes += BLOCK_N * KEY_UNITS
+        value_codes += BLOCK_N * VALUE_UNITS
 
     if logits is not None:
         attended = begin + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N) * BLOCK_N
         store_nothing(logits, attended, tl.minimum(begin + stretch, length), members, member_stride, GROUP, BLOCK_N)
-    whole = over_terms(output, TERMS) * tl.load(steps + value_width)[None, :] + tl.sum(constant_part, 1)[:, None]
+    # Put together through memory: sums of bits lie with other threads than those of components do.
+    of_bits += ((pair * splits + split) * GROUP + members)[:, None] * (32 * BLOCK_VALUE_WORDS)
+    columns, components = tl.arange(0, 32 * BLOCK_VALUE_WORDS), tl.arange(0, BLOCK_DV)
+    tl.store(of_bits + columns[None, :], over_terms(output, TERMS), mask=asking[:, None])
+    tl.debug_barrier()
+    width, before = _groups(value_widths, components // VALUE_LANES, VALUE_DIM // VALUE_LANES, BLOCK_VALUE_GROUPS)
+    whole = tl.zeros([MEMBERS, BLOCK_DV], tl.float32)
+    for number in tl.static_range(VALUE_MOST):
+        column = _column_of(_bit_of(width, before, components % VALUE_LANES, number, VALUE_LANES))
+        mask = asking[:, None] & (number < width)[None, :]
+        whole += tl.load(of_bits + column[None, :], mask=mask, other=0.0) * (-0.5 * (1 << number))
+    whole = whole * tl.load(steps + width)[None, :] + tl.sum(constant_part, 1)[:, None]
     store_partial(
         outputs, maxima, sums, whole, largest, tl.sum(total, 1), pair, first_split + split, splits, members,
-        value_channels, GROUP, VALUE_DIM,
+        components, GROUP, VALUE_DIM,
     )  # fmt: skip
+
+
+class Turned:
+    """Queries turned to meet codes, once for all tiers that share a basis, and their sums turned back.
+
+    turned: `[B, Hkv, G, D]` float32. means: their products with the mean of keys, `[B, Hkv, G, 1]`, or None.
+    """
+
+    def __init__(self, queries: Tensor, basis: Basis, kv_heads: int) -> None:
+        wide, keys = queries.float().unflatten(1, (kv_heads, -1)).squeeze(3), basis.keys
+        self.basis = basis
+        self.turned = torch.matmul(wide, keys.turning(queries.device)).contiguous()
+        self.means = None if keys.mean is None else torch.matmul(wide, keys.mean.float()[..., None]).contiguous()
+
+    def back(self, partials: Partials, segments: Sequence[Segment]) -> None:
+        """Outputs of these segments as those of values, not of their coordinates; in place."""
+        runs: list[list[int]] = []
+        for segment in segments:
+            if runs and runs[-1][1] == segment.first_split:
+                runs[-1][1] = segment.last_split
+            else:
+                runs.append([segment.first_split, segment.last_split])
+        for first_split, last_split in runs:
+            self._back(partials, first_split, last_split)
+
+    def _back(self, partials: Partials, first_split: int, last_split: int) -> None:
+        found, values = partials.outputs[:, :, first_split:last_split], self.basis.values
+        _, kv_heads, group, _ = self.turned.shape
+        numbers = found.reshape(-1, kv_heads, group * found.shape[2], found.shape[3])
+        turned = torch.matmul(numbers, values.turning(found.device).transpose(-1, -2))
+        if values.mean is not None:
+            sums = partials.sums[:, :, first_split:last_split]
+            turned += sums.reshape(-1, kv_heads, group * found.shape[2], 1) * values.mean.float()[:, :, None]
+        found.copy_(turned.view(found.shape))
 
 
 def rotated_block_rows(tier: RotatedRows) -> int:
     """Rows of a tile."""
-    return tile_rows(max(tier.key_dim, tier.value_dim), 4, _TILE_BYTES, 32)
+    rows = tile_rows(32 * max(_words(tier, "key"), _words(tier, "value")), 1, _MOST_SIGNS, 64)
+    return min(rows, tile_rows(tier.key_dim, 4, _TILE_BYTES, 32)) if tier.codec.is_normal("key") else rows
 
 
 def attend_rotated(
-    queries: Tensor,
+    queries: Turned,
+    dtype: torch.dtype,
     tier: RotatedRows,
     scoring: Scoring,
     partials: Partials,
@@ -202,39 +303,55 @@ def attend_rotated(
     empty: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
-    """Leave in `partials` what the splits of one tier come to. empty: of all slots of the table."""
+    """Leave in `partials` what the splits of one tier come to, not turned back. empty: of all slots of the table.
+
+    dtype: of the queries before they were turned.
+    """
     if segment.splits == 0:
         return
     pairs, group, splits, value_dim = partials.outputs.shape
-    dim, keys, values = tier.key_dim, tier.basis.keys, tier.basis.values
-    kv_heads = queries.shape[1] // group
-    wide = queries.float().view(-1, kv_heads, group, dim)
-    turned = torch.matmul(wide, keys.turning(queries.device)).contiguous()
-    means = None if keys.mean is None else torch.matmul(wide, keys.mean.float()[..., None]).contiguous()
+    dim, device = tier.key_dim, partials.outputs.device
     held = {name: tensor.contiguous() for name, tensor in tier.tensors.items()}
     marks, marks_strides, below_zero = marks_of(empty)
-    key_parts, value_parts = _parts(keys, tier.codec.bits_of("key")), _parts(values, tier.codec.bits_of("value"))
-    exact, members = queries.dtype == torch.float32, padded(group, 8)
+    exact, members = dtype == torch.float32, padded(group, 8)
     lanes, value_lanes = lanes_of(dim), lanes_of(value_dim)
+    normal = tier.codec.is_normal("key")
+    key_codes = held["key_codes"] if normal else _in_units(held["key_codes"])
+    value_codes = _in_units(held["value_codes"])
+    words, value_words = _words(tier, "key"), _words(tier, "value")
+    of_bits = torch.empty(pairs * splits * group * 32 * value_words, dtype=torch.float32, device=device)
+    four, middle, one = _parts(tier.basis.keys, tier.codec.bits_of("key"))
     _rotated_kernel[pairs, segment.splits](
-        turned, means, held["key_codes"], held["key_scale"], held.get("key_offset"), held["key_widths"],
-        held["value_codes"], held["value_scale"], held.get("value_offset"), held["value_widths"],
-        steps_table(queries.device), normal_table(queries.device) if tier.codec.is_normal("key") else None,
-        marks, lengths, *vars(partials).values(),
+        queries.turned, queries.means,
+        key_codes, held["key_scale"], held.get("key_offset"), held["key_widths"],
+        value_codes, held["value_scale"], held.get("value_offset"), held["value_widths"],
+        steps_table(device), normal_table(device) if normal else None,
+        marks, lengths, of_bits, *vars(partials).values(),
         segment.length, segment.stretch, segment.first_split, splits, segment.first_slot,
-        kv_heads, scoring.scale, partials.pair_stride, partials.member_stride, *marks_strides,
+        queries.turned.shape[1], scoring.scale, partials.pair_stride, partials.member_stride, *marks_strides,
         GROUP=group, DIM=dim, VALUE_DIM=value_dim, SOFTCAP=scoring.softcap, BELOW_ZERO=below_zero,
-        KEY_BYTES=code_bytes(dim, tier.codec.bits_of("key")),
-        VALUE_BYTES=code_bytes(value_dim, tier.codec.bits_of("value")),
-        LANES=lanes, VALUE_LANES=value_lanes,
-        KEY_FOUR=key_parts[0], KEY_MIDDLE=key_parts[1], KEY_ONE=key_parts[2],
-        VALUE_FOUR=value_parts[0], VALUE_MIDDLE=value_parts[1], VALUE_ONE=value_parts[2],
-        MEMBERS=members, TERMS=2, TYPE=tl.float32 if exact else tl.bfloat16,
+        KEY_UNITS=key_codes.shape[3], VALUE_UNITS=value_codes.shape[3], LANES=lanes, VALUE_LANES=value_lanes,
+        KEY_FOUR=four, KEY_MIDDLE=middle, KEY_ONE=one,
+        VALUE_MOST=_most_bits(tier.basis.values, tier.codec.bits_of("value")),
+        MEMBERS=members, TERMS=2, KEY_TYPE=tl.float32 if exact and normal else tl.bfloat16,
         BLOCK_N=rotated_block_rows(tier), BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
+        BLOCK_WORDS=words, BLOCK_VALUE_WORDS=value_words,
         BLOCK_GROUPS=padded(dim // lanes, 1), BLOCK_VALUE_GROUPS=padded(value_dim // value_lanes, 1),
-        num_warps=8 if max(dim, value_dim) <= 128 else 16, num_stages=2,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
-    _turn_back(partials, segment, values, kv_heads)
+
+
+def _words(tier: RotatedRows, kind: str) -> int:
+    """Words of a row, as many as a tile has."""
+    return padded(ceil_div(tier.tensors[f"{kind}_codes"].shape[3], 4), 1)
+
+
+def _in_units(codes: Tensor) -> Tensor:
+    """Codes as words, or as halves of words, or bytes, where rows are not of whole ones."""
+    for unit in (torch.int32, torch.int16):
+        if codes.shape[3] % unit.itemsize == 0 and codes.storage_offset() % unit.itemsize == 0:
+            return codes.view(unit)
+    return codes
 
 
 def _parts(coordinates: Coordinates, bits: float) -> tuple[bool, ...]:
@@ -243,13 +360,6 @@ def _parts(coordinates: Coordinates, bits: float) -> tuple[bool, ...]:
     return tuple(part > 0 for part in PARTS[int(bits)]) if alike else _ANY
 
 
-def _turn_back(partials: Partials, segment: Segment, values: Coordinates, kv_heads: int) -> None:
-    """The outputs of a segment's splits as those of values, not of their coordinates."""
-    found = partials.outputs[:, :, segment.first_split : segment.last_split]
-    pairs, group, splits, dim = found.shape
-    numbers = found.reshape(-1, kv_heads, group * splits, dim)
-    turned = torch.matmul(numbers, values.turning(found.device).transpose(-1, -2))
-    if values.mean is not None:
-        sums = partials.sums[:, :, segment.first_split : segment.last_split]
-        turned += sums.reshape(-1, kv_heads, group * splits, 1) * values.mean.float()[:, :, None]
-    found.copy_(turned.view(pairs, group, splits, dim))
+def _most_bits(coordinates: Coordinates, bits: float) -> int:
+    """Bits that a code may have."""
+    return ceil(bits) if coordinates.spectrum is None else len(STEPS) - 1
