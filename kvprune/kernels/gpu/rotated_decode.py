@@ -41,10 +41,13 @@ from kvprune.table.basis import Basis, Coordinates, lanes_of
 from kvprune.table.rotated_codes import PARTS, STEPS, normal_table, steps_table
 from kvprune.table.rotated_rows import RotatedRows
 
-# A tile of signs has to fit in the registers of a program; of codes that are looked up, several times over.
-_MOST_SIGNS = 16 << 10
+# A tile of signs has to fit in the registers of a program, and in the shared memory of small GPUs: of 64 rows of 512, 4
+# bits of 128 components. One of codes that are looked up has to fit several times over.
+_MOST_SIGNS = 512
+_ROWS, _FEW_ROWS = 64, 16
 _TILE_BYTES = 8 << 10
-_WARPS, _STAGES = 4, 2
+# Of 256 signs a row, and with a few registers less than the compiler would take, three programs have room. For CUDA.
+_THREE_PROGRAMS = {} if torch.version.hip else {"maxnreg": 168}
 _ANY = (True, True, True)
 
 
@@ -289,7 +292,8 @@ class Turned:
 
 def rotated_block_rows(tier: RotatedRows) -> int:
     """Rows of a tile."""
-    rows = tile_rows(32 * max(_words(tier, "key"), _words(tier, "value")), 1, _MOST_SIGNS, 64)
+    signs_of_row = 32 * max(_words(tier, "key"), _words(tier, "value"))
+    rows = _ROWS if signs_of_row <= _MOST_SIGNS else _FEW_ROWS
     return min(rows, tile_rows(tier.key_dim, 4, _TILE_BYTES, 32)) if tier.codec.is_normal("key") else rows
 
 
@@ -337,7 +341,7 @@ def attend_rotated(
         BLOCK_N=rotated_block_rows(tier), BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
         BLOCK_WORDS=words, BLOCK_VALUE_WORDS=value_words,
         BLOCK_GROUPS=padded(dim // lanes, 1), BLOCK_VALUE_GROUPS=padded(value_dim // value_lanes, 1),
-        num_warps=_WARPS, num_stages=_STAGES,
+        num_warps=4, num_stages=3, **(_THREE_PROGRAMS if max(words, value_words) <= 8 else {}),
     )  # fmt: skip
 
 
