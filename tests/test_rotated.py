@@ -55,6 +55,12 @@ def basis_of(queries: Tensor, keys: Tensor, values: Tensor, mixed: bool = False)
     return Basis.estimate(queries, keys, values, asked, held, mixed)
 
 
+def hadamard_rotation(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one head: what any function is that makes rotations."""
+    assert keys.ndim == values.ndim == queries.ndim == 2
+    return hadamard(keys.shape[1]), hadamard(values.shape[1])
+
+
 # -- the basis ---------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +200,21 @@ def test_a_short_prompt_tells_its_mean_alone():
     without = RotatedRows.encode_in(RotatedCodec(2), Basis.fixed(64, 64), keys, values).decoded()[0]
     with_it = RotatedRows.encode_in(RotatedCodec(2), basis, keys, values).decoded()[0]
     assert (with_it - keys).square().mean() < 0.5 * (without - keys).square().mean()
+
+
+@pytest.mark.parametrize("rotate", [None, hadamard_rotation], ids=["principal", "given"])
+def test_heads_tell_alike_what_each_tells_alone(rotate):
+    """Where one holds rows in other places, each is estimated by itself; too few, and rows that are nothing, too."""
+    queries, keys, values = tokens(2, 4, 300, (16, 32))
+    keys[0, 2] = 0.0
+    asked, held = torch.ones(2, 300, dtype=torch.bool), torch.ones(2, 4, 300, dtype=torch.bool)
+    asked[1, :50] = held[1, :, :50] = False
+    together = Basis.estimate(queries, keys, values, asked, held, rotate=rotate)
+    held[:, 3, 100:] = False
+    apart = Basis.estimate(queries, keys, values, asked, held, rotate=rotate)
+    for name, tensor in together.tensors().items():
+        mine, its = (each[:, :3] if each.ndim > 1 else each for each in (tensor, apart.tensors()[name]))
+        torch.testing.assert_close(mine.float(), its.float(), atol=1.0 if "matrix" in name else 1e-3, rtol=1e-3)
 
 
 def test_what_is_extraordinary_in_a_component_is_spread_over_its_group():

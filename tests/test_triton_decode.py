@@ -17,9 +17,11 @@ from kvprune.attention import packed
 from kvprune.attention.softmax import single_query_attention
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.quantize import Codec
+from kvprune.table.ragged import keep_rows
 from kvprune.table.rotated_rows import RotatedCodec
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
+from kvprune.kernels import TORCH
 from kvprune.kernels import gpu as kernels
 from kvprune.kernels.cuda import TRITON
 from kvprune.kernels.gpu import splits
@@ -348,6 +350,26 @@ def test_several_splits_of_rotated_codes(device):
 
 
 @on_devices
+@pytest.mark.parametrize("kind", ["flat", "packed"])
+def test_who_asks_for_no_probabilities_gets_none(device, kind):
+    """And the same output; of heads of different lengths, probabilities lie at the end of each."""
+    if kind == "packed":
+        queries, table = rotated_table(ROTATED["2 bits"], (16, 16), True, device)
+        single, twin = TRITON.packed_single_query, packed.single_query
+    else:
+        queries, keys, values = tokens((2, 2, 3, 20, 16, 16), device)
+        counts = torch.tensor([[20, 3], [7, 11]], device=device)
+        slots = torch.arange(20, device=device).expand(2, 2, -1)
+        table = keep_rows(TokenTable(keys, values, slots, {}), slots.masked_fill(slots >= counts[..., None], -1), 1)
+        single, twin = TRITON.flat_single_query, TORCH.flat_single_query
+    found, expected = single(queries, table, Scoring(0.2)), twin(queries, table, Scoring(0.2))
+    assert_alike(found, expected, "probabilities")
+    output, probabilities = single(queries, table, Scoring(0.2), False)
+    assert probabilities is None
+    torch.testing.assert_close(output, expected[0], **EXACT)
+
+
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", [ROTATED["2 bits"], ROTATED["normal levels"]], ids=str)
 def test_rotated_dtypes(device, dtype, codec):
@@ -380,12 +402,14 @@ def test_rotated_lengths(device):
     assert_alike(found, twin, "mean")
 
 
-def test_sizes_that_eight_does_not_divide_are_left_to_pytorch():
-    keys = torch.randn(1, 1, 40, 20)
+@pytest.mark.parametrize(("dim", "bits"), [(20, 2), (256, 5)])
+def test_sizes_that_do_not_fit_are_left_to_pytorch(dim, bits):
+    """Those that 8 does not divide, and rows whose signs would take more registers than there are."""
+    keys = torch.randn(1, 1, 40, dim)
     table = TokenTable(keys, keys, torch.arange(40), {})
-    table.quantize([(RotatedCodec(2), torch.arange(40).view(1, 1, -1))])
+    table.quantize([(RotatedCodec(bits), torch.arange(40).view(1, 1, -1))])
     assert not kernels.takes_rotated(table.packed[0])
-    query = torch.randn(1, 1, 1, 20)
+    query = torch.randn(1, 1, 1, dim)
     found, expected = (each(query, table, Scoring(0.3)) for each in (TRITON.packed_single_query, packed.single_query))
     torch.testing.assert_close(found, expected)
 

@@ -102,20 +102,20 @@ def interleave(
 ) -> dict[Job, list[Row]]:
     """Measure every job once per round; one that fails is left out of later rounds, with a note saying why.
 
-    After the first round there is another only while it can be expected to end within so many minutes.
+    After the first round there is another only while it can be expected to end within so many minutes. A job warms up
+    right before its first run: who stops waiting has figures of those before.
     """
-    measured: dict[Job, list[Row]] = {}
-    for job in jobs:
-        if error := runner_of(job).ask("warm_up", job).get("error"):
-            say(f"skipped: {label(job.contender, job.budget)}: {error}")
-        else:
-            measured[job] = []
+    measured: dict[Job, list[Row]] = {job: [] for job in jobs}
     began = time.monotonic()
     for done in range(rounds):
         elapsed = time.monotonic() - began
         if done and elapsed * (done + 1) / done > 60 * minutes:
             break
         for job in list(measured):
+            if not done and (error := runner_of(job).ask("warm_up", job).get("error")):
+                say(f"skipped: {label(job.contender, job.budget)}: {error}")
+                del measured[job]
+                continue
             result = runner_of(job).ask("time", job)
             if "error" in result:
                 say(f"dropped: {label(job.contender, job.budget)}: {result['error']}")

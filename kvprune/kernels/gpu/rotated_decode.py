@@ -341,7 +341,8 @@ def attend_rotated(
         BLOCK_N=rotated_block_rows(tier), BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
         BLOCK_WORDS=words, BLOCK_VALUE_WORDS=value_words,
         BLOCK_GROUPS=padded(dim // lanes, 1), BLOCK_VALUE_GROUPS=padded(value_dim // value_lanes, 1),
-        num_warps=4, num_stages=3, **(_THREE_PROGRAMS if max(words, value_words) <= 8 else {}),
+        num_warps=8 if normal else 4, num_stages=3,
+        **(_THREE_PROGRAMS if max(words, value_words) <= 8 and not normal else {}),
     )  # fmt: skip
 
 
