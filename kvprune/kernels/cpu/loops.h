@@ -28,7 +28,11 @@ enum { PART = 256 };
 
 /* -- vectors ------------------------------------------------------------------------------------------------------ */
 
-INLINE floats all(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+/* One number in every lane. GCC 12 makes sixteen broadcasts, each into one lane, of a list of sixteen. */
+INLINE floats all(float x) {
+    const floats first = {x};
+    return __builtin_shufflevector(first, first, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+}
 
 INLINE floats load(const float *from) {
     floats x;
@@ -117,6 +121,12 @@ INLINE void add(pair *sum, floats x) {
 INLINE void add_product(pair *sum, floats a, floats b) {
     sum->low += low_half(a) * low_half(b);
     sum->high += high_half(a) * high_half(b);
+}
+
+/* The same of a number and a pair: a wider vector would go to memory and come back for its halves. */
+INLINE void add_scaled(pair *sum, float a, pair b) {
+    sum->low += a * b.low;
+    sum->high += a * b.high;
 }
 
 INLINE float sum_of_pair(pair x) {

@@ -114,9 +114,9 @@ INLINE void add_values(
         for (int row = 0; row < count; row++)
             sums[row] = pair_of(load(output + row * Dv + d));
         for (long key = 0; key < keys; key++) {
-            floats value = load(values + key * stride + d);
+            pair value = pair_of(load(values + key * stride + d));
             for (int row = 0; row < count; row++)
-                add_product(&sums[row], all(weights[row * width + key]), value);
+                add_scaled(&sums[row], weights[row * width + key], value);
         }
         for (int row = 0; row < count; row++)
             store_pair(output + row * Dv + d, sums[row]);

@@ -28,9 +28,9 @@ INLINE void code_sums(
     for (long g = 0; g < G; g++)
         sums[g] = pair_of(all(0.0f));
     for (long row = 0; row < rows; row++) {
-        floats value = __builtin_convertvector((ints)codes_at(codes + row * row_bytes, d, D, bits), floats);
+        pair value = pair_of(__builtin_convertvector((ints)codes_at(codes + row * row_bytes, d, D, bits), floats));
         for (long g = 0; g < G; g++)
-            add_product(&sums[g], all(weights[g * stride + row]), value);
+            add_scaled(&sums[g], weights[g * stride + row], value);
     }
     for (long g = 0; g < G; g++)
         store_pair(output + g * D + d, sums[g]);

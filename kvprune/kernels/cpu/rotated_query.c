@@ -160,9 +160,9 @@ INLINE void rotated_sums(
 #define EACH_ROW(WIDTH)                                                                                                \
     case WIDTH:                                                                                                        \
         for (long row = 0; row < rows; row++) {                                                                        \
-            const floats value = group_at(codes + row * r->row_bytes, WIDTH);                                          \
+            const pair value = pair_of(group_at(codes + row * r->row_bytes, WIDTH));                                   \
             for (long g = 0; g < G; g++)                                                                               \
-                add_product(&sums[g], all(scaled[g * PART + row]), value);                                                             \
+                add_scaled(&sums[g], scaled[g * PART + row], value);                                                   \
         }                                                                                                              \
         break;
         switch (l->width[i]) {

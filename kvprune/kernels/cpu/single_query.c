@@ -30,11 +30,11 @@ value_sums(float *output, const float *weights, long S, const void *values, long
         for (long g = 0; g < G; g++)
             low[g] = high[g] = pair_of(all(0.0f));
         for (long row = 0; row < rows; row++) {
-            floats first = load_as(values, row * D + d, kind),
-                   second = load_as(values, row * D + d + two * LANES, kind);
+            pair first = pair_of(load_as(values, row * D + d, kind)),
+                 second = pair_of(load_as(values, row * D + d + two * LANES, kind));
             for (long g = 0; g < G; g++) {
-                add_product(&low[g], all(weights[g * S + row]), first);
-                add_product(&high[g], all(weights[g * S + row]), second);
+                add_scaled(&low[g], weights[g * S + row], first);
+                add_scaled(&high[g], weights[g * S + row], second);
             }
         }
         for (long g = 0; g < G; g++) {

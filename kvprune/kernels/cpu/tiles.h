@@ -31,7 +31,7 @@ INLINE void part_dots(pair *sums, const float *columns, const float *queries, lo
         sums[row] = pair_of(all(0.0f));
     for (long d = 0; d < D; d++)
         for (int row = 0; row < count; row++)
-            add_product(&sums[row], all(queries[row * D + d]), load(columns + d * TILE));
+            add_scaled(&sums[row], queries[row * D + d], pair_of(load(columns + d * TILE)));
 }
 
 /* The same with `parts` parts, all of them or one. */
