@@ -46,6 +46,7 @@ from subjects.worker import PEERS, Worker
 
 QUESTIONS = ("known", "unknown")
 BUDGETS = ("0.25", "0.1", "0.5")
+SHARES = ("0.1", "0.05", "0.03")  # of bytes
 FULL = "full"
 TOGETHER = 1000  # caches that share a prompt, at most: all that there are
 # Settings that are tried beside the defaults of every registered policy. Those that keep every token take no budget.
@@ -314,7 +315,7 @@ def main() -> None:
     parser.add_argument(
         "--bytes",
         action="store_true",
-        help="policies of rows, bits and both, at " + " ".join(real_tables.SHARES) + " (--budgets)",
+        help="policies of rows, bits and both, at " + " ".join(SHARES) + " (--budgets)",
     )
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="at compression")
     parser.add_argument("--cells", nargs="+", default=[], help="parts of names of tasks, instead of all")
@@ -343,7 +344,7 @@ def main() -> None:
     if arguments.quick:  # these figures are no part of the report
         arguments.out = arguments.out.with_stem(f"{arguments.out.stem}-quick")
         arguments.report = []
-    budgets, dtype = (real_tables.SHARES, "bfloat16") if arguments.bytes else (BUDGETS, None)
+    budgets, dtype = (SHARES, "bfloat16") if arguments.bytes else (BUDGETS, None)
     arguments.budgets = arguments.budgets or list(budgets[:1] if arguments.quick else budgets)
     log = Log()
     results = Results(arguments.out)

@@ -148,6 +148,29 @@ def test_bytes_are_of_a_full_cache_of_the_same_type():
     assert [line[5] for line in cells(real_tables.needles(rows, "known", "single", 1000))] == ["25%", "25%", ""]
 
 
+def test_shares_of_bytes_have_a_column_each_where_they_were_measured():
+    """Rows or bytes, the question known or unknown apart; who keeps everything is in the first."""
+    held = {"cache": "bfloat16", "half_nbytes": 20}
+    rows = [
+        *ROWS[:3],
+        *(row("bits", share, "known", index, 1.0, **held) for share in ("0.25b", "0.05b") for index in range(3)),
+        row("snapkv", "0.05", "known", 0, 0.0, **held),
+        row("kivi:bits=4", None, "known", 0, 1.0, **held),
+        row("kvzip", "0.02", "unknown", 0, 0.5, **held),
+    ]
+    known, unknown = (real_tables.on_bytes(rows, 1000, question) for question in ("known", "unknown"))
+    assert [column.header for column in known.columns] == ["policy", "25%", "5%", "bytes"]
+    whole = "100 ± 0% (3 of 3)"
+    assert cells(known) == [
+        ["full cache", whole, whole, "100%"],
+        ["`Bits(budget)`", whole, whole, "50.0%, 50.0%"],
+        ["`SnapKV(budget)`", "", "0% (0 of 1)", "50.0%"],
+        ["`KIVI(bits=4)`", "100% (1 of 1)", "", "50.0%"],
+    ]
+    assert [column.header for column in unknown.columns] == ["policy", "2%", "bytes"]
+    assert real_tables.on_bytes(ROWS, 1000, "known") is None
+
+
 def test_likelihood_has_an_error_and_a_number_in_every_cell():
     figures = {"task": "a text", "kl": 0.5, "agreement": 0.75}
     full, snapkv = ("full", None, None), ("snapkv", "0.25", "known")

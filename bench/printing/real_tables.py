@@ -17,7 +17,7 @@ from printing.output import table
 
 FULL = "full"
 ANSWERS = (1, 3, 7, 20)
-SHARES = ("0.1", "0.05", "0.03")
+SHARES = ("0.5", "0.25", "0.1", "0.05", "0.03", "0.02", "0.01")  # of bytes, those that may have a column
 # What `quality.py` calls otherwise: there settings are named that the embedded model needs.
 SAME = {"gemfilter:layer=2,keep_last=3": "gemfilter"}
 # Of the overview, what README begins with.
@@ -62,12 +62,8 @@ class Found:
         return self._rows.get((policy, budget), {})
 
     def share(self, policy: str, share: str) -> dict[Key, Row]:
-        """Of rows or of bytes; what takes no budget is in the first of `SHARES`."""
-        return (
-            self.get(policy, share)
-            or self.get(policy, f"{share}b")
-            or self.get(policy, None if share == SHARES[0] else "")
-        )
+        """Of rows or of bytes."""
+        return self.get(policy, share) or self.get(policy, f"{share}b")
 
     def contenders(self) -> list[tuple[str, str | None]]:
         """Those without a budget last; by budget, and in it kvprune's before those of kvpress."""
@@ -199,41 +195,38 @@ def _numbers(rows: Sequence[Row], length: int) -> list[Row]:
     return [row for row in single if row["answer_tokens"] > 1]
 
 
-def on_bytes(rows: Sequence[Row], length: int) -> Table | None:
+def on_bytes(rows: Sequence[Row], length: int, question: str) -> Table | None:
     """Needles, everyone in a cache of 16 bits a number: rows against bits at as many bytes."""
     chosen = _numbers(rows, length)
-    known, unknown = (Found(_held(chosen, "bfloat16"), question) for question in ("known", "unknown"))
-    full = list(Found([row for row in chosen if row["policy"] == FULL], "known").full.values())
-    lines = []
-    for name in dict.fromkeys(name for found in (known, unknown) for name, _ in found.contenders()):
-        cells = [list(found.share(name, share).values()) for found in (known, unknown) for share in SHARES]
-        keeps = any(found.get(name, None) for found in (known, unknown))
-        lines.append((keeps, [-_mean([row["tokens_right"] for row in cell]) for cell in cells], name, cells))
-    if not lines:
+    found = Found(_held(chosen, "bfloat16"), question)
+    full = list(Found([row for row in chosen if row["policy"] == FULL], question).full.values())
+    names = list(dict.fromkeys(name for name, _ in found.contenders()))
+    shares = [share for share in SHARES if any(found.share(name, share) for name in names)]
+    if not shares:
         return None
+    lines = []
+    for name in names:
+        cells = [list(found.share(name, share).values()) for share in shares]
+        cells[0] = cells[0] or list(found.get(name, None).values())
+        keeps = bool(found.get(name, None))
+        lines.append((keeps, [-_mean([row["tokens_right"] for row in cell]) for cell in reversed(cells)], name, cells))
     digits = [str(each) for each in sorted({row["answer_tokens"] for row in _held(chosen, "bfloat16")})]
-    named = ", ".join(digits[:-1]), digits[-1]
+    answers = " or ".join(filter(None, (", ".join(digits[:-1]), digits[-1])))
     shown = table(
-        f"A number of {' or '.join(filter(None, named))} digits in {length:,} tokens, at as many bytes",
+        f"A number of {answers} digits in {length:,} tokens, at as many bytes, question {question}",
         "The share of its digits that was written, ± standard error (prompts in which all of them were). Caches are "
         "bfloat16, the model computes in float32. Eviction is given a share of the rows, `Bits` of the bytes. bytes: "
         "at the end of the answer, everything included, of a full cache in 16 bits, at each of the budgets; those that "
         f"keep every row stand in the first column. {ALIKE}",
         "policy",
-        *(f"{question}{float(share):.0%}" for question in ("question known, ", "later, ") for share in SHARES),
+        *(f"{float(share):.0%}" for share in shares),
         "bytes",
     )
-    shown.add_row("full cache", *[_written(full)] * (2 * len(SHARES)), "100%")
+    shown.add_row("full cache", *[_written(full)] * len(shares), "100%")
     for _, _, name, cells in sorted(lines, key=lambda line: line[:3]):
-        held = (_mean([row["nbytes"] / row["half_nbytes"] for row in cell]) for cell in _either(cells) if cell)
+        held = (_mean([row["nbytes"] / row["half_nbytes"] for row in cell]) for cell in cells if cell)
         shown.add_row(constructed(name), *map(_written, cells), ", ".join(f"{share:.1%}" for share in held))
     return shown
-
-
-def _either(cells: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
-    """By budget: the cell with the question known, or else that with it unknown."""
-    half = len(cells) // 2
-    return [known or later for known, later in zip(cells[:half], cells[half:], strict=True)]
 
 
 def _held(rows: Sequence[Row], dtype: str | None) -> list[Row]:
@@ -401,7 +394,8 @@ def _apart(difference: float, first: float | None, second: float | None) -> int:
 
 def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> dict[str, list[Table]]:
     """By their place in the report; those of which nothing has been measured are left out."""
-    at_equal_bytes, rows = [on_bytes(rows, length) for length in (1000, 2000)], _held(rows, None)
+    at_equal_bytes = [on_bytes(rows, length, question) for length in (1000, 2000) for question in ("known", "unknown")]
+    rows = _held(rows, None)
     kinds = sorted(
         {(row["kind"], row["length"]) for row in rows if "kind" in row},
         key=lambda kind: (("single", "multi-key", "multi-value").index(kind[0]), kind[1]),

@@ -21,7 +21,6 @@ from kvprune.kernels.cpu.arguments import (
     Selection,
     StridedRows,
     Tier,
-    are_codes,
     are_rows,
     can_encode,
     check_slots,
@@ -117,12 +116,7 @@ class CPUKernels(Kernels):
         if (
             scoring.softcap is not None
             or not are_rows(keys, values)
-            or not all(
-                rotated.are_there(self._c) and rotated.can_take(tier)
-                if isinstance(tier, RotatedRows)
-                else are_codes(tier)
-                for tier in table.packed
-            )
+            or not all(ragged.can_take(self._c, tier) for tier in table.packed)
             or needs_gradients(queries, keys)
         ):
             return super().packed_single_query(queries, table, scoring, with_probabilities)

@@ -58,6 +58,10 @@ class Head(ctypes.Structure):
     )
 
 
+# What is added to every component alike: these loops know nothing of it.
+_OF_ALL_COMPONENTS = {"key_offset", "value_offset"}
+
+
 @dataclass
 class Plan:
     """Heads and their packed rows as the loops take them, for as long as these tensors are theirs."""
@@ -123,7 +127,9 @@ def _made(c: Any, table: RaggedTable, tensors: list[Tensor]) -> Plan | None:
     for number, head in enumerate(table.heads):
         keys, values = head.whole("keys"), head.whole("values")
         basis = head.basis or Basis.fixed(keys.shape[3], values.shape[3])
-        if not are_rows(keys, values) or not all(_can_take(c, tier) for tier in head.packed):
+        if not are_rows(keys, values) or not all(can_take(c, tier) for tier in head.packed):
+            return None
+        if any(tier.tensors.keys() & _OF_ALL_COMPONENTS for tier in head.packed):
             return None
         if not all(tensor.is_contiguous() for tensor in basis.tensors().values()):
             return None
@@ -145,9 +151,8 @@ def _made(c: Any, table: RaggedTable, tensors: list[Tensor]) -> Plan | None:
     return Plan(heads, parts, KINDS[tensors[-1].dtype], tensors, [held])
 
 
-def _can_take(c: Any, tier: PackedRows) -> bool:
-    if isinstance(tier, RotatedRows):  # what is added to every component alike, these loops know nothing of
-        return (
-            rotated.are_there(c) and rotated.can_take(tier) and not tier.tensors.keys() & {"key_offset", "value_offset"}
-        )
+def can_take(c: Any, tier: PackedRows) -> bool:
+    """Whether there are loops for the rows of a tier."""
+    if isinstance(tier, RotatedRows):
+        return rotated.are_there(c) and rotated.can_take(tier)
     return are_codes(tier)

@@ -116,8 +116,7 @@ def _codes(
     FOUR: tl.constexpr, MIDDLE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Codes `[rows, channels]`, int32. FOUR, MIDDLE, ONE: whether any width has such a part: see `PARTS`."""
-    four = tl.where(width >= 4, 4, 0)
-    middle = tl.where(width == 8, 4, width & 2)
+    four, middle = _parts_of(width)
     found = tl.zeros([rows.shape[0], width.shape[0]], tl.int32)
     if FOUR:
         found += _part(codes, rows, valid, four, first, lanes, STRIDE)
