@@ -30,19 +30,9 @@ from subjects.contenders import WITHOUT_CUDNN, without_cudnn
 
 WARM_UP = 6
 POLICIES = (
-    "full",
-    "snapkv",
-    "a2sf",
-    "h2o",
-    "tova",
-    "keyformer",
-    "streaming_llm",
-    "adakv",
-    "zipcache",
-    "kivi:bits=2",
-    "spectral:bits=2",
-    "bits:score=snapkv",
-)
+    "full", "snapkv", "a2sf", "h2o", "tova", "keyformer", "streaming_llm", "adakv", "zipcache", "kivi:bits=2",
+    "spectral:bits=2", "bits:score=snapkv",
+)  # fmt: skip
 COMPILED = ("a2sf", "tova", "streaming_llm")
 
 

@@ -50,7 +50,7 @@ LEFT_OF_MIXED = tuple(4.0**-bits for bits in range(9))
 # prompt's have not, and what they look for then must not be without a bit: at 2 bits SmolLM2 found none of 9 numbers in
 # 1,000 tokens that a later question asked for with 1e-3, and 8 with 1e-2, at no more divergence. Where components are
 # mixed, all of them have bits.
-_LEAST_QUERY, _LEAST_QUERY_OF_MIXED, _LEAST_KEY = 1e-2, 1e-3, 1e-4
+_LEAST_QUERY, _LEAST_QUERY_OF_MIXED, _LEAST_KEY, _LEAST = 1e-2, 1e-3, 1e-4, 1e-12
 _LARGEST = 65504.0  # of float16
 _MOST_CODE = 127.0
 # Rows that tell a mean: it is off by a quarter of what they vary by, or less.
@@ -140,6 +140,16 @@ class Coordinates:
         """The rows that z `[B, Hkv, R, D]` stand for."""
         rows = torch.matmul(numbers, self.turning(numbers.device).transpose(-1, -2))
         return rows if self.mean is None else rows.add_(self.mean.float()[:, :, None])
+
+    def asked(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """M^T q and q.m, or None, of queries `[B, Hkv, G, D]` float32: q.(m + M z) = q.m + (M^T q).z"""
+        means = None if self.mean is None else torch.matmul(queries, self.mean.float()[..., None])
+        return torch.matmul(queries, self.turning(queries.device)), means
+
+    def added_up(self, numbers: Tensor, weights: Tensor) -> Tensor:
+        """M sum_i w_i z_i + m sum_i w_i = sum_i w_i (m + M z_i), of sums `[B, Hkv, G, D]` and `[B, Hkv, G, 1]`."""
+        found = torch.matmul(numbers, self.turning(numbers.device).transpose(-1, -2))
+        return found if self.mean is None else found.add_(weights * self.mean.float()[:, :, None])
 
     def sizes(self, rows: Tensor) -> Tensor:
         """|z|^2 / D of rows `[B, Hkv, R, D]`, float32 `[B, Hkv, R]`; some at a time, as z is of float32."""
@@ -239,9 +249,8 @@ class Basis:
                 of_values.append(_principal(sampled[1], None, enough, mixed))
         if not any(told) and most < _LEAST_ROWS:
             return cls.fixed(keys.shape[3], values.shape[3])
-        of_any = any(told)
-        whose = torch.tensor(told, device=keys.device) if of_any else None
-        return cls(_stacked(of_keys, heads, of_any), _stacked(of_values, heads, of_any), whose)
+        whose = torch.tensor(told, device=keys.device) if any(told) else None
+        return cls(*(_stacked(parts, heads, any(told)) for parts in (of_keys, of_values)), whose)
 
     def leverage(self, keys: Tensor, values: Tensor) -> Tensor:
         """How far rows are from the mean of their head, in these coordinates: float32 `[B, Hkv, R]`.
@@ -354,12 +363,13 @@ def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool, mixed: boo
     weighted, back = rows - mean[:, None], None
     if of_queries is not None:
         sizes, vectors = torch.linalg.eigh(of_queries)
-        sizes = _at_least(sizes, sizes[:, -1:] * (_LEAST_QUERY_OF_MIXED if mixed else _LEAST_QUERY))[:, None]
+        least = sizes[:, -1:] * (_LEAST_QUERY_OF_MIXED if mixed else _LEAST_QUERY)
+        sizes = torch.maximum(sizes, least.clamp(min=_LEAST))[:, None]
         back = vectors * sizes.rsqrt() @ vectors.mT
         weighted = weighted @ (vectors * sizes.sqrt() @ vectors.mT)
     sizes, vectors = torch.linalg.eigh(weighted.mT @ weighted / rows.shape[1])
     sizes, vectors = sizes.flip(1), vectors.flip(2)
-    sizes = _at_least(sizes, sizes[:, :1] * _LEAST_KEY).unflatten(1, (-1, lanes))
+    sizes = torch.maximum(sizes, (sizes[:, :1] * _LEAST_KEY).clamp(min=_LEAST)).unflatten(1, (-1, lanes))
     vectors = vectors.unflatten(2, (-1, lanes))
     if mixed:
         sizes, vectors = sizes.mean(2, keepdim=True), vectors @ hadamard(lanes, rows.device)
@@ -368,10 +378,6 @@ def _principal(rows: Tensor, of_queries: Tensor | None, enough: bool, mixed: boo
     lost = ~turning.isfinite().all(-1).all(-1) | (turning.norm(dim=1).amin(-1) == 0)
     spectrum = torch.where(lost[:, None], plain[1], sizes.log2().mean(2))
     return torch.where(lost[:, None, None], plain[0], turning), mean, spectrum
-
-
-def _at_least(sizes: Tensor, least: Tensor) -> Tensor:
-    return torch.maximum(sizes, least.clamp(min=1e-12))
 
 
 def _equal(turning: Tensor) -> _Part:

@@ -223,23 +223,16 @@ class RotatedRows(PackedRows):
     # -- products with what the codes stand for ----------------------------------------------------------------------
 
     def dot_keys(self, queries: Tensor) -> Tensor:
-        """q.(m + M z) = q.m + (M^T q).z"""
         coordinates = self.basis.keys
-        turned = torch.matmul(queries, coordinates.turning(queries.device))
+        turned, means = coordinates.asked(queries)
         products = queries.new_empty(*queries.shape[:3], len(self))
         for stretch in self.stretches():
             numbers = self._numbers("key", stretch, coordinates)
             torch.matmul(turned, numbers.transpose(2, 3), out=products[..., stretch.rows])
-        if coordinates.mean is not None:
-            products += torch.matmul(queries, coordinates.mean.float()[..., None])
-        return products
+        return products if means is None else products.add_(means)
 
     def sum_values(self, weights: Tensor) -> Tensor:
-        """sum_i w_i (m + M z_i) = m sum_i w_i + M sum_i w_i z_i"""
         total, coordinates = weights.new_zeros(*weights.shape[:3], self.value_dim), self.basis.values
         for stretch in self.stretches():
             total += torch.matmul(weights[..., stretch.rows], self._numbers("value", stretch, coordinates))
-        total = torch.matmul(total, coordinates.turning(weights.device).transpose(-1, -2))
-        if coordinates.mean is not None:
-            total += weights.sum(-1, keepdim=True) * coordinates.mean.float()[:, :, None]
-        return total
+        return coordinates.added_up(total, weights.sum(-1, keepdim=True))

@@ -83,9 +83,7 @@ class Asked:
 
     @classmethod
     def of(cls, queries: Tensor, scale: float, keys: Coordinates) -> Asked:
-        scaled = queries * scale
-        means = None if keys.mean is None else torch.matmul(scaled, keys.mean.float()[..., None]).contiguous()
-        return cls(torch.matmul(scaled, keys.turning(queries.device)).contiguous(), means)
+        return cls(*keys.asked(queries * scale))
 
     def dots(self, c: Any, logits: Tensor, first: int, rows: RotatedRows, threads: int) -> None:
         """Write logits `[B, Hkv, G, S]`, from slot `first` on, of these queries with the rows."""
@@ -121,7 +119,4 @@ class Sums:
 
     def output(self) -> Tensor:
         """`[B, Hkv, G, Dv]` float32."""
-        found = torch.matmul(self._numbers, self.values.turning(self.weights.device).transpose(-1, -2))
-        if self.values.mean is not None:
-            found += self._total * self.values.mean.float()[:, :, None]
-        return found
+        return self.values.added_up(self._numbers, self._total)

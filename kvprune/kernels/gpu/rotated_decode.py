@@ -262,10 +262,8 @@ class Turned:
     """
 
     def __init__(self, queries: Tensor, basis: Basis, kv_heads: int) -> None:
-        wide, keys = queries.float().unflatten(1, (kv_heads, -1)).squeeze(3), basis.keys
         self.basis = basis
-        self.turned = torch.matmul(wide, keys.turning(queries.device)).contiguous()
-        self.means = None if keys.mean is None else torch.matmul(wide, keys.mean.float()[..., None]).contiguous()
+        self.turned, self.means = basis.keys.asked(queries.float().unflatten(1, (kv_heads, -1)).squeeze(3))
 
     def back(self, partials: Partials, segments: Sequence[Segment]) -> None:
         """Outputs of these segments as those of values, not of their coordinates; in place."""
@@ -279,13 +277,10 @@ class Turned:
             self._back(partials, first_split, last_split)
 
     def _back(self, partials: Partials, first_split: int, last_split: int) -> None:
-        found, values = partials.outputs[:, :, first_split:last_split], self.basis.values
         _, kv_heads, group, _ = self.turned.shape
-        numbers = found.reshape(-1, kv_heads, group * found.shape[2], found.shape[3])
-        turned = torch.matmul(numbers, values.turning(found.device).transpose(-1, -2))
-        if values.mean is not None:
-            sums = partials.sums[:, :, first_split:last_split]
-            turned += sums.reshape(-1, kv_heads, group * found.shape[2], 1) * values.mean.float()[:, :, None]
+        found, sums = (each[:, :, first_split:last_split] for each in (partials.outputs, partials.sums))
+        rows = -1, kv_heads, group * found.shape[2]
+        turned = self.basis.values.added_up(found.reshape(*rows, found.shape[3]), sums.reshape(*rows, 1))
         found.copy_(turned.view(found.shape))
 
 
@@ -323,7 +318,7 @@ def attend_rotated(
     value_codes = _in_units(held["value_codes"])
     words, value_words = _words(tier, "key"), _words(tier, "value")
     of_bits = torch.empty(pairs * splits * group * 32 * value_words, dtype=torch.float32, device=device)
-    four, middle, one = _parts(tier.basis.keys, tier.codec.bits_of("key"))
+    four, middle, one = _parts(tier.basis.keys, tier.codec.bits_of("key")) if normal else _ANY
     _rotated_kernel[pairs, segment.splits](
         queries.turned, queries.means,
         key_codes, held["key_scale"], held.get("key_offset"), held["key_widths"],
