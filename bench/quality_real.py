@@ -57,16 +57,20 @@ VARIANTS = (
 )  # fmt: skip
 PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32", "spectral:bits=4")
 PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral", "spectral:bits=4")
-# At as many bytes: `Bits` is given a share of those at 16 bits, and eviction, with as many recent tokens, of the rows:
-# in bytes it would pay for the queries that it remembers until the first token is generated, and `Bits` does not.
+# At as many bytes: `Bits` is given a share of those at 16 bits, and eviction, with as many sinks and recent tokens, of
+# the rows: in bytes it would pay for the queries that it remembers until the first token is generated, which `Bits`
+# does not.
+ALIKE = "sinks=1,recent=4"
 ON_BYTES = {
     "known": (
         *(f"bits:score={name}({real_tables.AHEAD})" for name in ("snapkv", "a2sf")),
+        "bits:score=kvzip",
         f"bits:score=snapkv({real_tables.AHEAD}),widths=()",
-        *(f"{name}:{real_tables.AHEAD},recent=16" for name in ("snapkv", "dropkv")),
+        *(f"{name}:{real_tables.AHEAD},{ALIKE}" for name in ("snapkv", "dropkv")),
+        f"kvzip:{ALIKE}",
         *PACKED,
     ),
-    "unknown": ("bits:score=kvzip", "kvzip:recent=16", *PACKED),
+    "unknown": ("bits:score=kvzip", f"kvzip:{ALIKE}", *PACKED),
 }
 EMBEDDED = Path(__file__).parent / "results" / "quality.json"
 
@@ -151,7 +155,10 @@ class Presses:
             if "error" in found:
                 self.log.note(f"left out: kvpress, {prompt.task} {prompt.index}, {budget}: {found['error']}")
                 continue
-            for press, written, kept in zip(missing, found["written"], found["kept"], strict=True):
+            for press, answer in zip(missing, found["answers"], strict=True):
+                if "error" in answer:
+                    self.log.note(f"left out: {labels[press]}, {prompt.task} {prompt.index}: {answer['error']}")
+                    continue
                 done += 1
                 self.results.add(
                     {
@@ -163,12 +170,12 @@ class Presses:
                         "policy": f"kvpress {press}",
                         "budget": budget,
                         "question": question,
-                        **prompt.judged(written),
+                        **prompt.judged(answer["written"]),
                         **prompt.fields,
                         "nbytes": 0,  # of a cache in another process, nobody measures them
                         "dense_nbytes": 0,
                         "prompt_tokens": prompt.ids.shape[1],
-                        "kept": round(kept, 1),
+                        "kept": round(answer["kept"], 1),
                     }
                 )
         return done
@@ -364,7 +371,9 @@ def main() -> None:
         with ExitStack() as stack:
             measure(arguments, who, results, log, ends_at, stack)
     rows = results.rows()
-    parts = real_tables.tables(rows, json.loads(EMBEDDED.read_text())["rows"] if EMBEDDED.is_file() else ())
+    parts = real_tables.tables(
+        rows, json.loads(EMBEDDED.read_text()).get("of_lengths", ()) if EMBEDDED.is_file() else ()
+    )
     for shown in parts.values():
         log.console.print(*shown)
     if not arguments.quick:

@@ -72,8 +72,8 @@ class Bits(Scored):
     power: float = 2
     widths: tuple[int, ...] = BITS
     share: Share = _SHARE
-    sinks: int = 4
-    recent: int = 16
+    sinks: int = 1
+    recent: int = 4
     interval: int | None = None
     aged_bits: int = 4
 

@@ -530,8 +530,8 @@ def test_what_has_no_meaning_is_refused():
         feed(shared(), left_padded([100]), cache, [100])  # a fraction never is too little
         assert {tuple(head) for head in cache.kept_positions(0)[0].tolist()} == {(0, 1, 96, 97, 98, 99)}
     for tokens in (1, 100):  # at the first piece of a prompt, whatever comes
-        cache = PrunedCache(shared(), Bits("2kB", score=A2SF()))
-        with pytest.raises(BudgetError, match="the 20 exact ones"):
+        cache = PrunedCache(shared(), Bits("1.5kB", score=A2SF()))
+        with pytest.raises(BudgetError, match="the 5 exact ones"):
             feed(shared(), left_padded([tokens]), cache, [tokens])
         assert cache.seen_tokens == 0
     assert parse("bits:score=kvzip,budget=0.05b") == Bits("0.05b", score=KVzip())

@@ -15,19 +15,21 @@ from kvprune.cache.models import cache_argument
 from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions, measure, reference
 from kvprune.demo.show import Demo
-from kvprune.demo.task import ANSWER_LENGTH, NOTE_LENGTH, QUESTION_LENGTH, RecallGenerator, decode
+from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH, RecallGenerator, decode
 from kvprune.demo.words import BOS, EOS, FILLER, SENTENCES, TOKEN_ID, VOCABULARY
 from kvprune.policies import A2SF, H2O, KIVI, GemFilter, Keyformer, SnapKV, StreamingLLM, ZipCache
 
 
-@given(length=st.integers(60, 600), notes=st.integers(1, 9), seed=st.integers(0, 10))
-def test_a_document_holds_its_notes_exactly_once(length, notes, seed):
+@given(length=st.integers(120, 600), notes=st.integers(1, 9), seed=st.integers(0, 10), words=st.integers(1, 9))
+def test_a_document_holds_its_notes_exactly_once(length, notes, seed, words):
     """A document has the length asked for, and every note stands where it says, under a key of its own."""
-    recall = RecallGenerator(seed).document(length, notes)
+    recall = RecallGenerator(seed).document(length, notes, words)
+    assert recall.values.shape == (notes, words)
+    assert all(VOCABULARY[value[-1]].endswith(".") for value in recall.values)
     assert len(recall.document) == length
     assert len({tuple(key) for key in recall.keys}) == notes
     for key, value, position in zip(recall.keys, recall.values, recall.positions, strict=True):
-        note = recall.document[position : position + NOTE_LENGTH]
+        note = recall.document[position : position + 3 + words]
         assert note.tolist() == [TOKEN_ID["note"], *key, *value]
         starts = [i for i in range(length - 1) if tuple(recall.document[i : i + 2]) == tuple(key)]
         assert starts == [position + 1]
@@ -52,10 +54,18 @@ def test_sentences_walk_the_chain_as_numpy_chooses():
         assert generator.sentence().tolist() == words
 
 
-@pytest.mark.parametrize(("length", "notes"), [(10, 2), (100, 0), (100_000, 5000)])
-def test_impossible_documents_are_refused(length, notes):
+def test_documents_of_three_words_are_those_of_ever():
+    """The embedded model and all figures are of these: here the sums of a document and of its values."""
+    recall = RecallGenerator(3).document(2048, 24)
+    assert (int(recall.document.sum()), int(recall.values.sum())) == (661241, 13130)
+
+
+@pytest.mark.parametrize(
+    ("length", "notes", "words"), [(10, 2, 3), (100, 0, 3), (100, 9, 9), (100, 2, 0), (100_000, 5000, 3)]
+)
+def test_impossible_documents_are_refused(length, notes, words):
     with pytest.raises(KVPruneError):
-        RecallGenerator(0).document(length, notes)
+        RecallGenerator(0).document(length, notes, words)
 
 
 def test_the_tokenizer_reads_what_the_generator_writes():

@@ -191,17 +191,23 @@ def test_a_press_that_fails_is_named_and_leaves_the_others_alone(stand_in, model
     assert "NoPress at 50%" in log.notes[0]
 
 
+# Draws of its own; a prompt of its own, in words, for the second reading.
+OTHERWISE = {"RandomPress", "KVzipPress"}
+
+
 def test_the_real_presses_rank_as_their_rules(model, asked):
     if not PEERS.exists():
         pytest.skip("no environment of kvpress: `make peers` makes it")
     with Worker(PEERS, script=quality.PRESS_WORKER) as worker:
         for pair in quality.PAIRS:
+            if pair.press in OTHERWISE:
+                continue
             policy = pair.twin(0.5) if pair.twin else find(pair.policy)(0.5, interval=None)
             found = quality.there(pair.press, 0.5, worker, asked).ask(True)
             expected = quality.here("", 0.5, model, policy, asked).ask(True)
             apart = torch.tensor(found.right) != torch.tensor(expected.right)
             assert apart.float().mean() < 0.05, pair.press  # budgets are rounded down there, up here
-            assert 0 <= expected.kept - found.kept <= 1
+            assert -0.01 <= expected.kept - found.kept <= 1.01  # entries that are masked are not kept
 
 
 # -- tables and the report ---------------------------------------------------------------------------------------------
@@ -267,18 +273,25 @@ def test_a_small_run_without_peers_or_data_fills_the_report(tmp_path, monkeypatc
     monkeypatch.setattr(likelihood, "DATA", tmp_path)
     report, out = tmp_path / "quality.md", tmp_path / "quality.json"
     report.write_text(REPORT.read_text())
-    arguments = f"--tokens 128 --notes 6 --questions 2 --budgets 0.5 --peers {tmp_path / 'python'}".split()
+    sizes = "--tokens 128 --notes 6 --questions 2 --budgets 0.5 --shares 0.5 --words 3 5"
+    arguments = f"{sizes} --peers {tmp_path / 'python'}".split()
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--out", str(out), "--report", str(report)])
     quality.main()
     found = json.loads(out.read_text())
     assert [("kvpress" in note, "stories260K" in note) for note in found["left_out"]] == [(True, False), (False, True)]
     assert len(found["rows"]) == 2 * (1 + len(quality.EVICTING) + len(quality.PACKING))
-    assert "2 questions about 1 documents of 128 tokens" in report.read_text()
+    assert len(found["at_as_many_bytes"]) == 2 * (1 + len(quality.ON_BYTES))
+    assert all(row["half_ratio"] == row["ratio"] for row in found["at_as_many_bytes"])  # of a cache in 16 bits
+    assert [row["words"] for row in found["of_lengths"] if row["name"] == FULL] == [3, 3, 5, 5]
+    bits = [row for row in found["at_as_many_bytes"] if row["name"].startswith("bits")]
+    assert all(0.3 < row["ratio"] < 0.6 for row in bits)
+    assert report.read_text().count("2 questions, documents of 128 tokens") == 3
     assert "`make peers`" in report.read_text()
 
 
 @pytest.mark.parametrize(
-    "mistake", ["--budgets 25", "--budgets 0", "--questions 0", "--texts 0", "--report /no/such/report.md"]
+    "mistake",
+    ["--budgets 25", "--budgets 0", "--shares 0", "--questions 0", "--texts 0", "--report /no/such/report.md"],
 )
 def test_mistakes_are_told_before_anything_runs(mistake, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quality.py", *mistake.split()])

@@ -105,6 +105,51 @@ def bytes_by_budget(rows: Rows, names: Sequence[str], budgets: Sequence[float], 
     return shown
 
 
+def at_as_many_bytes(rows: Rows, names: Sequence[str], shares: Sequence[float], *, known: bool) -> Table:
+    """Recall of rows against bits, everyone in 16 bits a number; those that take no budget in the first column."""
+    first = int(known)
+    shown = table(
+        f"At as many bytes, question {KNOWN[known]} at compression, {'words 2 and 3' if known else 'all three words'}",
+        f"{_ERROR} Model and caches are bfloat16. `bits` is given a share of the bytes, eviction of the rows; those "
+        "that keep every row stand in the first column. In brackets: bytes at the end of the answer, everything "
+        "included, of a full cache's.",
+        "policy",
+        *(f"{each:.0%}" for each in shares),
+    )
+    full = rows.full(known)
+    for name in (FULL, *names):
+        alone = rows.get(name, None, known)
+        cells = [rows.get(name, each, known) for each in shares] if alone is None else [alone]
+        shown.add_row(
+            name,
+            *(
+                "" if row is None else f"{share(row.shares(first))} ({row.answered.nbytes / full.answered.nbytes:.1%})"
+                for row in cells
+            ),
+        )
+    return shown
+
+
+def by_length(of_words: Mapping[int, Rows], names: Sequence[str], budgets: Sequence[float], *, known: bool) -> Table:
+    """Recall of answers of so many words; those that take no budget come last."""
+    first = int(known)
+    fulls = ", ".join(f"{words}: {share(rows.full(known).shares(first))}" for words, rows in of_words.items())
+    shown = table(
+        f"Answers of several lengths, question {KNOWN[known]} at compression",
+        f"Words {'from the second on' if known else 'of the answer'}, {_ERROR} Full cache: {fulls}.",
+        "policy",
+        "budget",
+        *(f"{words} words" for words in of_words),
+    )
+    for budget in (*budgets, None):
+        for name in names:
+            found = [rows.get(name, budget, known) for rows in of_words.values()]
+            if any(found):
+                cells = ("" if row is None else share(row.shares(first)) for row in found)
+                shown.add_row(name, "" if budget is None else f"{budget:.0%}", *cells)
+    return shown
+
+
 def _ratio(ratio: float, itemsize: int) -> str:
     return f"{ratio:.1%} ({ratio * itemsize / 2:.1%})"
 

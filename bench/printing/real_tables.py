@@ -18,8 +18,6 @@ from printing.output import table
 FULL = "full"
 ANSWERS = (1, 3, 7, 20)
 SHARES = ("0.5", "0.25", "0.1", "0.05", "0.03", "0.02", "0.01")  # of bytes, those that may have a column
-# What `quality.py` calls otherwise: there settings are named that the embedded model needs.
-SAME = {"gemfilter:layer=2,keep_last=3": "gemfilter"}
 # Of the overview, what README begins with.
 AHEAD = "kernel_size=27,ahead=23"
 FIRST = (
@@ -346,42 +344,47 @@ def side_by_side(rows: Sequence[Row], question: str) -> Table | None:
 
 
 def beside_embedded(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]], question: str) -> Table | None:
-    """What both models measured of single needles at a quarter, or without a budget, in the order of this one.
+    """What both models measured of answers of several lengths, in the order of this one.
 
-    embedded: the rows of `quality.py`'s results.
+    embedded: the rows of the part "lengths" of `quality.py`.
     """
     found = Found([row for row in rows if row.get("kind") == "single" and row["length"] == 1000], question)
-    others = {row["name"]: row for row in embedded if row["question"] == question and row["budget"] in (0.25, None)}
-    both: list[tuple[str, list[float], Mapping[str, Any]]] = []
-    for name, other in others.items():
-        answers = found.get(SAME.get(name, name), None if other["budget"] is None else str(other["budget"]))
+    others: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for row in embedded:
+        if row["question"] == question and row["name"] != "full cache":
+            others.setdefault((row["name"], row["budget"]), []).append(row)
+    both: list[tuple[str, float | None, list[float], float, float]] = []
+    for (name, budget), of_lengths in others.items():
+        answers = found.get(name, None if budget is None else str(budget))
         if answers:
-            both.append((name, [row["tokens_right"] for row in answers.values()], other))
+            recall = _mean([row["recall"] for row in of_lengths])
+            error = math.hypot(*(row["recall_error"] for row in of_lengths)) / len(of_lengths)
+            both.append((name, budget, [row["tokens_right"] for row in answers.values()], recall, error))
     if not both:
         return None
-    both.sort(key=lambda line: -_mean(line[1]))
+    both.sort(key=lambda line: -_mean(line[2]))
     alike = against = 0
-    for place, (_, mine, other) in enumerate(both):
-        for _, later, another in both[place + 1 :]:
+    for place, (*_, mine, recall, error) in enumerate(both):
+        for *_, later, another, its_error in both[place + 1 :]:
             here = _apart(_mean(mine) - _mean(later), standard_error(mine), standard_error(later))
-            there = _apart(other["recall"] - another["recall"], other["recall_error"], another["recall_error"])
+            there = _apart(recall - another, error, its_error)
             alike += here * there > 0
             against += here * there < 0
     pairs = len(both) * (len(both) - 1) // 2
+    words = ", ".join(str(words) for words in sorted({row["words"] for row in embedded}))
     shown = table(
         f"Both models, question {question}",
-        f"tokens: as above, of all single needles of 1,000 tokens. words: of quality.md, 4,096 tokens. Of {pairs} "
-        f"pairs of policies {alike} stand in the same order in both and {against} in the other; the rest differ, in "
-        "one of the two, by no more than twice the standard error of the difference.",
+        f"tokens: as above, of all single needles of 1,000 tokens. words: of answers of {words} words in 4,096, see "
+        f"quality.md. Of {pairs} pairs {alike} stand in the same order in both and {against} in the other; the rest "
+        "differ, in one of the two, by no more than twice the standard error of the difference.",
         "policy",
         "budget",
         "SmolLM2, tokens",
         "embedded, words",
     )
-    for name, values, other in both:
-        budget = "" if other["budget"] is None else f"{other['budget']:.0%}"
-        words = f"{100 * other['recall']:.0f} ± {100 * other['recall_error']:.0f}%"
-        shown.add_row(SAME.get(name, name), budget, percent(values), words)
+    for name, budget, values, recall, error in both:
+        cells = ("" if budget is None else f"{budget:.0%}", percent(values), f"{100 * recall:.0f} ± {100 * error:.0f}%")
+        shown.add_row(name, *cells)
     return shown
 
 

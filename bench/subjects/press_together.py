@@ -3,7 +3,7 @@
     PYTHONPATH=bench bench/peers/.venv/bin/python bench/subjects/press_together.py  # a request a line
 
 A request is `{"measure": "write", "job": {...}}` with the fields of `WriteJob`, and an answer has what each press wrote
-and kept; or `{"measure": "versions", "job": ...}`. Or `{"error": why not}`.
+and kept, or why it could not; or `{"measure": "versions", "job": ...}`. Or `{"error": why not}`.
 
 The prompt is read once, with the hook of every press on every layer, each with a cache of its own. KVzipPress reads it
 several times, in its own way.
@@ -11,8 +11,10 @@ several times, in its own way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -154,28 +156,36 @@ def _found(answer: list[int], written: list[int]) -> bool:
 
 def _write(model: Any, mine: Compressed, logits: Tensor, question: Tensor, seen: int, job: WriteJob) -> list[int]:
     """Greedily, at the positions that the tokens would have in a full cache."""
-    for module, masked in zip(_attentions(model), mine.masked, strict=True):
-        module.masked_key_indices = masked
     written: list[int] = []
     tokens = question
-    while True:
-        if tokens.shape[1]:
-            places = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
-            logits = model(tokens, **cache_argument(mine.cache), position_ids=places, logits_to_keep=1).logits[:, -1]
-            seen += tokens.shape[1]
-        written.append(int(logits.argmax()))
-        done = bool(job.answers) and all(_found(answer, written) for answer in job.answers)
-        if done or written[-1] in job.ends or len(written) == job.max_new_tokens:
-            break
-        tokens = torch.tensor([written[-1:]], device=question.device)
-    for module in _attentions(model):
-        module.masked_key_indices = None
-    return written
+    with _masking(model, mine.masked):
+        while True:
+            if tokens.shape[1]:
+                places = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
+                output = model(tokens, **cache_argument(mine.cache), position_ids=places, logits_to_keep=1)
+                logits = output.logits[:, -1]
+                seen += tokens.shape[1]
+            written.append(int(logits.argmax()))
+            done = bool(job.answers) and all(_found(answer, written) for answer in job.answers)
+            if done or written[-1] in job.ends or len(written) == job.max_new_tokens:
+                return written
+            tokens = torch.tensor([written[-1:]], device=question.device)
+
+
+@contextmanager
+def _masking(model: Any, masked: list[Any]) -> Iterator[None]:
+    for module, entries in zip(_attentions(model), masked, strict=True):
+        module.masked_key_indices = entries
+    try:
+        yield
+    finally:
+        for module in _attentions(model):
+            module.masked_key_indices = None
 
 
 @torch.inference_mode()
 def write(job: WriteJob) -> dict[str, Any]:
-    """`{"written": token ids, "kept": rows}`, each for every press of the job."""
+    """`{"answers": [{"written": token ids, "kept": rows}, ...]}` of the presses of the job, or `{"error": why not}`."""
     model = _model(job.model)
     ids = torch.tensor([job.ids], device=model.device)
     presses = [_press(name, 1 - job.budget) for name in job.presses]
@@ -184,12 +194,14 @@ def write(job: WriteJob) -> dict[str, Any]:
     together = [press for press, apart in zip(presses, alone, strict=True) if not apart]
     shared, logits = _read(model, before, together) if together else ([], torch.empty(0))
     waiting = iter(shared)
-    answers: dict[str, Any] = {"written": [], "kept": []}
-    for press, apart in zip(presses, alone, strict=True):
+    rest = ids[:, before.shape[1] :]
+
+    def of(press: Any, apart: bool) -> dict[str, Any]:
         mine, first = _read_alone(model, before, press) if apart else (next(waiting), logits)
-        answers["kept"].append(mine.kept)
-        answers["written"].append(_write(model, mine, first, ids[:, before.shape[1] :], before.shape[1], job))
-    return answers
+        return {"kept": mine.kept, "written": _write(model, mine, first, rest, before.shape[1], job)}
+
+    answers = [reasoned(partial(of, press, apart)) for press, apart in zip(presses, alone, strict=True)]
+    return {"answers": answers}
 
 
 def ask(measure: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from kvprune.cache.models import cache_argument
-from kvprune.demo.task import RecallGenerator
+from kvprune.demo.task import ANSWER_LENGTH, RecallGenerator
 from kvprune.policy.base import Policy
 from kvprune.saving import PrunedCache
 
@@ -27,19 +27,24 @@ CONTINUATION = 24  # tokens decoded after the prompt: the answer and what the de
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts of one length with a question at the end. prompts: `[Q, n]`. answers: `[Q, 3]`. Token ids."""
+    """Prompts of one length with a question at the end. prompts: `[Q, n]`. answers: `[Q, words]`. Token ids."""
 
     prompts: Tensor
     answers: Tensor
 
     @classmethod
-    def draw(cls, count: int, *, tokens: int, notes: int, seed: int, per_document: int = 8) -> Questions:
-        """`count` questions, at most `per_document` of them about the same document of `tokens` tokens."""
+    def draw(
+        cls, count: int, *, tokens: int, notes: int, seed: int, per_document: int = 8, words: int = ANSWER_LENGTH
+    ) -> Questions:
+        """`count` questions, at most `per_document` of them about the same document of `tokens` tokens.
+
+        words: of every answer.
+        """
         generator = RecallGenerator(seed)
         prompts: list[np.ndarray] = []
         answers: list[np.ndarray] = []
         while len(prompts) < count:
-            recall = generator.document(tokens, notes)
+            recall = generator.document(tokens, notes, words)
             asked = generator.rng.choice(notes, size=min(per_document, notes, count - len(prompts)), replace=False)
             prompts += [recall.prompt(note) for note in asked]
             answers += [recall.values[note] for note in asked]

@@ -12,6 +12,9 @@ key at the end of the prompt and expects the value::
 Every word is one token (punctuation is part of the word), so a person can read a prompt and count its tokens. Key and
 value words are drawn independently: the answer can be known from the note alone. The filler is a Markov chain over the
 words of a small grammar. `bench/train_recall.py` trains the embedded model on these documents.
+
+Values may be longer, ``copper lantern slate anchor seven.``: the model, trained on three words, copies what follows a
+key.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 import numpy as np
 
@@ -39,9 +42,9 @@ from kvprune.demo.words import (
 )
 from kvprune.errors import KVPruneError
 
-NOTE_LENGTH = 6  # note k1 k2: v1 v2 v3.
 QUESTION_LENGTH = 3  # question k1 k2:
 ANSWER_LENGTH = 3  # v1 v2 v3.
+NOTE_LENGTH = QUESTION_LENGTH + ANSWER_LENGTH  # note k1 k2: v1 v2 v3.
 _SUCCESSORS = 6  # words that may follow a filler word within the next word class, each half as likely as the one before
 _RANKED = {count: 0.5 ** np.arange(count) / (0.5 ** np.arange(count)).sum() for count in range(1, _SUCCESSORS + 1)}
 _UP_TO = {count: (ranked.cumsum() / ranked.cumsum()[-1]).tolist() for count, ranked in _RANKED.items()}
@@ -67,8 +70,8 @@ def _fillable(length: int) -> bool:
 class Recall:
     """One document and the notes in it, as token ids.
 
-    document: `[n]`, beginning with `<s>`. keys: `[notes, 2]`. values: `[notes, 3]`. positions: `[notes]`, where each
-    note starts in the document.
+    document: `[n]`, beginning with `<s>`. keys: `[notes, 2]`. values: `[notes, words]`. positions: `[notes]`, where
+    each note starts in the document.
     """
 
     document: np.ndarray
@@ -132,15 +135,19 @@ class RecallGenerator:
             length -= len(sentences[-1])
         return sentences
 
-    def document(self, length: int, notes: int) -> Recall:
+    def document(self, length: int, notes: int, words: int = ANSWER_LENGTH) -> Recall:
         """A document of exactly `length` tokens with `notes` notes whose keys are all different.
 
-        Raises KVPruneError where the notes do not fit or there are not enough keys.
+        words: of a value; the last ends the sentence. Raises KVPruneError where the notes do not fit or there are not
+        enough keys.
         """
-        if notes < 1 or 1 + notes * NOTE_LENGTH > length:
+        if words < 1:
+            raise KVPruneError(f"a value has at least one word, not {words}.")
+        note_length = QUESTION_LENGTH + words
+        if notes < 1 or 1 + notes * note_length > length:
             raise KVPruneError(
-                f"{notes} notes of {NOTE_LENGTH} tokens do not fit a document of {length} tokens: "
-                f"ask for 1 to {max(1, (length - 1) // NOTE_LENGTH)} notes, or a longer document."
+                f"{notes} notes of {note_length} tokens do not fit a document of {length} tokens: "
+                f"ask for 1 to {max(1, (length - 1) // note_length)} notes, or a longer document."
             )
         if notes > len(KEY_FIRST) * len(KEY_SECOND):
             raise KVPruneError(
@@ -148,10 +155,9 @@ class RecallGenerator:
             )
         pairs = self.rng.choice(len(KEY_FIRST) * len(KEY_SECOND), size=notes, replace=False)
         keys = np.stack([_ids(KEY_FIRST)[pairs // len(KEY_SECOND)], _ids(KEY_SECOND)[pairs % len(KEY_SECOND)]], axis=1)
-        values = np.stack(
-            [self.rng.choice(_ids(words), size=notes) for words in (VALUE_FIRST, VALUE_SECOND, VALUE_THIRD)], axis=1
-        )
-        filler = self._filler(length - 1 - notes * NOTE_LENGTH)
+        of_words = [*islice(cycle((VALUE_FIRST, VALUE_SECOND)), words - 1), VALUE_THIRD]
+        values = np.stack([self.rng.choice(_ids(list(each)), size=notes) for each in of_words], axis=1)
+        filler = self._filler(length - 1 - notes * note_length)
         where = np.sort(self.rng.integers(0, len(filler) + 1, size=notes))
         pieces: list[np.ndarray] = [np.array([TOKEN_ID[BOS]])]
         positions = np.empty(notes, dtype=np.int64)
@@ -162,7 +168,7 @@ class RecallGenerator:
             used = slot
             positions[note] = n
             pieces.append(np.concatenate([[TOKEN_ID[NOTE]], keys[note], values[note]]))
-            n += NOTE_LENGTH
+            n += note_length
         pieces += filler[used:]
         return Recall(np.concatenate(pieces), keys, values, positions)
 

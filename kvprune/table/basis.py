@@ -250,7 +250,7 @@ class Basis:
         if not any(told) and most < _LEAST_ROWS:
             return cls.fixed(keys.shape[3], values.shape[3])
         whose = torch.tensor(told, device=keys.device) if any(told) else None
-        return cls(*(_stacked(parts, heads, any(told)) for parts in (of_keys, of_values)), whose)
+        return cls(_stacked(of_keys, heads, any(told)), _stacked(of_values, heads, any(told)), whose)
 
     def leverage(self, keys: Tensor, values: Tensor) -> Tensor:
         """How far rows are from the mean of their head, in these coordinates: float32 `[B, Hkv, R]`.
