@@ -118,9 +118,11 @@ class Bits(Scored):
     def _limits(self) -> ByteLimits:
         return ByteLimits(self._budget, self.share, self.codecs, self.sinks + self.recent)
 
-    @property
+    @cached_property
     def scorer(self) -> Ranking:
-        return self.score  # type: ignore[return-value]
+        """The policy whose scores they are, with the recent rows of this one, which pooling leaves alone."""
+        score: Ranking = self.score  # type: ignore[assignment]
+        return replace(score, budget=0.5, sinks=self.sinks, recent=self.recent)
 
     @property
     def evicts(self) -> bool:

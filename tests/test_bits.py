@@ -291,6 +291,18 @@ def test_each_layer_goes_on_with_the_bytes_that_it_got():
             assert 0.9 * limit < layer.table.nbytes <= limit + 100  # widths that all rows share
 
 
+@pytest.mark.parametrize("recent", [0, 4, 40])
+def test_what_is_recent_to_the_scorer_is_pooled(recent):
+    """A scorer alone keeps its window of 32 whatever it scores, and lends it nothing; here all but `recent` compete."""
+    settings = {"sinks": 2, "recent": recent}
+    cache = PrunedCache(shared(), Bits(170, score=SnapKV(kernel_size=7), widths=(), share=Uniform(), **settings))
+    feed(shared(), left_padded([250]), cache, [250])
+    inner = PrunedCache(shared(), SnapKV(cache.kept_positions(0).shape[2], kernel_size=7, **settings))
+    feed(shared(), left_padded([250]), inner, [250])
+    for layer in cache.pruned_layers:
+        assert torch.equal(cache.kept_positions(layer), inner.kept_positions(layer))
+
+
 @pytest.mark.parametrize("score", [Knorm(), Random(), H2O()], ids=str)
 @pytest.mark.parametrize("share", [Uniform(), Adaptive(normalize="z")], ids=str)
 def test_scores_of_any_sign_rank_rows(score, share):

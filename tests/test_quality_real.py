@@ -85,7 +85,7 @@ class Refusing(TOVA):
 @pytest.mark.parametrize("together", [1000, 2])
 def test_what_cannot_hold_a_prompt_is_named_and_the_others_answer(together):
     """Raised in a layer, when a prompt is decided for all layers, at a token, or by one that reads it by itself."""
-    texts = ["a2sf:budget=9KB", "bits:budget=2KB", "tova", "gemfilter | a2sf:budget=9KB", "keyformer"]
+    texts = ["a2sf:budget=9KB", "bits:budget=1KB", "tova", "gemfilter | a2sf:budget=9KB", "keyformer"]
     who, notes = quality_real.entries(["0.5"], texts)
     assert not notes
     refusing = [Refusing(0.5), Refusing(0.5, at=62), Refusing(0.5, share=Everywhere())]
@@ -206,5 +206,5 @@ def test_pairs_of_policies_that_both_models_tell_apart_are_counted():
     shown = real_tables.beside_embedded(rows, embedded, "known")
     assert [line[0] for line in cells(shown)] == ["snapkv", "tova", "h2o"]
     assert [line[3] for line in cells(shown)] == ["60 ± 4%", "90 ± 4%", "50 ± 4%"]  # of both lengths
-    assert "3 pairs of policies 1 stand in the same order in both and 1 in the other" in shown.caption
+    assert "3 pairs 1 stand in the same order in both and 1 in the other" in shown.caption
     assert real_tables.beside_embedded(rows, embedded, "unknown") is None
