@@ -57,7 +57,8 @@ class Bits(Scored):
             first token is generated come on top.
         score: whose scores they are, a policy that ranks rows, or its text ("kvzip"). What it says of budget, sinks,
             recent tokens, interval and share means nothing here.
-        power: of scores, see above; what attention loses counts by its square. widths: of codes, out of 2, 3, 4 and 8;
+        power: of scores, see above; by default 2, as what attention loses counts by its square, and 1 for scores that
+            are squares, as those of DropKV. widths: of codes, out of 2, 3, 4 and 8;
             none for eviction alone.
         share: who shares a budget, a `Share`; its floor is of bytes.
         sinks, recent: the first and the newest tokens, always exact; they are paid first.
@@ -69,7 +70,7 @@ class Bits(Scored):
     budget: float | int | str = 0.1
     _: KW_ONLY
     score: Ranking | str = _SCORE
-    power: float = 2
+    power: float | None = None
     widths: tuple[int, ...] = BITS
     share: Share = _SHARE
     sinks: int = 1
@@ -93,7 +94,8 @@ class Bits(Scored):
         if not isinstance(self.share, Share):
             raise PolicyError(f"share must be a Share such as Everywhere(), or its text, not {self.share!r}.")
         object.__setattr__(self, "budget", self._budget.plain(self.budget))
-        check_number("power", self.power, low=0, high=2)
+        if self.power is not None:
+            check_number("power", self.power, low=0, high=2)
         check_count("sinks", self.sinks, least=0)
         check_count("recent", self.recent, least=0)
         if isinstance(self.widths, list):
@@ -123,6 +125,12 @@ class Bits(Scored):
         """The policy whose scores they are, with the recent rows of this one, which pooling leaves alone."""
         score: Ranking = self.score  # type: ignore[assignment]
         return replace(score, budget=0.5, sinks=self.sinks, recent=self.recent)
+
+    @property
+    def _power(self) -> float:
+        if self.power is not None:
+            return self.power
+        return 1 if self.scorer.scores_squares else 2
 
     @property
     def evicts(self) -> bool:
@@ -200,7 +208,7 @@ class Bits(Scored):
             scores = self.share.normalized(self.compared(table, step).double(), there & ~always)
             least = scores.masked_fill(~(there & ~always & scores.isfinite()), 0.0).amin(-1, keepdim=True)
             scores = scores - least.clamp(max=0)  # cosines, norms and "z" have a sign
-        weights, prices = weights_of(scores, positions, self.power), self._limits.prices(table)
+        weights, prices = weights_of(scores, positions, self._power), self._limits.prices(table)
         return Rows(weights, always & there, there, now, prices, self.widths)
 
     def _decision(self, table: TokenTable, rows: Rows, bits: Tensor) -> Decision | None:

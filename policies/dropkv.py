@@ -40,6 +40,10 @@ class DropKV(SnapKV):
     def scores_attention(self) -> bool:
         return False  # but what values make of it
 
+    @property
+    def scores_squares(self) -> bool:
+        return True
+
     def row_weights(self, step: Step) -> None:
         return None
 

@@ -23,6 +23,7 @@ from kvprune.policies import (
     H2O,
     TOVA,
     Bits,
+    DropKV,
     KeyDiff,
     Keyformer,
     Knorm,
@@ -289,6 +290,17 @@ def test_each_layer_goes_on_with_the_bytes_that_it_got():
         assert row_bytes(cache) <= 60 * full_bytes(cache) / (tokens + 320)
         for limit, layer in zip(given, cache.layers, strict=True):
             assert 0.9 * limit < layer.table.nbytes <= limit + 100  # widths that all rows share
+
+
+@pytest.mark.parametrize(("score", "power"), [(DropKV(), 1), (SnapKV(), 2), (KVzip(), 2)])
+def test_scores_that_are_squares_count_as_they_are(score, power):
+    kept = []
+    for settings in ({}, {"power": power}, {"power": 3 - power}):
+        cache = PrunedCache(shared(), Bits(0.3, score=score, sinks=2, recent=4, **settings))
+        feed(shared(), left_padded([250]), cache, [250])
+        cache.end_prompt()
+        kept.append(sorted(layer.table.code_bits().flatten().tolist() for layer in cache.layers))
+    assert kept[0] == kept[1] != kept[2]
 
 
 @pytest.mark.parametrize("recent", [0, 4, 40])

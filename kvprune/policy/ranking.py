@@ -133,6 +133,11 @@ class Ranking(Policy):
         return type(self).row_weights is not Policy.row_weights or self.replay is not None
 
     @property
+    def scores_squares(self) -> bool:
+        """Whether its scores are squared errors, as what is lost counts, and not sizes, which count by their square."""
+        return False
+
+    @property
     def scores_generated(self) -> bool:
         """Whether generated tokens get scores, by which they may compete with those of a prompt before the next."""
         return self.replay is None
