@@ -63,7 +63,7 @@ PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral", "s
 ALIKE = "sinks=1,recent=4"
 ON_BYTES = {
     "known": (
-        *(f"bits:score={name}({real_tables.AHEAD})" for name in ("snapkv", "a2sf")),
+        *(f"bits:score={name}({real_tables.AHEAD})" for name in ("dropkv", "snapkv", "a2sf")),
         "bits:score=kvzip",
         f"bits:score=snapkv({real_tables.AHEAD}),widths=()",
         *(f"{name}:{real_tables.AHEAD},{ALIKE}" for name in ("snapkv", "dropkv")),
