@@ -80,7 +80,8 @@ bench: $(BENCHED) $(PEERS)
 	$(BIN)/python bench/memory.py $(BENCH) --out bench/results/memory.json
 	$(BIN)/python bench/plots.py bench/results
 
-# What compression does to answers: half an hour on a quiet core. Without kvpress it says so and goes on.
+# What compression does to answers: an hour and a half on a core. QUALITY="--parts lengths" (or answers, bytes) is a part of
+# it. Without kvpress it says so and goes on.
 quality: $(INSTALLED)
 	-$(MAKE) peers
 	$(BIN)/python bench/quality.py $(QUALITY) --out bench/results/quality.json --report bench/quality.md
