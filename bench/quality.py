@@ -33,7 +33,7 @@ from kvprune.demo import MODEL_PATH, load
 from kvprune.demo.measure import Questions
 from kvprune.demo.task import ANSWER_LENGTH, QUESTION_LENGTH
 from kvprune.policies import H2O
-from kvprune.policy.registry import parse
+from kvprune.policy.registry import parse, takes_budget
 from measuring.asking import Answered, Asked, Subject, answer, merge
 from measuring.workload import Session
 from printing import quality_tables as tables
@@ -180,12 +180,8 @@ def there(press: str, budget: float, worker: Worker, asked: list[Asked]) -> Cand
 
 
 def policies(model: Any, asked: Sequence[Asked], budgets: Sequence[float]) -> Iterator[Candidate]:
-    yield here(FULL, None, model, None, asked)
-    for budget in budgets:
-        for text in EVICTING:
-            yield here(text, budget, model, parse(text, budget=budget), asked)
-    for text in PACKING:
-        yield here(text, None, model, parse(text), asked)
+    """Those that evict under every budget, and those that pack."""
+    return _everyone(model, asked, (*EVICTING, *PACKING), budgets)
 
 
 def on_bytes(model: Any, asked: Sequence[Asked], shares: Sequence[float]) -> Iterator[Candidate]:
@@ -211,7 +207,7 @@ def _everyone(
     """The full cache, and these policies; once, where they take no budget. given: the budget, as a policy writes it."""
     yield here(FULL, None, model, None, asked)
     for text in names:
-        if parse(text, budget=0.5) == parse(text, budget=0.25):
+        if not takes_budget(text):
             yield here(text, None, model, parse(text), asked)
             continue
         for budget in budgets:

@@ -35,7 +35,7 @@ from kvprune.evaluation.models import LanguageModel, load
 from kvprune.evaluation.results import Results, Row
 from kvprune.evaluation.together import shareable
 from kvprune.policy.base import Policy
-from kvprune.policy.registry import names, parse
+from kvprune.policy.registry import names, parse, takes_budget
 from measuring import real_prompts as prompts
 from measuring.real_prompts import Prompt
 from printing import real_tables
@@ -107,12 +107,12 @@ def entries(
             budget = f"{budget}b" if dtype and text.startswith("bits") else budget
             try:
                 policy = parse(text, budget=budget)
-                takes_budget = parse(text, budget=0.5) != parse(text, budget=0.25)
+                takes_one = takes_budget(text)
             except KVPruneError as error:
                 notes.append(f"left out: {text}: {error}")
                 break
             for known in (True, False):
-                entry = Entry(text, budget if takes_budget else None, known, policy, dtype)
+                entry = Entry(text, budget if takes_one else None, known, policy, dtype)
                 found.setdefault(entry.label, entry)
     return list(found.values()), notes
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kvprune.evaluation.results import Row
 from kvprune.policy.registry import parse
+from printing import quality_tables
 from printing.output import table
 
 FULL = "full"
@@ -351,7 +352,7 @@ def beside_embedded(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]], 
     found = Found([row for row in rows if row.get("kind") == "single" and row["length"] == 1000], question)
     others: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for row in embedded:
-        if row["question"] == question and row["name"] != "full cache":
+        if row["question"] == question and row["name"] != quality_tables.FULL:
             others.setdefault((row["name"], row["budget"]), []).append(row)
     both: list[tuple[str, float | None, list[float], float, float]] = []
     for (name, budget), of_lengths in others.items():

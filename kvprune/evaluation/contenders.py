@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from kvprune.cache import stock
 from kvprune.errors import EvaluationError
 from kvprune.policy.base import Policy
-from kvprune.policy.registry import parse
+from kvprune.policy.registry import parse, takes_budget
 from kvprune.saving import PrunedCache
 
 FULL = "full"
@@ -48,9 +48,7 @@ def contenders(policies: Sequence[str], budgets: Sequence[str]) -> list[Contende
         if not budgets:
             raise EvaluationError(f"there is no budget for {text!r}: write one, such as 0.25.")
         for budget in (budget.strip() for budget in budgets):
-            # Policies are values: one that two budgets leave alike takes none from here.
-            takes_budget = parse(text, budget=0.5) != parse(text, budget=0.25)
-            contender = Contender(text, budget if takes_budget else None, parse(text, budget=budget))
+            contender = Contender(text, budget if takes_budget(text) else None, parse(text, budget=budget))
             found.setdefault(contender.label, contender)
     if not found:
         raise EvaluationError('there is no policy to evaluate: name one, such as "a2sf", or "full" for the full cache.')
