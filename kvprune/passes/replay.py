@@ -144,7 +144,7 @@ class Once:
             return
         if unread is not self._read:
             self._read, self._found = unread, {}
-        asked = layers[0].planner.replays
+        asked = tuple((scope, replay.as_run()) for scope, replay in layers[0].planner.replays)
         if asked not in self._found:
             self._found[asked] = _found(cache, unread)
         _write(cache, self._found[asked])

@@ -7,7 +7,8 @@ then decides. `passes/replay.py` does that; here is the policy's side of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from kvprune.errors import PolicyError
 
@@ -20,7 +21,7 @@ class Replay:
     chunk: tokens that run again at a time; each chunk is replayed over the cache alone, without the other chunks.
     softmax: over what probabilities are taken: "cache", all rows and the replay's own keys, as the model attends; or
         "chunk", the sinks, the rows of the chunk and the replay's own keys, and then only rows of the chunk are scored.
-    sinks: how many first tokens are sinks.
+    sinks: how many first tokens are sinks, which the softmax over a chunk takes in, and scores of heads leave out.
     group: how the query heads of a KV head are reduced, "mean" or "max".
     values: whether to multiply what a query head gives to a row by the norm of what its value becomes in the output of
         the layer, and to divide by the norm of the query's hidden state.
@@ -42,3 +43,7 @@ class Replay:
     def __post_init__(self) -> None:
         if self.softmax not in ("cache", "chunk"):
             raise PolicyError(f'the softmax of a replay goes over "cache" or "chunk", not {self.softmax!r}.')
+
+    def as_run(self) -> Self:
+        """This, without what changes nothing that is found: two that are equal then are one replay."""
+        return self if self.softmax == "chunk" else replace(self, sinks=0)
