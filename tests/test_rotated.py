@@ -29,7 +29,8 @@ from kvprune.kernels import TORCH, cpu
 from kvprune.kernels.cpu.kernels import CPU
 from kvprune.policies import H2O, KIVI, OSCAR, Spectral, TurboQuant, ZipCache
 from kvprune.policy.base import Decision
-from kvprune.table.basis import LEFT, LEFT_OF_MIXED, Basis, hadamard, lanes_of
+from kvprune.table.basis import LEFT, LEFT_OF_MIXED, Basis, lanes_of
+from kvprune.table.hadamard import hadamard
 from kvprune.table.packed_rows import Stretch
 from kvprune.table.ragged import RaggedTable, pack_rows
 from kvprune.table.rotated_codes import PARTS, STEPS, code_bytes, nearest

@@ -17,7 +17,7 @@ from tensor_parallel import BYTES, CASES, LIMIT, MODELS, PROCESSES, TURNS, WHOLE
 from kvprune import Rotations, UnsupportedModelError
 from kvprune.cache.models import heads_of
 from kvprune.policy.heads import ALL_HEADS, Heads
-from kvprune.table.basis import hadamard
+from kvprune.table.hadamard import hadamard
 
 WORKER = Path(__file__).with_name("tensor_parallel.py")
 EVERY = [*CASES, *TURNS]

@@ -96,8 +96,9 @@ class Rows:
             return self.sizes(self.bits(theta))
         total = self._always_bytes.clone()
         for weights, begins, more in self._asked:
-            taken = weights.unsqueeze(-2) >= (begins * theta).unsqueeze(-1)  # [B, Hkv, steps, rows]
-            total += (taken.sum(-1) * more).sum(-1)
+            least = (begins * theta).expand(*weights.shape[:2], -1).contiguous()
+            taken = weights.shape[2] - torch.searchsorted(weights, least)  # [B, Hkv, steps]
+            total += (taken * more).sum(-1)
         return total
 
     @cached_property
@@ -110,7 +111,7 @@ class Rows:
 
     @cached_property
     def _asked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of rows that have as many bits: weights of those that are asked what they are worth, and -1 for none.
+        """Of rows that have as many bits: weights of those that are asked what they are worth, ascending, -1 for none.
 
         And of each step where it begins, and how many bytes it takes more, float64 `[steps]`.
         """
@@ -118,7 +119,8 @@ class Rows:
         for own, (widths, begins) in self._steps.items():
             rows = true_rows((self.now == own) & self.there & ~self.always)
             weights = self.weights.gather(2, rows.clamp(min=0)).masked_fill(rows < 0, -1.0)
-            found.append((weights, weights.new_tensor(begins), self._price_of_bits[list(widths)].diff()))
+            more = self._price_of_bits[list(widths)].diff()
+            found.append((weights.sort(-1).values, weights.new_tensor(begins), more))
         return found
 
     @cached_property

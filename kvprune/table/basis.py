@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from math import log2
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kvprune.state import Saved, State
+from kvprune.table.hadamard import hadamard, hadamard_inverse
 
 Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Orthogonal M `[D, D]` and `[Dv, Dv]` from keys `[n, D]`, values `[n, Dv]` and queries `[m, D]` of a head, float32."""
@@ -65,16 +65,6 @@ def lanes_of(dim: int) -> int:
 def bits_in_all(dim: int, bits: float) -> int:
     """Bits of one component of every group together, where each has `bits` on average: whole ones, rounded down."""
     return int(bits * (dim // lanes_of(dim)) + 1e-9)
-
-
-@lru_cache(16)
-def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
-    """Orthogonal `[dim, dim]` float32: blocks of the largest power of two that divides `dim`. Not to be written to."""
-    with torch.inference_mode(False):  # or steps that want gradients could not use what another has made
-        block = torch.ones(1, 1, dtype=torch.float32, device="cpu")
-        while dim % (2 * len(block)) == 0:
-            block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-        return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block))).half().float().to(device)
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,11 @@ class Coordinates:
         """z of rows `[B, Hkv, R, D]` float32."""
         if self.mean is not None:
             rows = rows - self.mean.float()[:, :, None]
-        return torch.matmul(rows, torch.linalg.inv(self.turning(rows.device)).transpose(-1, -2))
+        if self.matrix is None:
+            inverse = hadamard_inverse(self.dim, rows.device)
+        else:
+            inverse = torch.linalg.inv(self.turning(rows.device))
+        return torch.matmul(rows, inverse.transpose(-1, -2))
 
     def back(self, numbers: Tensor) -> Tensor:
         """The rows that z `[B, Hkv, R, D]` stand for."""

@@ -147,11 +147,11 @@ class RaggedContents(TokenTable):
 
     @property
     def token_bytes(self) -> int:
-        return sum(head.token_bytes for head in self.heads)
+        return len(self.heads) * self.heads[0].token_bytes  # which all heads have alike
 
     @property
     def kv_token_bytes(self) -> int:
-        return sum(head.kv_token_bytes for head in self.heads)
+        return len(self.heads) * self.heads[0].kv_token_bytes
 
     @property
     def nbytes(self) -> int:
@@ -169,9 +169,11 @@ class RaggedContents(TokenTable):
         return self.kv_nbytes if self._flat is not None else sum(head.code_nbytes for head in self.heads)
 
     def packed_row_bytes(self, codec: Codec) -> int:
-        return sum(head.packed_row_bytes(codec) for head in self.heads)
+        return len(self.heads) * self.heads[0].packed_row_bytes(codec)
 
     def block_bytes(self, codec: Codec) -> int:
+        if codec.shares_nothing:  # then there is one block, whatever a head holds
+            return len(self.heads) * self.heads[0].block_bytes(codec)
         return sum(head.block_bytes(codec) for head in self.heads)
 
     # -- columns as policies see them ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvprune.table.basis import hadamard
+from kvprune.table.hadamard import hadamard
 
 
 def rotations(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:

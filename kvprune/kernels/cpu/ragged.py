@@ -21,7 +21,8 @@ from kvprune.kernels.cpu.arguments import (
     sinks_of,
     threads_for,
 )
-from kvprune.table.basis import Basis, Coordinates, hadamard
+from kvprune.table.basis import Basis, Coordinates
+from kvprune.table.hadamard import hadamard
 from kvprune.table.packed_rows import PackedRows
 from kvprune.table.ragged import RaggedTable
 from kvprune.table.rotated_rows import RotatedRows

@@ -221,9 +221,26 @@ INLINE void put_group(uint8_t *at, words codes, int width) {
         put_one(at + 2 * done, codes >> done);
 }
 
-INLINE floats code_of(floats x, float inverse, float middle) {
-    const floats code = clamped(x * inverse + middle, 0.0f, 2.0f * middle) + 12582912.0f; /* rounds, half to even */
-    return code - 12582912.0f;
+/* The components of a head that have bits, one behind another. */
+typedef struct {
+    long count;
+    float inverse[MOST_GROUPS * LANES], step[MOST_GROUPS * LANES], middle[MOST_GROUPS * LANES];
+} levels;
+
+INLINE void levels_of(levels *to, const rotated *r, const layout *l) {
+    to->count = l->count * LANES;
+    for (long d = 0; d < to->count; d++) {
+        const int width = l->width[d / LANES];
+        to->step[d] = r->steps[width];
+        to->inverse[d] = 1.0f / r->steps[width];
+        to->middle[d] = 0.5f * (float)((1 << width) - 1);
+    }
+}
+
+/* Rounds, half to even. Loops over numbers, which GCC makes vectors of: it takes comparisons of vectors apart. */
+INLINE float code_of(float x, float middle) {
+    const float code = x + middle, above = code > 0.0f ? code : 0.0f, most = 2.0f * middle;
+    return (above < most ? above : most) + 12582912.0f - 12582912.0f;
 }
 
 /* Of rows first .. stop - 1 of a head, numbers [rows, D]: of the scales tried, the one whose codes come nearest. */
@@ -232,30 +249,35 @@ VECTORS static void encode_part(
     long count, long head, long first, long stop
 ) {
     const layout l = layout_of(r, head);
+    levels each;
+    float own[MOST_GROUPS * LANES], in_steps[MOST_GROUPS * LANES];
+    levels_of(&each, r, &l);
     for (long row = head * r->rows + first; row < head * r->rows + stop; row++) {
-        const float *own = numbers + row * r->dim;
+        for (int i = 0; i < l.count; i++)
+            memcpy(own + i * LANES, numbers + row * r->dim + l.first[i], sizeof(float) * LANES);
+        for (long d = 0; d < each.count; d++)
+            in_steps[d] = own[d] * each.inverse[d];
         float least = INFINITY;
         long best = 0;
         for (long t = 0; t < count; t++) {
-            const float scale = tried[row * count + t];
-            floats error = all(0.0f);
-            for (int i = 0; i < l.count; i++) {
-                const float step = r->steps[l.width[i]] * scale, middle = 0.5f * (float)((1 << l.width[i]) - 1);
-                const floats x = load(own + l.first[i]);
-                const floats code = code_of(x, step > 0.0f ? 1.0f / step : 0.0f, middle);
-                const floats off = x - (code - middle) * step;
-                error += off * off;
+            const float scale = tried[row * count + t], inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+            float cost = 0.0f;
+#pragma omp simd reduction(+ : cost)
+            for (long d = 0; d < each.count; d++) {
+                const float code = code_of(in_steps[d] * inverse, each.middle[d]);
+                const float off = own[d] - (code - each.middle[d]) * (each.step[d] * scale);
+                cost += off * off;
             }
-            const float cost = sum_of(error);
             if (cost < least)
                 least = cost, best = t;
         }
-        const float scale = tried[row * count + best];
+        const float scale = tried[row * count + best], inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
         scales[row] = tried_half[row * count + best];
         for (int i = 0; i < l.count; i++) {
-            const float step = r->steps[l.width[i]] * scale, middle = 0.5f * (float)((1 << l.width[i]) - 1);
-            const floats code = code_of(load(own + l.first[i]), step > 0.0f ? 1.0f / step : 0.0f, middle);
-            put_group(codes + row * r->row_bytes + l.byte[i], (words)__builtin_convertvector(code, ints), l.width[i]);
+            int32_t found[LANES];
+            for (long d = 0; d < LANES; d++)
+                found[d] = (int32_t)code_of(in_steps[i * LANES + d] * inverse, each.middle[i * LANES + d]);
+            put_group(codes + row * r->row_bytes + l.byte[i], (words)load_ints(found), l.width[i]);
         }
     }
 }
