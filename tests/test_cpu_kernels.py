@@ -376,6 +376,29 @@ def test_rows_move_and_come(batch, kv_heads, length, dtype, seed):
         torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
 
 
+@given(batch=st.integers(1, 2), kv_heads=heads, packed=st.integers(1, 5), exact=st.integers(1, 5), seed=seeds)
+def test_a_new_row_comes_behind_packed_ones(batch, kv_heads, packed, exact, seed):
+    """Whose keys and values are held elsewhere, so these tensors begin later than the others."""
+    made = []
+    for _ in range(2):
+        columns = Columns((
+            random(batch, kv_heads, exact, 6, seed=seed),
+            random(batch, kv_heads, exact, 3, seed=seed + 1),
+            torch.arange(packed + exact, dtype=torch.int32).repeat(batch, kv_heads, 1),
+            random(batch, kv_heads, packed + exact, seed=seed + 2),
+        ))  # fmt: skip
+        columns.before = (packed, packed, 0, 0)
+        made.append(columns)
+    keys, values = random(batch, kv_heads, 1, 6, seed=seed + 3), random(batch, kv_heads, 1, 3, seed=seed + 4)
+    before = [column.clone() for column in made[0]]
+    for kernels, columns in zip((CPU, TORCH), made, strict=True):
+        kernels.append_row(columns, packed + exact - 1, keys, values, 77)
+    for mine, theirs, was, new in zip(*made, before, (keys, values, 77, 0), strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(mine[:, :, :-1], was[:, :, :-1])
+        assert bool((mine[:, :, -1:] == new).all())
+
+
 @pytest.mark.parametrize("slot", [-1, 5, 2**40])
 def test_a_slot_that_is_not_in_use_is_an_error_and_nothing_moves(slot):
     """A policy that names a wrong slot is told, and cannot write where no table is."""

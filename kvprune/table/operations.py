@@ -28,10 +28,12 @@ _RECENT = _ALWAYS_KEPT - (1 << 32)  # and a position: above all that is ranked b
 class Columns(tuple[Tensor, ...]):
     """The tensors of a table, `[B, Hkv, slots, ...]` contiguous: keys, values, positions, and others.
 
+    before: slots that come before the first one of each tensor, where rows are packed; nothing where none are.
     native: what kernels have worked out of them, to be used again: it is true as long as the tensors live, and they are
     held here.
     """
 
+    before: tuple[int, ...] = ()
     native: Any = None
 
 
@@ -91,12 +93,9 @@ class RowOperations:
 
         Writes to the columns in place.
         """
-        new = slice(slot, slot + 1)
-        columns[0][:, :, new] = keys
-        columns[1][:, :, new] = values
-        columns[2][:, :, new] = positions
-        for column in columns[3:]:
-            column[:, :, new] = 0
+        rows = (keys, values, positions, *(0,) * (len(columns) - 3))
+        for column, before, row in zip(columns, columns.before or (0,) * len(columns), rows, strict=True):
+            column[:, :, slot - before : slot - before + 1] = row
 
     # -- of heads one behind another -------------------------------------------------------------------------------
 

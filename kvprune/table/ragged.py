@@ -93,6 +93,11 @@ class RaggedTable(RaggedContents):
         added, shape = keys.shape[2], (self.batch_size, self.kv_heads, keys.shape[2])
         if self._flat is not None and self._spare < added:
             self._lay_out([head.length + max(added, room) for head in self.heads])
+        if self._flat is None and isinstance(positions, int):
+            parts = (each.reshape(-1, 1, 1, *each.shape[2:]) for each in (keys, values))
+            for head, key, value in zip(self.heads, *parts, strict=True):
+                head.append(key, value, positions, room=room)
+            return
         places = torch.as_tensor(positions, dtype=torch.int32, device=keys.device).expand(shape)
         if added == 1 and dense and self._flat is not None:
             self.kernels.append_rows(self._flat.columns, keys, values, places[:, :, 0])

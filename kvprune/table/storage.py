@@ -89,6 +89,8 @@ class Storage:
             return Columns(self.tensors.values())
         if self._columns is None:
             self._columns = Columns(self.tensors.values())
+            if self.packed_length:
+                self._columns.before = tuple(map(self.first_slot, self.tensors))
         return self._columns
 
     @property
@@ -112,7 +114,7 @@ class Storage:
             self.resize(self.length + max(added, room))
         else:
             self.own()
-        if added == 1 and not self.packed_length and not isinstance(positions, Tensor):
+        if added == 1 and not isinstance(positions, Tensor):
             operations.append_row(self.columns, self.length, keys, values, positions)
         else:
             self._write(keys, values, positions)

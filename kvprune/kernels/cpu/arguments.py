@@ -6,6 +6,7 @@ import ctypes
 import math
 from ctypes import c_int64, c_void_p
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,9 +96,10 @@ def native(columns: Columns) -> Any:
     if columns.native is None:
         # Not by stride(2), which means nothing where there is a single slot.
         first = 1 if isinstance(columns, FlatColumns) else 3  # dimension of a row
-        sizes = (each.itemsize * math.prod(each.shape[first:]) for each in columns)
-        numbers = [number for each, size in zip(columns, sizes, strict=True) for number in (each.data_ptr(), size)]
-        columns.native = (c_int64 * len(numbers))(*numbers)
+        sizes = [each.itemsize * math.prod(each.shape[first:]) for each in columns]
+        before = columns.before or (0,) * len(columns)
+        begins = [each.data_ptr() - size * gone for each, size, gone in zip(columns, sizes, before, strict=True)]
+        columns.native = (c_int64 * (2 * len(columns)))(*chain.from_iterable(zip(begins, sizes, strict=True)))
     return columns.native
 
 

@@ -316,10 +316,11 @@ class CPUKernels(Kernels):
             )
 
     def append_row(self, columns: Columns, slot: int, keys: Tensor, values: Tensor, positions: int) -> None:
-        if keys.stride(3) != 1 or values.stride(3) != 1 or needs_gradients(keys, values):
+        batch, heads, capacity = columns[0].shape[:3]
+        told_apart = columns.before and batch * heads > 1  # heads are not alike many slots apart in every tensor
+        if told_apart or keys.stride(3) != 1 or values.stride(3) != 1 or needs_gradients(keys, values):
             super().append_row(columns, slot, keys, values, positions)
             return
-        batch, heads, capacity = columns[0].shape[:3]
         size = keys.itemsize
         self._c.append_row(
             native(columns), len(columns), capacity, slot, keys, size * keys.stride(0), size * keys.stride(1),
