@@ -50,14 +50,18 @@ class DropKV(SnapKV):
     def observe(self, table: TokenTable, step: Step) -> None:
         if not step.due:
             return
-        values = table.all_values().double().unsqueeze(2)
+        values = table.all_values().double()
+        sizes = values.square().sum(-1, keepdim=True)
+        each = torch.cat([values, torch.ones_like(sizes), sizes], dim=-1)
         score = torch.zeros((), dtype=torch.float64, device=values.device)
         for rows in step.attention_rows(self.window):
-            outputs = rows @ values
+            group = rows.shape[2:4]
+            outputs = rows.flatten(2, 3) @ values
+            sizes = outputs.square().sum(-1, keepdim=True)
+            asked = torch.cat([-2 * outputs, sizes, torch.ones_like(sizes)], dim=-1)
             alone = rows == 1  # whoever sees but one key has no other output
-            squares = (rows / (1 - rows).clamp(min=self.epsilon)).masked_fill(alone, 0.0).square().mT
-            score = score + (values.square().sum(-1) * squares.sum(-1))
-            score = score - 2 * (values * (squares @ outputs)).sum(-1)
-            score = score + (squares @ outputs.square().sum(-1, keepdim=True)).squeeze(-1)
+            squares = rows.div_((1 - rows).clamp_(min=self.epsilon)).masked_fill_(alone, 0.0).square_()
+            apart = (asked @ each.mT).unflatten(2, group)  # |v_j - o_i|^2
+            score = score + squares.mul_(apart).sum(-2)
         score = score.clamp(min=0)
         table["score"] = score.mean(2) if self.group == "mean" else score.amax(2)
