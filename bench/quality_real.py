@@ -53,7 +53,7 @@ TOGETHER = 1000  # caches that share a prompt, at most: all that there are
 VARIANTS = (
     *(f"{name}:{real_tables.AHEAD}" for name in ("snapkv", "a2sf", "adakv", "critical_adakv", "pyramidkv", "dropkv")),
     f"a2sf:{real_tables.AHEAD} | kvcrush", "snapkv:kernel_size=63", "snapkv:kernel_size=21", "a2sf:kernel_size=63",
-    "a2sf:kernel_size=21", "adakv:kernel_size=63", "pyramidkv:kernel_size=63",
+    "a2sf:kernel_size=21", "adakv:kernel_size=63", "pyramidkv:kernel_size=63", "expected_attention:epsilon=0.01",
 )  # fmt: skip
 PACKING = ("kivi:bits=2", "kivi:bits=4", "zipcache", "zipcache:group_size=32", "spectral:bits=4")
 PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral", "spectral:bits=4")

@@ -37,7 +37,7 @@ PAIRS = (
     ("streaming_llm", "kvpress StreamingLLM"),
     ("keydiff", "kvpress KeyDiff"),
     ("knorm", "kvpress Knorm"),
-    ("expected_attention", "kvpress ExpectedAttention"),
+    ("expected_attention:epsilon=0.01", "kvpress ExpectedAttention"),  # as its authors evaluate it
     ("kvzip", "kvpress KVzip"),
 )
 
