@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build, feed, generate, kept_everywhere, left_padded, shared, stepwise
+from families import build, feed, generate, kept_everywhere, left_padded, shared, stepwise, storage_nbytes
 from held import held_by
 from hypothesis import given
 from hypothesis import settings as profile
@@ -594,3 +594,27 @@ def test_forks_and_copies_of_a_sequence_go_on_alike(interval):
         assert torch.equal(one, other)
         for row in range(2):
             torch.testing.assert_close(pair[row], one[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("interval", [None, 4])
+def test_nothing_that_has_gone_stays_in_memory(interval):
+    """Neither rows before they were packed, nor those of a cache that a fork came from, where loops are compiled."""
+    model = build("qwen3", head_dim=16)
+    cache = PrunedCache(model, Bits(0.5, score=A2SF(), interval=interval))
+    for _ in stepwise(model, left_padded([300]), cache, [200, *[1] * 9, 40, *[1] * 9, 20]):
+        assert cache.nbytes == storage_nbytes(cache)
+        fork = cache.fork()
+        assert fork.nbytes == storage_nbytes(fork)
+    cache.reorder_cache(torch.tensor([0]))
+    assert cache.nbytes == storage_nbytes(cache)
+
+
+@pytest.mark.parametrize("policy", [H2O(0.3, share=Everywhere(), recent=4), Bits(0.3, score=H2O())], ids=str)
+def test_one_layer_decides_when_the_prompt_has_ended_too(policy):
+    """In pieces it keeps what it does of the whole, as models of several layers do."""
+    model, batch = build("llama", num_hidden_layers=1), left_padded([64])
+    whole, pieces = PrunedCache(model, policy), PrunedCache(model, policy)
+    feed(model, batch, whole, [64])
+    feed(model, batch, pieces, [20, 44])
+    assert pieces.kept_positions(0).shape[2] < 40
+    assert torch.equal(pieces.kept_positions(0), whole.kept_positions(0))

@@ -48,8 +48,7 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the decision is one for all layers, and waits for them."""
-        alone = self.step.layers == 1 and self.policy.replay is None
-        return self.step.prefill and not alone and self.policy.decides_together
+        return self.step.prefill and self.policy.decides_together
 
     def checked(self, decision: Decision | None) -> Decision | None:
         """The decision. Raises PolicyError for what is none."""

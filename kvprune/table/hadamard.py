@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@lru_cache(16)
+@cache  # for good: kernels keep addresses
 def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
     """Orthogonal `[dim, dim]` float32: blocks of the largest power of two that divides `dim`. Not to be written to."""
     with torch.inference_mode(False):  # or steps that want gradients could not use what another has made
@@ -18,7 +18,7 @@ def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
         return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block))).half().float().to(device)
 
 
-@lru_cache(16)
+@cache
 def hadamard_inverse(dim: int, device: torch.device | None = None) -> Tensor:
     """Of `hadamard`, whose numbers are rounded: not quite its transpose. Not to be written to."""
     with torch.inference_mode(False):

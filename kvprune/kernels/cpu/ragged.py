@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -65,27 +66,29 @@ _OF_ALL_COMPONENTS = {"key_offset", "value_offset"}
 
 @dataclass
 class Plan:
-    """Heads and their packed rows as the loops take them, for as long as these tensors are theirs."""
+    """Heads and their packed rows as the loops take them, for as long as these are theirs.
+
+    parts_of_heads: tensors of the table, and bases, that addresses are of: no plan keeps them alive. structures: what
+    is pointed to otherwise.
+    """
 
     heads: Any
     parts: Any
     kind: int
-    tensors: list[Tensor]
-    held: list[Any]  # what is pointed to, beside tensors of the table
+    parts_of_heads: list[weakref.ref[Any]]
+    structures: list[Any]
 
-    def fits(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self.tensors) and all(map(_is, tensors, self.tensors))
-
-
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
+    def fits(self, parts_of_heads: list[Any]) -> bool:
+        pairs = zip(self.parts_of_heads, parts_of_heads, strict=False)
+        return len(parts_of_heads) == len(self.parts_of_heads) and all(ref() is each for ref, each in pairs)
 
 
 def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor] | None:
     """See `AttentionOperations.ragged_single_query`; None where the loops cannot take this."""
     plan = plan_of(c, table) if scoring.softcap is None and c.ragged_query is not None else None
-    if plan is None or needs_gradients(queries, *plan.tensors):
+    if plan is None or needs_gradients(queries, *(head.whole("keys") for head in table.heads)):
         return None
+    positions = _places(plan, table)
     (batch, query_heads, _, dim), value_dim = queries.shape, table.dims[1]
     heads, group, width = len(table.heads), query_heads // table.kv_heads, table.length
     probabilities = floats(batch, table.kv_heads, group, width)
@@ -95,6 +98,7 @@ def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) 
         scoring.scale, plan.kind, heads, group, width, table.packed_length, dim, value_dim,
         threads_for(heads * group * width * (dim + value_dim)),
     )  # fmt: skip
+    del positions
     if failed:
         raise MemoryError("there is no memory for attention to packed rows.")
     return output.to(queries.dtype), probabilities
@@ -102,28 +106,32 @@ def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) 
 
 def plan_of(c: Any, table: RaggedTable) -> Plan | None:
     """The plan of a table, which holds it while it is true; None where the loops cannot take its rows."""
-    tensors = [tier.tensors["key_codes"] for tier in table.packed]
-    tensors += [head.whole("keys") for head in table.heads]
+    parts_of_heads: list[Any] = [tier.tensors["key_codes"] for tier in table.packed]
+    parts_of_heads += [head.whole("keys") for head in table.heads]
+    parts_of_heads += [head.basis for head in table.heads if head.basis is not None]
     plan: Plan | None = table.native
-    if plan is None or not plan.fits(tensors):
-        table.native = plan = _made(c, table, tensors)
-    if plan is None:
-        return None
-    held = []
+    if plan is None or not plan.fits(parts_of_heads):
+        table.native = plan = _made(c, table, list(map(weakref.ref, parts_of_heads)))
+    return plan
+
+
+def _places(plan: Plan, table: RaggedTable) -> list[Tensor]:
+    """Tell a plan what changes from token to token. Returns what it points to, to be kept until the loops are done."""
+    places = []
     for head, native in zip(table.heads, plan.heads, strict=True):
         native.loose = head.length - head.packed_length
         native.positions = None
         if not head.dense:
-            held.append(head.positions.int().contiguous())
-            native.positions = held[-1].data_ptr()
-    plan.held[1:] = held
-    return plan
+            places.append(head.positions.int().contiguous())
+            native.positions = places[-1].data_ptr()
+    return places
 
 
-def _made(c: Any, table: RaggedTable, tensors: list[Tensor]) -> Plan | None:
+def _made(c: Any, table: RaggedTable, parts_of_heads: list[weakref.ref[Any]]) -> Plan | None:
     heads, parts = (Head * len(table.heads))(), (Part * len(table.packed))()
-    fixed = [hadamard(dim, tensors[0].device) for dim in table.dims[:2]]
-    held: list[Any] = [*fixed]
+    whole = table.heads[0].whole("keys")
+    fixed = [hadamard(dim, whole.device) for dim in table.dims[:2]]
+    structures: list[Any] = []
     first = 0
     for number, head in enumerate(table.heads):
         keys, values = head.whole("keys"), head.whole("values")
@@ -145,11 +153,11 @@ def _made(c: Any, table: RaggedTable, tensors: list[Tensor]) -> Plan | None:
                 )
             else:
                 native = Tier.of_keys(tier), Tier.of_values(tier)
-            held += [*native, basis]
+            structures += native
             bits = 0 if isinstance(tier, RotatedRows) else tier.codec.bits
             parts[place] = Part(*map(ctypes.addressof, native), len(tier), bits)
         first += len(head.packed)
-    return Plan(heads, parts, KINDS[tensors[-1].dtype], tensors, [held])
+    return Plan(heads, parts, KINDS[whole.dtype], parts_of_heads, structures)
 
 
 def can_take(c: Any, tier: PackedRows) -> bool:
