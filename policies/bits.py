@@ -11,7 +11,7 @@ from torch import Tensor
 from kvprune.errors import PolicyError
 from kvprune.policies.snapkv import SnapKV
 from kvprune.policy.aging import oldest
-from kvprune.policy.allotment import EXACT, Rows, allotted, weights_of
+from kvprune.policy.allotment import EXACT, Rows, allotted, doubted, weights_of
 from kvprune.policy.base import Decision, Step
 from kvprune.policy.budget import Budget
 from kvprune.policy.byte_limits import ByteLimits
@@ -58,8 +58,10 @@ class Bits(Scored):
         score: whose scores they are, a policy that ranks rows, or its text ("kvzip"). What it says of budget, sinks,
             recent tokens, interval and share means nothing here.
         power: of scores, see above; by default 2, as what attention loses counts by its square, and 1 for scores that
-            are squares, as those of DropKV. widths: of codes, out of 2, 3, 4 and 8;
-            none for eviction alone.
+            are squares, as those of DropKV.
+        doubt: a share of the rows, those that score least, count nearly alike: what scores do not foresee, such as a
+            later question, is among them. At few bytes they go, in their order; where there are bytes, they have bits.
+        widths: of codes, out of 2, 3, 4 and 8; none for eviction alone.
         share: who shares a budget, a `Share`; its floor is of bytes.
         sinks, recent: the first and the newest tokens, always exact; they are paid first.
         interval: generated tokens from one decision to the next, by scores that go on while tokens are generated, as
@@ -71,6 +73,7 @@ class Bits(Scored):
     _: KW_ONLY
     score: Ranking | str = _SCORE
     power: float | None = None
+    doubt: float = 0.75
     widths: tuple[int, ...] = BITS
     share: Share = _SHARE
     sinks: int = 1
@@ -96,6 +99,7 @@ class Bits(Scored):
         object.__setattr__(self, "budget", self._budget.plain(self.budget))
         if self.power is not None:
             check_number("power", self.power, low=0, high=2)
+        check_number("doubt", self.doubt, low=0, high=1)
         check_count("sinks", self.sinks, least=0)
         check_count("recent", self.recent, least=0)
         if isinstance(self.widths, list):
@@ -188,6 +192,7 @@ class Bits(Scored):
             here.of_every_head(of, int(torch.as_tensor(step.tokens).max()))
             for here, of, step in zip(own, heads, steps, strict=True)
         ]
+        rows = doubted(rows, self.doubt, scope)
         floor = self.share.floor if isinstance(self.share, Adaptive) else 0
         if floor:
             least = allotted(rows, [floor * each for each in of_heads], lambda sizes: sizes)

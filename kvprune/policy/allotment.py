@@ -172,6 +172,40 @@ def weights_of(scores: Tensor, positions: Tensor, power: float) -> Tensor:
     return (known**power).clamp(min=_LEAST) * (1 + positions.clamp(min=0).double() * 2.0**-44)
 
 
+def doubted(tables: Sequence[Rows], share: float, scope: str) -> list[Rows]:
+    """The same rows, of which a share, those that weigh least, weigh nearly alike: scores are not trusted to know them.
+
+        s'_i = s_m 2^(r_i - 1)     with s_m the least weight of the others, and r_i the share of these that weigh less
+
+    So none of them differs by a bit from another, and the order of all stays. scope: among whom a share is counted,
+    rows of a "head", a "layer" or the "model".
+    """
+    shapes = [rows.weights.shape for rows in tables]
+    weights = [rows.weights.masked_fill(rows.always | ~rows.there, torch.inf) for rows in tables]
+    if scope == "head":
+        found = [_alike(each, share) for each in weights]
+    elif scope == "layer":
+        found = [_alike(each.flatten(1), share).view(shape) for each, shape in zip(weights, shapes, strict=True)]
+    else:
+        whole = _alike(torch.cat([each.flatten(1).to(weights[0].device) for each in weights], dim=1), share)
+        parts = whole.split([shape[1] * shape[2] for shape in shapes], dim=1)
+        found = [part.to(each.device).view(each.shape) for part, each in zip(parts, weights, strict=True)]
+    return [
+        replace(rows, weights=torch.where(each.isfinite(), each, rows.weights))
+        for rows, each in zip(tables, found, strict=True)
+    ]
+
+
+def _alike(weights: Tensor, share: float) -> Tensor:
+    """`doubted` over the last dimension; those that do not compete are infinite."""
+    ordered, index = weights.sort(dim=-1, stable=True)
+    count = (ordered.isfinite().sum(-1, keepdim=True) * share).long()
+    rank = torch.arange(weights.shape[-1], device=weights.device)
+    least = ordered.gather(-1, count.clamp(max=max(weights.shape[-1] - 1, 0))) if weights.shape[-1] else ordered
+    nearly = least * torch.exp2(rank / count.clamp(min=1) - 1)
+    return torch.empty_like(weights).scatter_(-1, index, torch.where(rank < count, nearly, ordered))
+
+
 def allotted(
     tables: Sequence[Rows], limits: Sequence[Tensor], total: Callable[[list[Tensor]], list[Tensor]]
 ) -> list[Tensor]:
