@@ -34,7 +34,7 @@ from kvprune.policies import (
     StreamingLLM,
     parse,
 )  # fmt: skip
-from kvprune.policy.allotment import EXACT, Rows, allotted, error, steps, weights_of
+from kvprune.policy.allotment import EXACT, Rows, allotted, doubted, error, steps, weights_of
 from kvprune.policy.heads import Heads
 
 # -- the allotment -----------------------------------------------------------------------------------------------------
@@ -153,6 +153,44 @@ def test_rows_of_equal_score_go_by_recency():
     weights = weights_of(torch.tensor([2.0, 2.0, torch.nan, -1.0, 0.0, 3.0])[None, None], positions, 2.0)[0, 0]
     assert weights.argsort().tolist() == [2, 3, 4, 0, 1, 5]
     torch.testing.assert_close(weights[5].item(), 9.0, rtol=1e-9, atol=0)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    share=st.floats(0, 1),
+    scope=st.sampled_from(["head", "layer", "model"]),
+    seed=st.integers(0, 99),
+)
+def test_doubted_rows_weigh_nearly_alike_in_their_order(sizes, share, scope, seed):
+    """Against numpy, pool by pool, of two sequences and heads; rows that do not compete stay as they are."""
+    draw = torch.Generator().manual_seed(seed)
+    tables = []
+    for size in sizes:
+        shape = (2, 2, size)
+        weights = torch.exp2(20 * torch.rand(shape, generator=draw, dtype=torch.float64))
+        always, gone = (torch.rand(shape, generator=draw) < 0.2 for _ in range(2))
+        tables.append(Rows(weights, always, ~gone, torch.full(shape, EXACT), {EXACT: 264}, ()))
+    found = doubted(tables, share, scope)
+    competing = [(table.there & ~table.always).numpy() for table in tables]
+    before, after = ([table.weights.numpy() for table in each] for each in (tables, found))
+    for row in range(2):
+        pools = {
+            "head": [[(layer, head)] for layer in range(len(sizes)) for head in range(2)],
+            "layer": [[(layer, 0), (layer, 1)] for layer in range(len(sizes))],
+            "model": [[(layer, head) for layer in range(len(sizes)) for head in range(2)]],
+        }[scope]
+        for pool in pools:
+            mine = np.concatenate([before[layer][row, head][competing[layer][row, head]] for layer, head in pool])
+            theirs = np.concatenate([after[layer][row, head][competing[layer][row, head]] for layer, head in pool])
+            few, order = int(len(mine) * share), mine.argsort()
+            expected = mine.copy()
+            if few:
+                least = mine[order[min(few, len(mine) - 1)]]
+                expected[order[:few]] = least * 2.0 ** (np.arange(few) / few - 1)
+            np.testing.assert_allclose(theirs, expected, rtol=1e-12)
+            assert few == len(mine) or (theirs.argsort() == order).all()
+    for mine, theirs, own in zip(before, after, competing, strict=True):
+        assert (mine[~own] == theirs[~own]).all()
 
 
 # -- in a cache --------------------------------------------------------------------------------------------------------
@@ -618,3 +656,16 @@ def test_one_layer_decides_when_the_prompt_has_ended_too(policy):
     feed(model, batch, pieces, [20, 44])
     assert pieces.kept_positions(0).shape[2] < 40
     assert torch.equal(pieces.kept_positions(0), whole.kept_positions(0))
+
+
+@pytest.mark.parametrize("share", [Uniform(), Adaptive(), Everywhere()], ids=str)
+def test_where_there_are_bytes_no_score_drops_a_row(share):
+    """Six tenths of the bytes hold all rows at a few bits, and scores that say nothing drop none of them."""
+    rows = []
+    for doubt in (0.75, 0.0):
+        score = SnapKV(window=2, kernel_size=1)  # of a model with random weights: what it scores least means nothing
+        cache = PrunedCache(shared(), Bits("0.6b", score=score, share=share, doubt=doubt))
+        feed(shared(), left_padded([250]), cache, [250])
+        cache.end_prompt()
+        rows.append(min((layer.table.positions >= 0).sum(-1).min().item() for layer in cache.layers))
+    assert rows[1] < rows[0] == 250

@@ -200,7 +200,7 @@ def _alike(weights: Tensor, share: float) -> Tensor:
     """`doubted` over the last dimension; those that do not compete are infinite."""
     ordered, index = weights.sort(dim=-1, stable=True)
     count = (ordered.isfinite().sum(-1, keepdim=True) * share).long()
-    rank = torch.arange(weights.shape[-1], device=weights.device)
+    rank = torch.arange(weights.shape[-1], dtype=weights.dtype, device=weights.device)
     least = ordered.gather(-1, count.clamp(max=max(weights.shape[-1] - 1, 0))) if weights.shape[-1] else ordered
     nearly = least * torch.exp2(rank / count.clamp(min=1) - 1)
     return torch.empty_like(weights).scatter_(-1, index, torch.where(rank < count, nearly, ordered))

@@ -93,7 +93,7 @@ class RowOperations:
 
         Writes to the columns in place.
         """
-        rows = (keys, values, positions, *(0,) * (len(columns) - 3))
+        rows: tuple[Tensor | int, ...] = (keys, values, positions, *(0,) * (len(columns) - 3))
         for column, before, row in zip(columns, columns.before or (0,) * len(columns), rows, strict=True):
             column[:, :, slot - before : slot - before + 1] = row
 
