@@ -192,7 +192,7 @@ class Bits(Scored):
             here.of_every_head(of, int(torch.as_tensor(step.tokens).max()))
             for here, of, step in zip(own, heads, steps, strict=True)
         ]
-        rows = doubted(rows, self.doubt, scope)
+        rows = doubted(rows, [step.tokens for step in steps], self.doubt, scope)
         floor = self.share.floor if isinstance(self.share, Adaptive) else 0
         if floor:
             least = allotted(rows, [floor * each for each in of_heads], lambda sizes: sizes)

@@ -159,10 +159,14 @@ def test_rows_of_equal_score_go_by_recency():
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=3),
     share=st.floats(0, 1),
     scope=st.sampled_from(["head", "layer", "model"]),
+    earlier=st.integers(0, 6),
     seed=st.integers(0, 99),
 )
-def test_doubted_rows_weigh_nearly_alike_in_their_order(sizes, share, scope, seed):
-    """Against numpy, pool by pool, of two sequences and heads; rows that do not compete stay as they are."""
+def test_doubted_rows_weigh_nearly_alike_in_their_order(sizes, share, scope, earlier, seed):
+    """Against numpy, pool by pool, of two sequences and heads; rows that do not compete stay as they are.
+
+    earlier: tokens that every head has seen beside its slots. What has gone counts among those that score least.
+    """
     draw = torch.Generator().manual_seed(seed)
     tables = []
     for size in sizes:
@@ -170,7 +174,7 @@ def test_doubted_rows_weigh_nearly_alike_in_their_order(sizes, share, scope, see
         weights = torch.exp2(20 * torch.rand(shape, generator=draw, dtype=torch.float64))
         always, gone = (torch.rand(shape, generator=draw) < 0.2 for _ in range(2))
         tables.append(Rows(weights, always, ~gone, torch.full(shape, EXACT), {EXACT: 264}, ()))
-    found = doubted(tables, share, scope)
+    found = doubted(tables, [size + earlier for size in sizes], share, scope)
     competing = [(table.there & ~table.always).numpy() for table in tables]
     before, after = ([table.weights.numpy() for table in each] for each in (tables, found))
     for row in range(2):
@@ -182,7 +186,8 @@ def test_doubted_rows_weigh_nearly_alike_in_their_order(sizes, share, scope, see
         for pool in pools:
             mine = np.concatenate([before[layer][row, head][competing[layer][row, head]] for layer, head in pool])
             theirs = np.concatenate([after[layer][row, head][competing[layer][row, head]] for layer, head in pool])
-            few, order = int(len(mine) * share), mine.argsort()
+            gone = sum(sizes[layer] + earlier - tables[layer].there[row, head].sum().item() for layer, head in pool)
+            few, order = max(0, int((len(mine) + gone) * share) - gone), mine.argsort()
             expected = mine.copy()
             if few:
                 least = mine[order[min(few, len(mine) - 1)]]

@@ -16,9 +16,9 @@ bits chooses among no more than it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -172,36 +172,47 @@ def weights_of(scores: Tensor, positions: Tensor, power: float) -> Tensor:
     return (known**power).clamp(min=_LEAST) * (1 + positions.clamp(min=0).double() * 2.0**-44)
 
 
-def doubted(tables: Sequence[Rows], share: float, scope: str) -> list[Rows]:
+def doubted(tables: Sequence[Rows], tokens: Sequence[int | Tensor], share: float, scope: str) -> list[Rows]:
     """The same rows, of which a share, those that weigh least, weigh nearly alike: scores are not trusted to know them.
 
         s'_i = s_m 2^(r_i - 1)     with s_m the least weight of the others, and r_i the share of these that weigh less
 
-    So none of them differs by a bit from another, and the order of all stays. scope: among whom a share is counted,
-    rows of a "head", a "layer" or the "model".
+    So none of them differs by a bit from another, and the order of all stays. The share is one of all rows there have
+    been: those that have gone are part of it.
+
+    tokens: that each table has seen, int or `[B, 1, 1]`. scope: among whom a share is counted, rows of a "head", a
+    "layer" or the "model".
     """
-    shapes = [rows.weights.shape for rows in tables]
     weights = [rows.weights.masked_fill(rows.always | ~rows.there, torch.inf) for rows in tables]
-    if scope == "head":
-        found = [_alike(each, share) for each in weights]
-    elif scope == "layer":
-        found = [_alike(each.flatten(1), share).view(shape) for each, shape in zip(weights, shapes, strict=True)]
-    else:
-        whole = _alike(torch.cat([each.flatten(1).to(weights[0].device) for each in weights], dim=1), share)
-        parts = whole.split([shape[1] * shape[2] for shape in shapes], dim=1)
-        found = [part.to(each.device).view(each.shape) for part, each in zip(parts, weights, strict=True)]
+    gone = [
+        (torch.as_tensor(count).to(rows.there.device) - rows.there.sum(-1, keepdim=True)).clamp(min=0)
+        for rows, count in zip(tables, tokens, strict=True)
+    ]
+    pools, lost = weights, gone
+    if scope != "head":
+        pools, lost = [each.flatten(1) for each in weights], [each.sum(1) for each in gone]
+    sizes = [pool.shape[-1] for pool in pools]
+    if scope == "model":
+        device = weights[0].device
+        pools = [torch.cat([each.to(device) for each in pools], dim=1)]
+        lost = [torch.stack([each.to(device) for each in lost]).sum(0)]
+    alike: Iterable[Tensor] = map(partial(_alike, share=share), pools, lost)
+    if scope == "model":
+        alike = next(iter(alike)).split(sizes, dim=1)
+    found = [part.to(each.device).view(each.shape) for part, each in zip(alike, weights, strict=True)]
     return [
         replace(rows, weights=torch.where(each.isfinite(), each, rows.weights))
         for rows, each in zip(tables, found, strict=True)
     ]
 
 
-def _alike(weights: Tensor, share: float) -> Tensor:
-    """`doubted` over the last dimension; those that do not compete are infinite."""
+def _alike(weights: Tensor, gone: Tensor, share: float) -> Tensor:
+    """`doubted` over the last dimension; those that do not compete are infinite. gone: rows, `[..., 1]`."""
     ordered, index = weights.sort(dim=-1, stable=True)
-    count = (ordered.isfinite().sum(-1, keepdim=True) * share).long()
+    there = ordered.isfinite().sum(-1, keepdim=True)
+    count = (((there + gone) * share).long() - gone).clamp(min=0)
     rank = torch.arange(weights.shape[-1], dtype=weights.dtype, device=weights.device)
-    least = ordered.gather(-1, count.clamp(max=max(weights.shape[-1] - 1, 0))) if weights.shape[-1] else ordered
+    least = ordered.gather(-1, torch.minimum(count, there - 1).clamp(min=0)) if weights.shape[-1] else ordered
     nearly = least * torch.exp2(rank / count.clamp(min=1) - 1)
     return torch.empty_like(weights).scatter_(-1, index, torch.where(rank < count, nearly, ordered))
 
