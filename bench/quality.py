@@ -56,8 +56,8 @@ PACKING = (
 # At as many bytes, the model and its caches in bfloat16: `Bits` is given a share of the bytes, eviction of the rows.
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.01)
 ON_BYTES = (
-    "bits:score=snapkv", "bits:score=dropkv", "bits:score=kvzip", "bits:score=kvzip(group=mean)", "bits:score=leverage", "snapkv:recent=16",
-    "a2sf:kernel_size=7,recent=16", "dropkv:recent=16", "kvzip:recent=16", "leverage:recent=16",
+    "bits:score=snapkv", "bits:score=dropkv", "bits:score=kvzip", "bits:score=kvzip(group=mean)", "bits:score=leverage",
+    "snapkv:recent=16", "a2sf:kernel_size=7,recent=16", "dropkv:recent=16", "kvzip:recent=16", "leverage:recent=16",
     "kivi:bits=2", "zipcache:group_size=32", "spectral", "spectral:bits=4",
 )  # fmt: skip
 # Answers of more words than the model was trained on; spans are those that the real model's report recommends.

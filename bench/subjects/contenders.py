@@ -29,6 +29,7 @@ POLICIES = {
     "SnapKV": "snapkv",
     "SnapKV adaptive": "snapkv:share=adaptive",
     "SnapKV everywhere": "snapkv:share=everywhere",
+    "DropKV": "dropkv",
     "KVzip": "kvzip",
     "H2O": "h2o",
     "TOVA": "tova",
@@ -42,6 +43,7 @@ POLICIES = {
     "Spectral 2 bit": "spectral:bits=2",
     "A2SF | ZipCache": "a2sf | zipcache",
     "Bits": "bits:score=snapkv",
+    "Bits by DropKV": "bits:score=dropkv",
     "SnapKV | KIVI 2 bit": "snapkv | kivi:bits=2",
     "SnapKV adaptive | KIVI 2 bit": "snapkv:share=adaptive | kivi:bits=2",
 }
