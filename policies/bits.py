@@ -35,7 +35,7 @@ class Bits(Scored):
     """Gives every row of a head 0, 2, 3, 4, 8 or 16 bits, so that the expected error is least for a number of bytes.
 
         error = sum over rows of  s_i 4^-b_i,     bytes = sum over rows of what b_i bits take
-        b_i   = max(0, 1/2 log2(s_i / theta)), rounded to what there is,     s_i = score_i^power
+        b_i   = max(0, 1/2 log2(s_i / theta)), rounded to what there is,     s_i = score_i^power, doubted as below
 
     Rows whose error would count much stay exact, those that count less lose bits, and what counts nothing goes: with
     0 and 16 bits alone, it is the eviction policy whose scores it takes, and where all rows stay, mixed precision. The
