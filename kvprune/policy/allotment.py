@@ -16,9 +16,9 @@ bits chooses among no more than it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -196,10 +196,10 @@ def doubted(tables: Sequence[Rows], tokens: Sequence[int | Tensor], share: float
         device = weights[0].device
         pools = [torch.cat([each.to(device) for each in pools], dim=1)]
         lost = [torch.stack([each.to(device) for each in lost]).sum(0)]
-    alike: Iterable[Tensor] = map(partial(_alike, share=share), pools, lost)
+    found = [_alike(pool, own, share) for pool, own in zip(pools, lost, strict=True)]
     if scope == "model":
-        alike = next(iter(alike)).split(sizes, dim=1)
-    found = [part.to(each.device).view(each.shape) for part, each in zip(alike, weights, strict=True)]
+        found = [*found[0].split(sizes, dim=1)]
+    found = [part.to(each.device).view(each.shape) for part, each in zip(found, weights, strict=True)]
     return [
         replace(rows, weights=torch.where(each.isfinite(), each, rows.weights))
         for rows, each in zip(tables, found, strict=True)
