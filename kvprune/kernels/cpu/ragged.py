@@ -68,19 +68,19 @@ _OF_ALL_COMPONENTS = {"key_offset", "value_offset"}
 class Plan:
     """Heads and their packed rows as the loops take them, for as long as these are theirs.
 
-    parts_of_heads: tensors of the table, and bases, that addresses are of: no plan keeps them alive. structures: what
-    is pointed to otherwise.
+    owners: tensors of the table, and bases, whose memory is pointed to; no plan keeps them alive. structures: what is
+    pointed to beside that.
     """
 
     heads: Any
     parts: Any
     kind: int
-    parts_of_heads: list[weakref.ref[Any]]
+    owners: list[weakref.ref[Any]]
     structures: list[Any]
 
-    def fits(self, parts_of_heads: list[Any]) -> bool:
-        pairs = zip(self.parts_of_heads, parts_of_heads, strict=False)
-        return len(parts_of_heads) == len(self.parts_of_heads) and all(ref() is each for ref, each in pairs)
+    def fits(self, owners: list[Any]) -> bool:
+        pairs = zip(self.owners, owners, strict=False)
+        return len(owners) == len(self.owners) and all(ref() is each for ref, each in pairs)
 
 
 def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) -> tuple[Tensor, Tensor] | None:
@@ -88,7 +88,7 @@ def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) 
     plan = plan_of(c, table) if scoring.softcap is None and c.ragged_query is not None else None
     if plan is None or needs_gradients(queries, *(head.whole("keys") for head in table.heads)):
         return None
-    positions = _places(plan, table)
+    places = _places(plan, table)
     (batch, query_heads, _, dim), value_dim = queries.shape, table.dims[1]
     heads, group, width = len(table.heads), query_heads // table.kv_heads, table.length
     probabilities = floats(batch, table.kv_heads, group, width)
@@ -98,7 +98,7 @@ def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) 
         scoring.scale, plan.kind, heads, group, width, table.packed_length, dim, value_dim,
         threads_for(heads * group * width * (dim + value_dim)),
     )  # fmt: skip
-    del positions
+    del places  # until here, the loops read them
     if failed:
         raise MemoryError("there is no memory for attention to packed rows.")
     return output.to(queries.dtype), probabilities
@@ -106,12 +106,12 @@ def single_query(c: Any, queries: Tensor, table: RaggedTable, scoring: Scoring) 
 
 def plan_of(c: Any, table: RaggedTable) -> Plan | None:
     """The plan of a table, which holds it while it is true; None where the loops cannot take its rows."""
-    parts_of_heads: list[Any] = [tier.tensors["key_codes"] for tier in table.packed]
-    parts_of_heads += [head.whole("keys") for head in table.heads]
-    parts_of_heads += [head.basis for head in table.heads if head.basis is not None]
+    owners: list[Any] = [tier.tensors["key_codes"] for tier in table.packed]
+    owners += [head.whole("keys") for head in table.heads]
+    owners += [head.basis for head in table.heads if head.basis is not None]
     plan: Plan | None = table.native
-    if plan is None or not plan.fits(parts_of_heads):
-        table.native = plan = _made(c, table, list(map(weakref.ref, parts_of_heads)))
+    if plan is None or not plan.fits(owners):
+        table.native = plan = _made(c, table, list(map(weakref.ref, owners)))
     return plan
 
 
@@ -127,7 +127,7 @@ def _places(plan: Plan, table: RaggedTable) -> list[Tensor]:
     return places
 
 
-def _made(c: Any, table: RaggedTable, parts_of_heads: list[weakref.ref[Any]]) -> Plan | None:
+def _made(c: Any, table: RaggedTable, owners: list[weakref.ref[Any]]) -> Plan | None:
     heads, parts = (Head * len(table.heads))(), (Part * len(table.packed))()
     whole = table.heads[0].whole("keys")
     fixed = [hadamard(dim, whole.device) for dim in table.dims[:2]]
@@ -157,7 +157,7 @@ def _made(c: Any, table: RaggedTable, parts_of_heads: list[weakref.ref[Any]]) ->
             bits = 0 if isinstance(tier, RotatedRows) else tier.codec.bits
             parts[place] = Part(*map(ctypes.addressof, native), len(tier), bits)
         first += len(head.packed)
-    return Plan(heads, parts, KINDS[whole.dtype], parts_of_heads, structures)
+    return Plan(heads, parts, KINDS[whole.dtype], owners, structures)
 
 
 def can_take(c: Any, tier: PackedRows) -> bool:
