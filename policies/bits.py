@@ -194,10 +194,8 @@ class Bits(Scored):
         ]
         rows = doubted(rows, [step.tokens for step in steps], self.doubt, scope)
         floor = self.share.floor if isinstance(self.share, Adaptive) else 0
-        if floor:
-            least = allotted(rows, [floor * each for each in of_heads], lambda sizes: sizes)
-            rows = [replace(every, least=bits) for every, bits in zip(rows, least, strict=True)]
-        bits = allotted(rows, limits, self._limits.total(scope))
+        floors = [floor * each for each in of_heads] if floor else None
+        bits = allotted(rows, limits, self._limits.total(scope), floors)
         sizes = [every.sizes(each) for every, each in zip(rows, bits, strict=True)]
         here = [of_here.of_these(of, each) for of_here, of, each in zip(own, heads, bits, strict=True)]
         return [self._decision(*each) for each in zip(tables, own, here, strict=True)], sizes

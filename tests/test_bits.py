@@ -104,17 +104,40 @@ def test_no_choice_of_as_many_bytes_has_less_error(weights, room, offered, data)
         min_size=1,
         max_size=9,
     ),
-    least=st.none() | st.sampled_from([0, 2, EXACT]),
     theta=st.floats(-40, 40),
 )
-def test_bytes_are_counted_as_the_bits_of_rows_take_them(rows, least, theta):
+def test_bytes_are_counted_as_the_bits_of_rows_take_them(rows, theta):
     weights, now, always, there = zip(*rows, strict=True)
     table = of_rows(list(weights), list(now), {2: 44, 4: 76, 8: 140, EXACT: 264}, (2, 4))
     table = replace(table, always=torch.tensor([[always]]), there=torch.tensor([[there]]))
-    if least is not None:
-        table = replace(table, least=torch.full_like(table.now, least))
     asked = torch.tensor([[[2.0**theta]]], dtype=torch.float64)
     assert torch.equal(table.bytes_at(asked), table.sizes(table.bits(asked)))
+
+
+@given(
+    weights=st.lists(st.lists(st.floats(1e-6, 1e6), min_size=4, max_size=4), min_size=2, max_size=3),
+    room=st.floats(0.05, 1.1),
+    share=st.floats(0, 1),
+)
+def test_a_floor_is_what_a_head_would_have_by_itself(weights, room, share):
+    """And no more of it: of all common thetas, tried one by one, the least that fits decides the rest."""
+    prices = {2: 44, 4: 76, 8: 140, EXACT: 264}
+    heads = torch.tensor(weights, dtype=torch.float64)[None]
+    ones = torch.ones(heads.shape, dtype=torch.bool)
+    table = Rows(heads, ~ones, ones, torch.full(heads.shape, EXACT), prices, (2, 4, 8))
+    limit = room * prices[EXACT] * heads.numel()
+    floor = torch.tensor([[share * limit / heads.shape[1]]], dtype=torch.float64)
+    alone = allotted([table], [floor], lambda sizes: sizes)[0]
+
+    def of_layer(sizes: list[Tensor]) -> list[Tensor]:
+        return [each.sum(1, keepdim=True) for each in sizes]
+
+    found = allotted([table], [torch.tensor([[limit]], dtype=torch.float64)], of_layer, [floor])[0]
+    turns = (1 - 1e-12) * heads.view(-1, 1) / torch.tensor(steps(prices)[1], dtype=torch.float64)
+    tried = [alone, *(torch.maximum(table.bits(turn), alone) for turn in turns.flatten())]
+    sizes = [table.sizes(bits).sum().item() for bits in tried]
+    assert (found >= alone).all()
+    assert table.sizes(found).sum().item() == max(size for size in sizes if size <= limit)
 
 
 def test_processes_tell_each_other_their_rows_once(monkeypatch):

@@ -66,8 +66,7 @@ class Rows:
 
     weights: s, float64 `[B, Hkv, rows]`. always: bool, rows that keep what they have. there: bool, False for slots that
     are empty. now: int64, bits of the rows now, 16 for those in full precision: none gets more. prices: bytes of a row,
-    by bits, those in full precision under 16. offered: bits that rows may get, beside 0 and those they have. least:
-    int64, bits that rows have got already; None for none.
+    by bits, those in full precision under 16. offered: bits that rows may get, beside 0 and those they have.
     """
 
     weights: Tensor
@@ -76,7 +75,6 @@ class Rows:
     now: Tensor
     prices: Mapping[int, int]
     offered: tuple[int, ...]
-    least: Tensor | None = None
 
     def bits(self, theta: Tensor) -> Tensor:
         """Of every row, int64 `[B, Hkv, rows]`. theta: float64, broadcastable."""
@@ -87,13 +85,10 @@ class Rows:
                 number += self.weights >= begin * theta
             chosen = torch.tensor(widths, device=self.weights.device)[number]
             bits = torch.where((self.now == own) & ~self.always, chosen, bits)
-        bits = bits * self.there
-        return bits if self.least is None else torch.maximum(bits, self.least)
+        return bits * self.there
 
     def bytes_at(self, theta: Tensor) -> Tensor:
         """`sizes` of the `bits` of a theta, which are not made: what is counted are rows that take a step."""
-        if self.least is not None:
-            return self.sizes(self.bits(theta))
         total = self._always_bytes.clone()
         for weights, begins, more in self._asked:
             least = (begins * theta).expand(*weights.shape[:2], -1).contiguous()
@@ -217,25 +212,44 @@ def _alike(weights: Tensor, gone: Tensor, share: float) -> Tensor:
     return torch.empty_like(weights).scatter_(-1, index, torch.where(rank < count, nearly, ordered))
 
 
-def allotted(
-    tables: Sequence[Rows], limits: Sequence[Tensor], total: Callable[[list[Tensor]], list[Tensor]]
-) -> list[Tensor]:
-    """Bits of the rows of these tables, int64 `[B, Hkv, rows]` each.
+Total = Callable[[list[Tensor]], list[Tensor]]
+"""Of bytes by heads, `[B, Hkv]` for each table, what is compared with a limit, which broadcasts to that."""
 
-    limits: bytes there are, one tensor a table. total: of bytes by heads, `[B, Hkv]` each, what is to be compared with
-    the limits: alike where a budget is shared, as a common theta is found for it. Both broadcast to `[B, Hkv]`.
+
+def allotted(
+    tables: Sequence[Rows], limits: Sequence[Tensor], total: Total, floors: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Bits of the rows of these tables, int64 `[B, Hkv, rows]` each, that the limits have bytes for.
+
+    limits: bytes there are, one tensor a table; alike where a budget is shared, as a common theta is found for it.
+    floors: bytes that every head may take by itself, whatever the others ask for, likewise; within the limits.
     """
-    nothing = torch.tensor(1e-250, dtype=torch.float64)
-    every = [rows.bits(nothing.to(rows.weights.device)) for rows in tables]
+    most = None
+    if floors is not None:
+        most = _thetas(tables, floors, lambda sizes: sizes, [torch.full_like(floor, torch.inf) for floor in floors])
+    thetas = _thetas(tables, limits, total, most or [torch.full_like(limit, torch.inf) for limit in limits])
+    return [rows.bits(theta[..., None]) for rows, theta in zip(tables, thetas, strict=True)]
+
+
+def _thetas(tables: Sequence[Rows], limits: Sequence[Tensor], total: Total, most: Sequence[Tensor]) -> list[Tensor]:
+    """The least theta that there are bytes for, but none above `most`; all float64, `[B, Hkv]` or `[B, 1]`."""
+
+    def bounded(thetas: list[Tensor]) -> list[Tensor]:
+        return [torch.minimum(theta, each) for theta, each in zip(thetas, most, strict=True)]
+
+    def used(thetas: list[Tensor]) -> list[Tensor]:
+        pairs = zip(tables, bounded(thetas), strict=True)
+        return total([rows.bytes_at(theta[..., None]) for rows, theta in pairs])
+
+    nobody = [torch.full_like(limit, 1e-250) for limit in limits]  # goes
+    fits = [size <= limit for size, limit in zip(used(nobody), limits, strict=True)]
     low = [torch.full_like(limit, -260.0) for limit in limits]  # theta = 2^-260: nobody goes
     high = [torch.full_like(limit, 300.0) for limit in limits]  # everybody goes
-    sizes = [rows.sizes(each) for rows, each in zip(tables, every, strict=True)]
-    fits = [used <= limit for used, limit in zip(total(sizes), limits, strict=True)]
     for _ in range(_HALVINGS):
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        used = total([rows.bytes_at(torch.exp2(each)[..., None]) for rows, each in zip(tables, middle, strict=True)])
-        for number, (size, limit, each) in enumerate(zip(used, limits, middle, strict=True)):
+        sizes = used([torch.exp2(each) for each in middle])
+        for number, (size, limit, each) in enumerate(zip(sizes, limits, middle, strict=True)):
             high[number] = torch.where(size <= limit, each, high[number])
             low[number] = torch.where(size <= limit, low[number], each)
-    bits = [rows.bits(torch.exp2(each)[..., None]) for rows, each in zip(tables, high, strict=True)]
-    return [torch.where(fit[..., None], all_, own) for fit, all_, own in zip(fits, every, bits, strict=True)]
+    found = zip(fits, nobody, high, strict=True)
+    return bounded([torch.where(fit, none, torch.exp2(theta)) for fit, none, theta in found])
