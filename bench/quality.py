@@ -57,6 +57,7 @@ PACKING = (
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.01)
 ON_BYTES = (
     "bits:score=snapkv", "bits:score=dropkv", "bits:score=kvzip", "bits:score=kvzip(group=mean)", "bits:score=leverage",
+    "bits:score=dropkv,share=everywhere(floor=0.5)", "bits:score=kvzip(group=mean),share=everywhere(floor=0.5)",
     "snapkv:recent=16", "a2sf:kernel_size=7,recent=16", "dropkv:recent=16", "kvzip:recent=16", "leverage:recent=16",
     "kivi:bits=2", "zipcache:group_size=32", "spectral", "spectral:bits=4",
 )  # fmt: skip

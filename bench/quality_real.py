@@ -61,8 +61,10 @@ PACKED = ("kivi:bits=2", "kivi:bits=4", "zipcache:group_size=32", "spectral", "s
 # the rows: in bytes it would pay for the queries that it remembers until the first token is generated, which `Bits`
 # does not.
 ALIKE = "sinks=1,recent=4"
+FLOOR = "share=everywhere(floor=0.5)"
 ON_BYTES = {
     "known": (
+        f"bits:score=dropkv({real_tables.AHEAD}),{FLOOR}",
         *(f"bits:score={name}({real_tables.AHEAD})" for name in ("dropkv", "snapkv", "a2sf")),
         "bits:score=kvzip(group=mean)",
         f"bits:score=snapkv({real_tables.AHEAD}),widths=()",
@@ -71,6 +73,7 @@ ON_BYTES = {
         *PACKED,
     ),
     "unknown": (
+        f"bits:score=kvzip(group=mean),{FLOOR}",
         "bits:score=kvzip(group=mean)",
         "bits:score=kvzip",
         f"bits:score=dropkv({real_tables.AHEAD})",

@@ -398,7 +398,9 @@ def _apart(difference: float, first: float | None, second: float | None) -> int:
 
 def tables(rows: Sequence[Row], embedded: Sequence[Mapping[str, Any]] = ()) -> dict[str, list[Table]]:
     """By their place in the report; those of which nothing has been measured are left out."""
-    at_equal_bytes = [on_bytes(rows, length, question) for length in (1000, 2000) for question in ("known", "unknown")]
+    at_equal_bytes = [
+        on_bytes(rows, length, question) for length in (1000, 2000, 4000) for question in ("known", "unknown")
+    ]
     rows = _held(rows, None)
     kinds = sorted(
         {(row["kind"], row["length"]) for row in rows if "kind" in row},
