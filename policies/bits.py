@@ -63,8 +63,7 @@ class Bits(Scored):
             later question, is among them. At few bytes they go, in their order; where there are bytes, they have bits.
         widths: of codes, out of 2, 3, 4 and 8; none for eviction alone.
         share: who shares a budget, a `Share`; its floor is of bytes: what a head would have by itself, of so much of an
-            equal part, it has. At 3 and 5 % of the bytes, by DropKV's scores, SmolLM2 loses less with
-            `Everywhere(floor=0.5)` than without.
+            equal part, it has.
         sinks, recent: the first and the newest tokens, always exact; they are paid first.
         interval: generated tokens from one decision to the next, by scores that go on while tokens are generated, as
             those of A2SF, H2O or SnapKV do; None decides about prompts alone.

@@ -224,10 +224,10 @@ def allotted(
     limits: bytes there are, one tensor a table; alike where a budget is shared, as a common theta is found for it.
     floors: bytes that every head may take by itself, whatever the others ask for, likewise; within the limits.
     """
-    most = None
+    most = [torch.full_like(limit, torch.inf) for limit in limits]
     if floors is not None:
-        most = _thetas(tables, floors, lambda sizes: sizes, [torch.full_like(floor, torch.inf) for floor in floors])
-    thetas = _thetas(tables, limits, total, most or [torch.full_like(limit, torch.inf) for limit in limits])
+        most = _thetas(tables, floors, lambda sizes: sizes, most)
+    thetas = _thetas(tables, limits, total, most)
     return [rows.bits(theta[..., None]) for rows, theta in zip(tables, thetas, strict=True)]
 
 
